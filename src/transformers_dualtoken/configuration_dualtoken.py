@@ -1,0 +1,395 @@
+"""Configurations of the vision tokenizer, its quantisers, the depth heads and the unified model.
+
+Every default is the paper's 384 px layout (DualToken, arXiv 2503.14324): SigLIP2-So400m/14-384, pixel codes from
+encoder layer 6 with a shortcut from layer 4, semantic codes from layer 26, two codebooks of 16384 x 32 and eight
+residual codes of each kind at every one of the 27 x 27 positions.
+"""
+
+import math
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
+
+
+# The towers of google/siglip2-so400m-patch14-384.
+_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_SO400M_384 = {
+    "vision_config": {**_SO400M, "image_size": 384, "patch_size": 14},
+    "text_config": {**_SO400M, "vocab_size": 256000, "max_position_embeddings": 64, "projection_size": 1152},
+}
+
+
+def _as_config(value, config_class, name: str, defaults: dict | None = None):
+    """Build a sub-config from `None` (the defaults), a dict or a ready config."""
+    if value is None:
+        return config_class(**(defaults or {}))
+    if isinstance(value, dict):
+        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    if isinstance(value, config_class):
+        return value
+    raise TypeError(f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}.")
+
+
+@strict
+class DualTokenQuantizerConfig(PreTrainedConfig):
+    r"""
+    One residual quantiser and its EMA codebook.
+
+    Args:
+        codebook_size (`int`, defaults to 16384): number of codes K.
+        code_dim (`int`, defaults to 32): width C of a code vector.
+        num_depths (`int`, defaults to 8): residual codes D per position.
+        shared_codebook (`bool`, defaults to `True`): one codebook for all depths, or one per depth.
+        update_rule (`str`, defaults to `"rq_ema"`): `"rq"` moves the codebook after every depth, within the forward;
+            `"rq_ema"` moves it once per forward.
+        ema_vectors (`str`, defaults to `"own"`): which vector a depth's code is averaged with under `"rq_ema"`:
+            `"own"` the residual that was looked up, `"final"` what is left after all depths. The latter is what the
+            authors' published code does; their checkpoints are converted with it.
+        ema_decay (`float`, defaults to 0.99): EMA factor of the counts and sums.
+        ema_eps (`float`, defaults to 1e-5): additive smoothing of the counts.
+        restart_unused_codes (`bool`, defaults to `True`): codes whose EMA count falls below 1 restart at a random
+            vector of the batch.
+    """
+
+    model_type = "dualtoken_quantizer"
+
+    codebook_size: int = 16384
+    code_dim: int = 32
+    num_depths: int = 8
+    shared_codebook: bool = True
+    update_rule: str = "rq_ema"
+    ema_vectors: str = "own"
+    ema_decay: float | int = 0.99
+    ema_eps: float = 1e-5
+    restart_unused_codes: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_quantizer()
+
+    def validate_quantizer(self):
+        for name in ("codebook_size", "code_dim", "num_depths"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.update_rule not in ("rq", "rq_ema"):
+            raise ValueError(f"`update_rule` must be 'rq' or 'rq_ema', got {self.update_rule!r}.")
+        if self.ema_vectors not in ("own", "final"):
+            raise ValueError(f"`ema_vectors` must be 'own' or 'final', got {self.ema_vectors!r}.")
+        if self.update_rule == "rq" and self.ema_vectors == "final":
+            raise ValueError(
+                "`ema_vectors='final'` needs `update_rule='rq_ema'`: with 'rq' the codebook moves before the final "
+                "residual is known."
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
+
+
+@strict
+class DualTokenVisionTokenizerConfig(PreTrainedConfig):
+    r"""
+    The vision tokenizer: a SigLIP or SigLIP 2 encoder of fixed resolution, two quantisers and an image decoder.
+
+    Layers are counted from 1: layer i is the output of the i-th encoder layer.
+
+    Args:
+        vision_config, text_config (`SiglipVisionConfig`, `SiglipTextConfig` or `dict`): the two towers.
+        pixel_layer (`int`, defaults to 6): encoder layer the pixel codes are made from.
+        semantic_layer (`int`, defaults to 26): encoder layer the semantic codes are made from.
+        shortcut_layer (`int`, *optional*, defaults to 4): shallower layer added to the pixel branch; `None`: no
+            shortcut.
+        shortcut_weight (`float`, defaults to 0.6): its weight.
+        pixel_quantizer_config, semantic_quantizer_config ([`DualTokenQuantizerConfig`] or `dict`).
+        decoder_latent_size (`int`, *optional*): side of the decoder's latent. Defaults to the image's side divided
+            by the decoder's upsampling factor. A grid of another side is resized to it bilinearly.
+        decoder_in_channels (`int`, defaults to 1024): channels between the residual block and the decoder.
+        decoder_block_out_channels (`list[int]`, defaults to `[128, 128, 512, 512, 1024]`): channels of the decoder's
+            levels, from the image's resolution down to the latent's. Every level but the last doubles the side.
+        decoder_attention_levels (`list[int]`, *optional*): indices into `decoder_block_out_channels` of the levels
+            with attention. Defaults to the last, the lowest resolution.
+        decoder_num_res_blocks (`int`, defaults to 2): a level has one residual block more than this.
+        decoder_norm_num_groups (`int`, defaults to 32): groups of the decoder's group normalisations.
+        initializer_range (`float`, defaults to 0.02): standard deviation of new projections and codebooks.
+    """
+
+    model_type = "dualtoken_vision_tokenizer"
+    # By class, not by string: Hub remote code resolves names within one flat folder.
+    sub_configs = {
+        "vision_config": SiglipConfig.sub_configs["vision_config"],
+        "text_config": SiglipConfig.sub_configs["text_config"],
+        "pixel_quantizer_config": DualTokenQuantizerConfig,
+        "semantic_quantizer_config": DualTokenQuantizerConfig,
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    pixel_layer: int = 6
+    semantic_layer: int = 26
+    shortcut_layer: int | None = 4
+    shortcut_weight: float | int = 0.6
+    pixel_quantizer_config: dict | PreTrainedConfig | None = None
+    semantic_quantizer_config: dict | PreTrainedConfig | None = None
+    decoder_latent_size: int | None = None
+    decoder_in_channels: int = 1024
+    decoder_block_out_channels: list[int] | tuple[int, ...] = (128, 128, 512, 512, 1024)
+    decoder_attention_levels: list[int] | tuple[int, ...] | None = None
+    decoder_num_res_blocks: int = 2
+    decoder_norm_num_groups: int = 32
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        for name, config_class in self.sub_configs.items():
+            defaults = _SO400M_384.get(name)
+            setattr(self, name, _as_config(getattr(self, name), config_class, name, defaults))
+        self.decoder_block_out_channels = list(self.decoder_block_out_channels)
+        if self.decoder_attention_levels is None:
+            self.decoder_attention_levels = [len(self.decoder_block_out_channels) - 1]
+        self.decoder_attention_levels = sorted(self.decoder_attention_levels)
+        if self.decoder_latent_size is None:
+            self.decoder_latent_size = self.vision_config.image_size // self.decoder_upsampling
+        super().__post_init__(**kwargs)
+        # `@strict` runs every `validate_*` too, but wraps what they raise; called here, a caller gets a ValueError.
+        self.validate_sizes()
+        self.validate_layers()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input image in pixels."""
+        return self.vision_config.image_size
+
+    @property
+    def grid_size(self) -> int:
+        """Positions along one side of the code grid."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Positions N = H * W an image takes in a sequence."""
+        return self.grid_size**2
+
+    @property
+    def decoder_upsampling(self) -> int:
+        return 2 ** (len(self.decoder_block_out_channels) - 1)
+
+    @property
+    def reconstruction_size(self) -> int:
+        """Side of the decoded image in pixels; may differ from `image_size`."""
+        return self.decoder_latent_size * self.decoder_upsampling
+
+    def validate_layers(self):
+        num_layers = self.vision_config.num_hidden_layers
+        for name in ("pixel_layer", "semantic_layer", "shortcut_layer"):
+            layer = getattr(self, name)
+            if layer is not None and not 1 <= layer <= num_layers:
+                raise ValueError(
+                    f"`{name}` must lie between 1 and {num_layers}, the number of layers of the vision encoder, "
+                    f"got {layer}."
+                )
+        if max(self.pixel_layer, self.shortcut_layer or 1) > self.semantic_layer:
+            raise ValueError(
+                "The pixel and shortcut layers must not lie above the semantic layer, whose output is replaced by the "
+                f"quantised features: got pixel_layer={self.pixel_layer}, shortcut_layer={self.shortcut_layer}, "
+                f"semantic_layer={self.semantic_layer}."
+            )
+
+    def validate_sizes(self):
+        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            raise ValueError(
+                f"The encoder must have one square resolution, got image_size={image_size}, patch_size={patch_size}."
+            )
+        if patch_size > image_size:
+            raise ValueError(f"patch_size={patch_size} is larger than image_size={image_size}.")
+        if self.decoder_latent_size < 1:
+            raise ValueError(
+                f"`decoder_latent_size` must be at least 1, got {self.decoder_latent_size} (image_size={image_size}, "
+                f"decoder upsampling {self.decoder_upsampling})."
+            )
+        for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
+            code_dim = getattr(self, name).code_dim
+            if self.vision_config.hidden_size % code_dim:
+                raise ValueError(
+                    f"The encoder's hidden size ({self.vision_config.hidden_size}) must be a multiple of "
+                    f"{name}.code_dim ({code_dim}): the projections have hidden_size / code_dim heads."
+                )
+        levels = len(self.decoder_block_out_channels)
+        wrong = [level for level in self.decoder_attention_levels if not 0 <= level < levels]
+        if wrong:
+            raise ValueError(f"`decoder_attention_levels` must lie between 0 and {levels - 1}, got {wrong}.")
+        groups = self.decoder_norm_num_groups
+        widths = [self.vision_config.hidden_size, self.decoder_in_channels, *self.decoder_block_out_channels]
+        if any(width % groups for width in widths):
+            raise ValueError(
+                f"`decoder_norm_num_groups` ({groups}) must divide the encoder's hidden size and all channels of the "
+                f"decoder, got {widths}."
+            )
+
+    @classmethod
+    def layers_for(cls, num_hidden_layers: int) -> dict[str, int]:
+        """The paper's layers carried over to an encoder of another depth: 6 / 4 / 26 of 27, 6 / 4 / 23 of 24."""
+        return {
+            "pixel_layer": math.ceil(6 * num_hidden_layers / 27),
+            "shortcut_layer": math.ceil(4 * num_hidden_layers / 27),
+            "semantic_layer": max(1, num_hidden_layers - 1),
+        }
+
+
+@strict
+class DualTokenDepthHeadConfig(PreTrainedConfig):
+    r"""
+    The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head
+    has 258 M parameters.
+
+    Args:
+        hidden_size (`int`, defaults to 1024): width of the depth transformer.
+        num_hidden_layers (`int`, defaults to 3): its layers.
+        head_dim (`int`, defaults to 128): width of an attention head.
+        intermediate_size (`int`, defaults to 2048): width of the feed-forwards; every depth has its own.
+        input_hidden_size (`int`, defaults to 2048): width of the two-layer perceptron between the language model and
+            the head.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the perceptron and the feed-forwards.
+        rms_norm_eps (`float`, defaults to 1e-6).
+        bias (`bool`, defaults to `False`): biases in the attention, the feed-forwards, the input perceptron and
+            projections, and the classifiers.
+        initializer_range (`float`, defaults to 0.02).
+    """
+
+    model_type = "dualtoken_depth_head"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 3
+    head_dim: int = 128
+    intermediate_size: int = 2048
+    input_hidden_size: int = 2048
+    hidden_act: str = "gelu"
+    rms_norm_eps: float = 1e-6
+    bias: bool = False
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.validate_heads()
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.hidden_size // self.head_dim
+
+    def validate_heads(self):
+        if self.hidden_size % self.head_dim:
+            raise ValueError(f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}).")
+
+
+@strict
+class DualTokenConfig(PreTrainedConfig):
+    r"""
+    The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`): the language model; Qwen2 by default.
+        vision_tokenizer_config ([`DualTokenVisionTokenizerConfig`] or `dict`).
+        depth_head_config ([`DualTokenDepthHeadConfig`] or `dict`): shared by both heads.
+        image_start_token_id, image_token_id, image_end_token_id (`int`): default to the ids of Qwen2.5's
+            `<|vision_start|>`, `<|image_pad|>` and `<|vision_end|>`.
+        visual_features (`str`, defaults to `"codes"`): what a position's embedding is made from. `"codes"`: the two
+            sums of code vectors (paper). `"projected"`: the same after the tokenizer's causal up-projections.
+        depth_reduction (`str`, defaults to `"sum"`): how a position's cross-entropies over the depths are joined:
+            `"sum"` (paper) or `"mean"`.
+        text_loss_weight, pixel_loss_weight, semantic_loss_weight (`float`, default to 1.0).
+        tie_word_embeddings (`bool`, *optional*): tie the text head to the input embeddings. Defaults to what the
+            language model does.
+        initializer_range (`float`, defaults to 0.02).
+    """
+
+    model_type = "dualtoken"
+    sub_configs = {
+        "text_config": AutoConfig,
+        "vision_tokenizer_config": DualTokenVisionTokenizerConfig,
+        "depth_head_config": DualTokenDepthHeadConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_tokenizer_config: dict | PreTrainedConfig | None = None
+    depth_head_config: dict | PreTrainedConfig | None = None
+    image_start_token_id: int = 151652
+    image_token_id: int = 151655
+    image_end_token_id: int = 151653
+    visual_features: str = "codes"
+    depth_reduction: str = "sum"
+    text_loss_weight: float | int = 1.0
+    pixel_loss_weight: float | int = 1.0
+    semantic_loss_weight: float | int = 1.0
+    tie_word_embeddings: bool | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            self.text_config = Qwen2Config()
+        elif isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            self.text_config = AutoConfig.for_model(fields.pop("model_type", "qwen2"), **fields)
+        for name in ("vision_tokenizer_config", "depth_head_config"):
+            setattr(self, name, _as_config(getattr(self, name), self.sub_configs[name], name))
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+        self.validate_choices()
+        self.validate_token_ids()
+        self.validate_quantizers_agree()
+
+    @property
+    def num_depths(self) -> int:
+        return self.vision_tokenizer_config.pixel_quantizer_config.num_depths
+
+    @property
+    def codebook_size(self) -> int:
+        return self.vision_tokenizer_config.pixel_quantizer_config.codebook_size
+
+    @property
+    def code_dim(self) -> int:
+        return self.vision_tokenizer_config.pixel_quantizer_config.code_dim
+
+    @property
+    def num_positions(self) -> int:
+        """Positions N an image takes between `<image_start>` and `<image_end>`."""
+        return self.vision_tokenizer_config.num_positions
+
+    @property
+    def special_image_token_ids(self) -> tuple[int, int, int]:
+        return self.image_start_token_id, self.image_token_id, self.image_end_token_id
+
+    def validate_choices(self):
+        if self.visual_features not in ("codes", "projected"):
+            raise ValueError(f"`visual_features` must be 'codes' or 'projected', got {self.visual_features!r}.")
+        if self.depth_reduction not in ("sum", "mean"):
+            raise ValueError(f"`depth_reduction` must be 'sum' or 'mean', got {self.depth_reduction!r}.")
+
+    def validate_token_ids(self):
+        ids = self.special_image_token_ids
+        if len(set(ids)) != 3:
+            raise ValueError(f"The three image token ids must differ, got {ids}.")
+        if not all(0 <= token_id < self.text_config.vocab_size for token_id in ids):
+            raise ValueError(
+                f"The image token ids must lie in the language model's vocabulary of {self.text_config.vocab_size}, "
+                f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
+            )
+
+    def validate_quantizers_agree(self):
+        tokenizer = self.vision_tokenizer_config
+        for name in ("codebook_size", "code_dim", "num_depths"):
+            pixel, semantic = (
+                getattr(quantizer, name)
+                for quantizer in (tokenizer.pixel_quantizer_config, tokenizer.semantic_quantizer_config)
+            )
+            if pixel != semantic:
+                raise ValueError(
+                    f"The unified model needs both quantisers to have the same `{name}` (its two depth heads are one "
+                    f"batched transformer), got pixel {pixel} and semantic {semantic}."
+                )
+
+
+__all__ = [
+    "DualTokenConfig",
+    "DualTokenDepthHeadConfig",
+    "DualTokenQuantizerConfig",
+    "DualTokenVisionTokenizerConfig",
+]

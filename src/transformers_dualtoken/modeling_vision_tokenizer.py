@@ -1,0 +1,514 @@
+"""The vision tokenizer: a SigLIP encoder with two vocabularies and an image decoder (paper, section 3.1).
+
+Pixel codes come from a shallow encoder layer and decode back to an image. Semantic codes come from a deep layer; their
+features continue through the rest of the encoder, so that the image embedding stays aligned with SigLIP's text tower.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.autoencoders.vae import Decoder
+from torch import nn
+from transformers import PreTrainedModel, SiglipConfig, SiglipModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig
+from .quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
+
+
+CODE_KINDS = ("pixel", "semantic")
+
+
+@dataclass
+class DualTokenEncoderOutput(ModelOutput):
+    """
+    What `encode` returns; fields of a kind that was not asked for are `None`. B images, H x W positions, D depths.
+
+    Args:
+        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
+        pixel_quantized, semantic_quantized (`torch.Tensor` of shape `(B, H * W, C)`): sums of the code vectors, with
+            a straight-through gradient.
+        semantic_features (`torch.Tensor` of shape `(B, H * W, hidden_size)`): what replaces the hidden state above
+            the semantic layer.
+        last_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): output of the last encoder layer,
+            before the final norm.
+        pooler_output (`torch.Tensor` of shape `(B, hidden_size)`): SigLIP's pooled image feature, not normalised.
+        pixel_commitment_loss, semantic_commitment_loss (`torch.Tensor`, scalars).
+        pixel_hidden_state, semantic_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): outputs of the
+            pixel and the semantic layer, before quantisation.
+    """
+
+    pixel_codes: torch.LongTensor | None = None
+    semantic_codes: torch.LongTensor | None = None
+    pixel_quantized: torch.Tensor | None = None
+    semantic_quantized: torch.Tensor | None = None
+    semantic_features: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    pixel_commitment_loss: torch.Tensor | None = None
+    semantic_commitment_loss: torch.Tensor | None = None
+    pixel_hidden_state: torch.Tensor | None = None
+    semantic_hidden_state: torch.Tensor | None = None
+
+
+@dataclass
+class DualTokenDecoderOutput(ModelOutput):
+    """
+    Args:
+        reconstruction (`torch.Tensor` of shape `(B, 3, S', S')`): image, nominally in [-1, 1], not clamped.
+    """
+
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class DualTokenVisionTokenizerOutput(DualTokenEncoderOutput):
+    """
+    Every field of [`DualTokenEncoderOutput`], and
+
+    Args:
+        reconstruction (`torch.Tensor` of shape `(B, 3, S', S')`): image, nominally in [-1, 1], not clamped.
+        image_embeds (`torch.Tensor` of shape `(B, hidden_size)`): pooled image features of length 1.
+        text_embeds (`torch.Tensor` of shape `(T, hidden_size)`, when `input_ids` were given): likewise of the texts.
+        logits_per_image (`torch.Tensor` of shape `(B, T)`): SigLIP's scaled and shifted similarities.
+        logits_per_text (`torch.Tensor` of shape `(T, B)`).
+    """
+
+    reconstruction: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+    logits_per_image: torch.Tensor | None = None
+    logits_per_text: torch.Tensor | None = None
+
+
+class DualTokenProjectionAttention(nn.Module):
+    """
+    Multi-head attention that changes the width: heads are averaged on the way down and concatenated on the way up.
+
+    The number of heads is the wide side divided by the narrow side, so each head is as wide as a code vector. Down it
+    is bidirectional; up it is causal, so that features of a partly generated image are final.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.is_down = in_features > out_features
+        wide, self.head_dim = max(in_features, out_features), min(in_features, out_features)
+        self.num_heads = wide // self.head_dim
+        self.qkv = nn.Linear(in_features, 3 * wide, bias=False)
+        # Queries and values have a bias, keys have none: it would cancel in the softmax.
+        self.q_bias = nn.Parameter(torch.zeros(wide))
+        self.v_bias = nn.Parameter(torch.zeros(wide))
+        self.out_proj = nn.Linear(out_features, out_features)
+
+    def forward(self, hidden_states: torch.Tensor, cache: tuple | None = None) -> tuple[torch.Tensor, tuple]:
+        batch, length, _ = hidden_states.shape
+        heads = (batch, length, self.num_heads, self.head_dim)
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
+        query = (query + self.q_bias).view(heads).transpose(1, 2)
+        key = key.view(heads).transpose(1, 2)
+        value = (value + self.v_bias).view(heads).transpose(1, 2)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
+        is_causal = not self.is_down and length > 1
+        if is_causal and cache is not None:
+            raise ValueError(f"With a cache, positions come one at a time; got {length}.")
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        if self.is_down:
+            context = context.mean(dim=1)
+        else:
+            context = context.transpose(1, 2).reshape(batch, length, -1)
+        return self.out_proj(context), (key, value)
+
+
+class DualTokenGatedMlp(nn.Module):
+    """W_2 [tanh-GELU(W_0 n) * W_1 n], n = LN(x)."""
+
+    def __init__(self, features: int, hidden_features: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(features, eps=1e-6)
+        self.gate_proj = nn.Linear(features, hidden_features)
+        self.up_proj = nn.Linear(features, hidden_features)
+        self.down_proj = nn.Linear(hidden_features, features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.norm(hidden_states)
+        gate = F.gelu(self.gate_proj(hidden_states), approximate="tanh")
+        return self.down_proj(gate * self.up_proj(hidden_states))
+
+
+class DualTokenAttentionProjection(nn.Module):
+    """
+    Projection between the encoder's width and the codes': y = W LN_3(x) + Attn(LN_1(x)); y + MLP(LN_2(y)).
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(in_features, eps=1e-5)
+        self.attn = DualTokenProjectionAttention(in_features, out_features)
+        self.norm2 = nn.LayerNorm(out_features, eps=1e-5)
+        self.mlp = DualTokenGatedMlp(out_features, 2 * out_features)
+        self.norm3 = nn.LayerNorm(in_features, eps=1e-5)
+        self.proj = nn.Linear(in_features, out_features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, in_features)` -> `(B, N, out_features)`."""
+        return self.step(hidden_states, None)[0]
+
+    def step(self, hidden_states: torch.Tensor, cache: tuple | None) -> tuple[torch.Tensor, tuple]:
+        """
+        The up-projection of the next position: `(B, 1, in_features)` -> `(B, 1, out_features)` and the grown cache.
+
+        `cache` holds the keys and values `(B, heads, n, head_dim)` of the n positions before; `None` at the start.
+        """
+        attention, cache = self.attn(self.norm1(hidden_states), cache)
+        hidden_states = self.proj(self.norm3(hidden_states)) + attention
+        return hidden_states + self.mlp(self.norm2(hidden_states)), cache
+
+
+class DualTokenPostQuantizerBlock(nn.Module):
+    """Residual block between the pixel features and the decoder; its first convolution is 1 x 1."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(num_groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 1)
+        self.norm2 = nn.GroupNorm(num_groups, out_channels, eps=1e-6)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.shortcut(hidden_states)
+        hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
+        return residual + self.conv2(F.silu(self.norm2(hidden_states)))
+
+
+class DualTokenPreTrainedModel(PreTrainedModel):
+    """Initialisation and abilities common to the tokenizer and the unified model's own modules."""
+
+    config: DualTokenVisionTokenizerConfig
+    base_model_prefix = "dualtoken_vision_tokenizer"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = [
+        "SiglipTextEmbeddings",
+        "SiglipVisionEmbeddings",
+        "SiglipEncoderLayer",
+        "SiglipMultiheadAttentionPoolingHead",
+        "DualTokenAttentionProjection",
+        "DualTokenResidualQuantizer",
+    ]
+    # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
+    _keep_in_fp32_modules_strict = ["codebook"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, DualTokenProjectionAttention):
+            init.zeros_(module.q_bias)
+            init.zeros_(module.v_bias)
+        elif isinstance(module, DualTokenCodebook):
+            init.normal_(module.embeddings, std=std)
+            if module.restart_unused_codes:
+                # Empty statistics: the first batch chooses the codes.
+                init.zeros_(module.cluster_size)
+                init.zeros_(module.embedding_sum)
+            else:
+                init.ones_(module.cluster_size)
+                init.copy_(module.embedding_sum, module.embeddings)
+        elif isinstance(module, nn.Conv2d):
+            # PyTorch's own initialisation, which the decoder's recipe was made with.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class DualTokenVisionTokenizer(DualTokenPreTrainedModel):
+    """
+    Images to pixel and semantic codes, pixel codes back to images, and SigLIP's zero-shot classification.
+
+    ```python
+    tok = AutoModel.from_pretrained(path)
+    enc = tok.encode(pixel_values)                  # (B, 3, S, S) in [-1, 1]
+    image = tok.decode(pixel_codes=enc.pixel_codes).reconstruction
+    ```
+    """
+
+    def __init__(self, config: DualTokenVisionTokenizerConfig):
+        super().__init__(config)
+        hidden_size = config.vision_config.hidden_size
+        self.siglip = SiglipModel._from_config(
+            SiglipConfig(vision_config=config.vision_config, text_config=config.text_config)
+        )
+        pixel, semantic = config.pixel_quantizer_config, config.semantic_quantizer_config
+        self.pixel_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
+        if config.shortcut_layer is not None:
+            self.shortcut_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
+        self.semantic_down_proj = DualTokenAttentionProjection(hidden_size, semantic.code_dim)
+        self.pixel_quantizer = DualTokenResidualQuantizer(pixel)
+        self.semantic_quantizer = DualTokenResidualQuantizer(semantic)
+        self.pixel_up_proj = DualTokenAttentionProjection(pixel.code_dim, hidden_size)
+        self.semantic_up_proj = DualTokenAttentionProjection(semantic.code_dim, hidden_size)
+        self.post_quantizer_block = DualTokenPostQuantizerBlock(
+            hidden_size, config.decoder_in_channels, config.decoder_norm_num_groups
+        )
+        levels = reversed(range(len(config.decoder_block_out_channels)))
+        self.decoder = Decoder(
+            in_channels=config.decoder_in_channels,
+            out_channels=config.vision_config.num_channels,
+            up_block_types=tuple(
+                "AttnUpDecoderBlock2D" if level in config.decoder_attention_levels else "UpDecoderBlock2D"
+                for level in levels
+            ),
+            block_out_channels=tuple(config.decoder_block_out_channels),
+            layers_per_block=config.decoder_num_res_blocks,
+            norm_num_groups=config.decoder_norm_num_groups,
+        )
+        self.post_init()
+
+    @classmethod
+    def from_siglip_pretrained(
+        cls, pretrained_model_name_or_path, *, dtype: torch.dtype | None = None, **config_overrides
+    ):
+        """
+        Start of training: the towers of a SigLIP or SigLIP 2 checkpoint of fixed resolution, everything else new.
+
+        Without overrides the paper's layers are carried over to the encoder's depth (27 layers: 6, 4, 26; 24 layers:
+        6, 4, 23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id of model type `siglip`.
+            dtype (`torch.dtype`, *optional*): dtype of the weights; float32 by default.
+            config_overrides: fields of [`DualTokenVisionTokenizerConfig`]. A dict given for a quantiser's config
+                changes only the fields it names.
+
+        Raises:
+            ValueError: if the checkpoint is of another model type, or an override is no field of the config.
+        """
+        dtype = dtype or torch.float32
+        siglip_config = SiglipConfig.get_config_dict(pretrained_model_name_or_path)[0]
+        if siglip_config.get("model_type") != "siglip":
+            raise ValueError(
+                f"`from_siglip_pretrained` takes a SigLIP or SigLIP 2 checkpoint of fixed resolution (model type "
+                f"'siglip'); {pretrained_model_name_or_path!r} is of model type {siglip_config.get('model_type')!r}."
+            )
+        known = DualTokenVisionTokenizerConfig.__dataclass_fields__
+        unknown = sorted(set(config_overrides) - set(known))
+        if unknown:
+            raise ValueError(f"No such fields of DualTokenVisionTokenizerConfig: {', '.join(unknown)}.")
+        siglip = SiglipModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
+        vision_config = siglip.config.vision_config
+        fields = {
+            "vision_config": vision_config.to_dict(),
+            "text_config": siglip.config.text_config.to_dict(),
+            **DualTokenVisionTokenizerConfig.layers_for(vision_config.num_hidden_layers),
+        }
+        num_depths = 8 if vision_config.image_size > 256 else 4
+        for kind in CODE_KINDS:
+            name = f"{kind}_quantizer_config"
+            override = config_overrides.pop(name, None) or {}
+            if not isinstance(override, DualTokenQuantizerConfig):
+                override = DualTokenQuantizerConfig(**{"num_depths": num_depths, **override})
+            fields[name] = override
+        model = cls._from_config(DualTokenVisionTokenizerConfig(**{**fields, **config_overrides}), dtype=dtype)
+        model.siglip.load_state_dict(siglip.state_dict())
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.siglip.text_model.embeddings.token_embedding
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.siglip.text_model.embeddings.token_embedding = value
+
+    def quantizer(self, kind: str) -> DualTokenResidualQuantizer:
+        """The quantiser of `"pixel"` or `"semantic"` codes."""
+        return getattr(self, f"{kind}_quantizer")
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.image_size
+        expected = f"`pixel_values` must be a float tensor of shape (B, 3, {size}, {size}) in [-1, 1]"
+        if not isinstance(pixel_values, torch.Tensor):
+            raise TypeError(f"{expected}, got {type(pixel_values).__name__}.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1:] != (self.config.vision_config.num_channels, size, size):
+            raise ValueError(f"{expected}, got shape {tuple(pixel_values.shape)}.")
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"{expected}, got {pixel_values.dtype}. The image processor rescales and normalises.")
+        if not torch.compiler.is_compiling() and pixel_values.numel():
+            # A margin for resampling overshoot and noise; 0..255 and other mistakes lie far outside.
+            low, high = (bound.item() for bound in pixel_values.detach().aminmax())
+            if not (low >= -1.1 and high <= 1.1):
+                raise ValueError(f"{expected}, got values from {low:.4g} to {high:.4g}.")
+
+    def encode(
+        self, pixel_values: torch.Tensor, codes: Sequence[str] = CODE_KINDS, features: bool = True
+    ) -> DualTokenEncoderOutput:
+        """
+        Codes and features of images. In training mode this also moves the codebooks (EMA).
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
+            codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): which kinds to make. With `("pixel",)`
+                nothing deeper than the pixel and shortcut layers is computed.
+            features (`bool`, defaults to `True`): also the semantic features, the last layers and the pooled image
+                feature; `False` stops once the codes are known.
+
+        Raises:
+            ValueError: for another shape, dtype or range, or an unknown kind of codes.
+        """
+        codes = (codes,) if isinstance(codes, str) else tuple(codes)
+        if not codes or not set(codes) <= set(CODE_KINDS):
+            raise ValueError(f"`codes` must name 'pixel', 'semantic' or both, got {codes}.")
+        self._check_pixel_values(pixel_values)
+        config, vision_model = self.config, self.siglip.vision_model
+        wants_pixel, wants_semantic = "pixel" in codes, "semantic" in codes
+        # Layers whose output is needed; the loop ends at the deepest.
+        pixel_layers = {config.pixel_layer, config.shortcut_layer} - {None} if wants_pixel else set()
+        deepest = config.semantic_layer if wants_semantic else max(pixel_layers)
+
+        hidden_states = vision_model.embeddings(pixel_values)
+        tapped = {}
+        for depth, layer in enumerate(vision_model.encoder.layers[:deepest], start=1):
+            hidden_states = layer(hidden_states, attention_mask=None)
+            tapped[depth] = hidden_states if depth in pixel_layers else None
+
+        output = DualTokenEncoderOutput()
+        if wants_pixel:
+            output.pixel_hidden_state = tapped[config.pixel_layer]
+            latent = self.pixel_down_proj(output.pixel_hidden_state)
+            if config.shortcut_layer is not None:
+                latent = latent + config.shortcut_weight * self.shortcut_down_proj(tapped[config.shortcut_layer])
+            self._store_codes(output, "pixel", self.pixel_quantizer(latent))
+        if wants_semantic:
+            output.semantic_hidden_state = hidden_states
+            self._store_codes(output, "semantic", self.semantic_quantizer(self.semantic_down_proj(hidden_states)))
+            if features:
+                output.semantic_features = self.semantic_up_proj(output.semantic_quantized)
+                hidden_states = output.semantic_features
+                for layer in vision_model.encoder.layers[deepest:]:
+                    hidden_states = layer(hidden_states, attention_mask=None)
+                output.last_hidden_state = hidden_states
+                output.pooler_output = vision_model.head(vision_model.post_layernorm(hidden_states))
+        return output
+
+    def _store_codes(self, output: DualTokenEncoderOutput, kind: str, quantized: DualTokenQuantizerOutput) -> None:
+        grid = self.config.grid_size
+        output[f"{kind}_codes"] = quantized.codes.unflatten(1, (grid, grid))
+        output[f"{kind}_quantized"] = quantized.quantized
+        output[f"{kind}_commitment_loss"] = quantized.commitment_loss
+
+    def decode(
+        self, pixel_codes: torch.LongTensor | None = None, pixel_quantized: torch.Tensor | None = None
+    ) -> DualTokenDecoderOutput:
+        """
+        Images from pixel codes, or from their sums of code vectors (which keep the gradient). Exactly one is given.
+
+        Args:
+            pixel_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
+            pixel_quantized (`torch.Tensor` of shape `(B, H * W, C)`).
+
+        Raises:
+            ValueError: for both or neither, another grid, another number of depths, or codes out of range.
+        """
+        if (pixel_codes is None) == (pixel_quantized is None):
+            raise ValueError("`decode` takes exactly one of `pixel_codes` and `pixel_quantized`.")
+        grid, code_dim = self.config.grid_size, self.config.pixel_quantizer_config.code_dim
+        if pixel_codes is not None:
+            self.check_codes("pixel", pixel_codes)
+            pixel_quantized = self.pixel_quantizer.embed_codes(pixel_codes).flatten(1, 2)
+        elif pixel_quantized.ndim != 3 or pixel_quantized.shape[1:] != (grid**2, code_dim):
+            raise ValueError(
+                f"`pixel_quantized` must have shape (B, {grid**2}, {code_dim}), got {tuple(pixel_quantized.shape)}."
+            )
+        features = self.pixel_up_proj(pixel_quantized.to(self.pixel_up_proj.proj.weight.dtype))
+        latent = features.transpose(1, 2).unflatten(2, (grid, grid))
+        if grid != self.config.decoder_latent_size:
+            size = (self.config.decoder_latent_size,) * 2
+            latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
+        return DualTokenDecoderOutput(reconstruction=self.decoder(self.post_quantizer_block(latent)))
+
+    def check_codes(self, kind: str, codes: torch.Tensor) -> None:
+        """Raise a `ValueError` unless `codes` `(B, H, W, D)` fit the grid, the depths and the codebook of a kind."""
+        grid = self.config.grid_size
+        self.quantizer(kind).check_codes(codes, f"{kind}_codes")
+        if codes.ndim != 4 or codes.shape[1:3] != (grid, grid):
+            raise ValueError(
+                f"`{kind}_codes` must have shape (B, {grid}, {grid}, {self.quantizer(kind).config.num_depths}), got "
+                f"{tuple(codes.shape)}."
+            )
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """
+        SigLIP's image features through the quantised semantic branch.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` `(B, H * W, hidden_size)` after the final norm,
+            `pooler_output` `(B, hidden_size)`, not normalised.
+        """
+        encoded = self.encode(pixel_values, codes=("semantic",))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=self.siglip.vision_model.post_layernorm(encoded.last_hidden_state),
+            pooler_output=encoded.pooler_output,
+        )
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """
+        SigLIP's text features: `pooler_output` `(T, hidden_size)`, not normalised.
+
+        `input_ids` `(T, L)` are padded to the text tower's full length, as SigLIP was trained.
+        """
+        return self.siglip.text_model(input_ids=input_ids, attention_mask=attention_mask)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> DualTokenVisionTokenizerOutput:
+        """
+        Everything at once: codes, reconstruction, image embedding and, with `input_ids`, the similarities to texts.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
+            input_ids (`torch.LongTensor` of shape `(T, L)`, *optional*): texts, padded to the text tower's length.
+            attention_mask (`torch.Tensor` of shape `(T, L)`, *optional*).
+        """
+        encoded = self.encode(pixel_values)
+        output = DualTokenVisionTokenizerOutput(**encoded)
+        output.reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
+        output.image_embeds = F.normalize(encoded.pooler_output, dim=-1)
+        if input_ids is not None:
+            text = self.get_text_features(input_ids, attention_mask=attention_mask, return_dict=True)
+            output.text_embeds = F.normalize(text.pooler_output, dim=-1)
+            similarity = output.text_embeds @ output.image_embeds.t()
+            output.logits_per_text = similarity * self.siglip.logit_scale.exp() + self.siglip.logit_bias
+            output.logits_per_image = output.logits_per_text.t()
+        return output
+
+
+__all__ = [
+    "DualTokenDecoderOutput",
+    "DualTokenEncoderOutput",
+    "DualTokenVisionTokenizer",
+    "DualTokenVisionTokenizerOutput",
+]

@@ -1,0 +1,248 @@
+"""Residual quantisation with EMA codebooks.
+
+A residual quantiser describes a vector z by D codes: r_1 = z, k_d = argmin_k |r_d - e_k|^2, r_{d+1} = r_d - e_{k_d}.
+The sum of the D code vectors is the quantised vector. Codebooks are not trained by gradient: they follow exponential
+moving averages (EMA) of the vectors their codes were given to.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers.utils import ModelOutput
+
+from .configuration_dualtoken import DualTokenQuantizerConfig
+
+
+# Scores held at once by the search. On a CPU a block of 4 MiB stays in the cache between the product and the
+# reduction; a GPU needs larger blocks to be busy.
+_MAX_SCORES_CPU = 1 << 20
+_MAX_SCORES_GPU = 1 << 26
+_SEARCH_BLOCK = 128
+
+
+@torch.no_grad()
+def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """
+    Index of the nearest code of every vector, in float32, without a distance matrix in memory.
+
+    argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). The scores are made for a few vectors at a time; the
+    maximum is first taken over blocks of codes (a vectorised reduction) and the index is looked for in the winning
+    block only. Of equally near codes the lowest index wins.
+
+    Args:
+        vectors (`torch.Tensor` of shape `(T, C)`).
+        codebook (`torch.Tensor` of shape `(K, C)`).
+
+    Returns:
+        `torch.Tensor` of shape `(T,)`, int64.
+    """
+    vectors, codebook = vectors.float(), codebook.float()
+    num_vectors, num_codes = len(vectors), len(codebook)
+    num_blocks = -(-num_codes // _SEARCH_BLOCK)
+    padding = num_blocks * _SEARCH_BLOCK - num_codes
+    # A padding code has score -inf and never wins.
+    bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=float("-inf"))
+    keys = F.pad(codebook, (0, 0, 0, padding)).t().contiguous()
+
+    max_scores = _MAX_SCORES_GPU if vectors.is_cuda else _MAX_SCORES_CPU
+    chunk = max(1, min(num_vectors, max_scores // keys.shape[1]))
+    scores = vectors.new_empty(chunk, keys.shape[1])
+    rows = torch.arange(chunk, device=vectors.device)
+    codes = torch.empty(num_vectors, dtype=torch.long, device=vectors.device)
+    for start in range(0, num_vectors, chunk):
+        part = vectors[start : start + chunk]
+        size = len(part)
+        blocks = torch.addmm(bias, part, keys, out=scores[:size]).view(size, num_blocks, _SEARCH_BLOCK)
+        best_block = blocks.amax(-1).argmax(-1)
+        within = blocks[rows[:size], best_block].argmax(-1)
+        torch.add(within, best_block, alpha=_SEARCH_BLOCK, out=codes[start : start + size])
+    return codes
+
+
+def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """`num_codes` random vectors of the batch, without replacement; the same on every rank (rank 0 chooses)."""
+    num_vectors, width = pool.shape
+    if num_vectors < num_codes:
+        pool = pool.repeat(-(-num_codes // num_vectors), 1)
+        # Copies of one vector must not become copies of one code.
+        pool = pool + torch.rand_like(pool) * (0.01 / width**0.5)
+    chosen = pool[torch.randperm(len(pool), device=pool.device)[:num_codes]].contiguous()
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast(chosen, 0)
+    return chosen
+
+
+class DualTokenCodebook(nn.Module):
+    """
+    Code vectors and their EMA statistics: buffers in float32, whatever the model's dtype.
+
+    Buffers rather than parameters, so that no optimizer moves them and ZeRO-3 never partitions them.
+
+    - `embeddings` `(books, K, C)`: the code vectors; `books` is 1 (shared by all depths) or D.
+    - `cluster_size` `(books, K)`: N, the moving average of how often a code was chosen.
+    - `embedding_sum` `(books, K, C)`: M, the moving average of the sum of the vectors it was chosen for.
+    """
+
+    def __init__(self, config: DualTokenQuantizerConfig):
+        super().__init__()
+        self.decay, self.eps = config.ema_decay, config.ema_eps
+        self.restart_unused_codes = config.restart_unused_codes
+        books = 1 if config.shared_codebook else config.num_depths
+        shape = (books, config.codebook_size, config.code_dim)
+        # `.float()` after the constructor: DeepSpeed's `zero.Init` casts what the constructors return.
+        self.register_buffer("embeddings", torch.zeros(shape, dtype=torch.float32).float())
+        self.register_buffer("cluster_size", torch.zeros(shape[:2], dtype=torch.float32).float())
+        self.register_buffer("embedding_sum", torch.zeros(shape, dtype=torch.float32).float())
+
+    def _apply(self, fn, recurse=True):
+        """Follow `.to(device)` but not `.to(dtype)`, `.half()` or `.bfloat16()`: an EMA needs its float32."""
+        exact = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype != torch.float32:
+                self._buffers[name] = exact[name].to(device=buffer.device, dtype=torch.float32)
+        return self
+
+    def __getitem__(self, depth: int) -> torch.Tensor:
+        """The code vectors of a depth, `(K, C)`."""
+        return self.embeddings[depth if len(self.embeddings) > 1 else 0]
+
+    @torch.no_grad()
+    def update(self, depth: int, codes: torch.Tensor, vectors: torch.Tensor) -> None:
+        """
+        Move the codebook of a depth by one EMA step.
+
+        N <- decay N + (1 - decay) n, M <- decay M + (1 - decay) sum(x); codes with N < 1 restart at a random vector
+        of the batch (N = 1); e = M / [sum(N) (N + eps) / (sum(N) + K eps)]. The statistics are summed over the ranks.
+
+        Args:
+            depth (`int`): which codebook; ignored by a shared one.
+            codes (`torch.Tensor` of shape `(T,)`): the chosen codes.
+            vectors (`torch.Tensor` of shape `(T, C)`): the vectors they were chosen for; also the restart pool.
+        """
+        book = depth if len(self.embeddings) > 1 else 0
+        embeddings, cluster_size, embedding_sum = (
+            buffer[book] for buffer in (self.embeddings, self.cluster_size, self.embedding_sum)
+        )
+        vectors = vectors.float()
+        counts = torch.bincount(codes, minlength=len(embeddings)).to(cluster_size.dtype)
+        sums = torch.zeros_like(embedding_sum).index_add_(0, codes, vectors)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        cluster_size.lerp_(counts, 1 - self.decay)
+        embedding_sum.lerp_(sums, 1 - self.decay)
+        if self.restart_unused_codes:
+            unused = cluster_size < 1
+            restart = _restart_vectors(vectors, len(embeddings))
+            embedding_sum.copy_(torch.where(unused[:, None], restart, embedding_sum))
+            cluster_size.masked_fill_(unused, 1)
+        total = cluster_size.sum()
+        smoothed = total * (cluster_size + self.eps) / (total + len(embeddings) * self.eps)
+        torch.div(embedding_sum, smoothed[:, None], out=embeddings)
+
+
+@dataclass
+class DualTokenQuantizerOutput(ModelOutput):
+    """
+    Args:
+        codes (`torch.LongTensor` of shape `(..., D)`).
+        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D code vectors; its gradient goes straight through
+            to the input.
+        commitment_loss (`torch.Tensor`, scalar): mean over the depths of the mean squared error between the input and
+            the running sum of code vectors.
+    """
+
+    codes: torch.LongTensor | None = None
+    quantized: torch.Tensor | None = None
+    commitment_loss: torch.Tensor | None = None
+
+
+class DualTokenResidualQuantizer(nn.Module):
+    """
+    D residual codes per vector. In training mode the forward also moves the codebook; in eval mode it never does.
+
+    The two update rules (`config.update_rule`): `"rq"` moves the codebook after every depth, and the next depth
+    searches the moved one; `"rq_ema"` moves it once, after all depths were looked up.
+    """
+
+    def __init__(self, config: DualTokenQuantizerConfig):
+        super().__init__()
+        self.config = config
+        self.codebook = DualTokenCodebook(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(..., C)`): the vectors to quantise, in any float dtype.
+        """
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return self._quantize(hidden_states)
+
+    def _quantize(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
+        shape = hidden_states.shape
+        vectors = hidden_states.float().reshape(-1, shape[-1])
+        residual = vectors.detach()
+        running_sum = torch.zeros_like(residual)
+        moves_within = self.training and self.config.update_rule == "rq"
+        codes, residuals, commitment = [], [], 0.0
+        for depth in range(self.config.num_depths):
+            chosen = nearest_codes(residual, self.codebook[depth])
+            embeds = F.embedding(chosen, self.codebook[depth])
+            if moves_within:
+                # After the lookup: this depth's vectors are those of the codebook it searched.
+                self.codebook.update(depth, chosen, residual)
+            codes.append(chosen)
+            residuals.append(residual)
+            running_sum = running_sum + embeds
+            residual = residual - embeds
+            commitment = commitment + F.mse_loss(vectors, running_sum)
+        if self.training and not moves_within:
+            if self.config.ema_vectors == "final":
+                residuals = [residual] * len(codes)
+            self._update_once(codes, residuals)
+        quantized = vectors + (running_sum - vectors).detach()
+        return DualTokenQuantizerOutput(
+            codes=torch.stack(codes, dim=-1).view(*shape[:-1], -1),
+            quantized=quantized.view(shape).to(hidden_states.dtype),
+            commitment_loss=commitment / self.config.num_depths,
+        )
+
+    def _update_once(self, codes: list[torch.Tensor], residuals: list[torch.Tensor]) -> None:
+        if self.config.shared_codebook:
+            self.codebook.update(0, torch.cat(codes), torch.cat(residuals))
+        else:
+            for depth, (chosen, residual) in enumerate(zip(codes, residuals)):
+                self.codebook.update(depth, chosen, residual)
+
+    def embed_codes_with_depth(self, codes: torch.Tensor) -> torch.Tensor:
+        """The code vectors `(..., D, C)` of codes `(..., D)`, in float32."""
+        embeddings = self.codebook.embeddings
+        if len(embeddings) == 1:
+            return F.embedding(codes, embeddings[0])
+        return embeddings[torch.arange(len(embeddings), device=codes.device), codes]
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """The quantised vectors `(..., C)` of codes `(..., D)`: sums over the depths, in float32."""
+        return self.embed_codes_with_depth(codes).sum(-2)
+
+    def check_codes(self, codes: torch.Tensor, name: str) -> None:
+        """Raise a `ValueError` unless `codes` are integers in range with D of them on the last axis."""
+        num_depths, codebook_size = self.config.num_depths, self.config.codebook_size
+        if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
+            raise ValueError(f"`{name}` must be integers, got {codes.dtype}.")
+        if codes.shape[-1] != num_depths:
+            raise ValueError(
+                f"`{name}` must hold {num_depths} residual codes on the last axis, got shape {tuple(codes.shape)}."
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
+            raise ValueError(
+                f"`{name}` must lie between 0 and {codebook_size - 1}, got values from {int(codes.min())} to "
+                f"{int(codes.max())}."
+            )
+
+
+__all__ = ["DualTokenCodebook", "DualTokenQuantizerOutput", "DualTokenResidualQuantizer", "nearest_codes"]
