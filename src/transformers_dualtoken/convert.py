@@ -17,6 +17,17 @@ from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 
 
 _KIND_IN_KEYS = {"pixel": "pix", "semantic": "sem"}
+_MODEL_KEYS = ("layer_recon", "layer_sem", "ddconfig", "vq_sem", "vq_pix")
+_DECODER_KEYS = ("resolution", "attn_resolutions", "ch", "ch_mult", "num_res_blocks", "decoder_in_channels")
+_QUANTIZER_KEYS = (
+    "bottleneck_type",
+    "code_shape",
+    "decay",
+    "embed_dim",
+    "n_embed",
+    "restart_unused_codes",
+    "shared_codebook",
+)
 _CODEBOOK_TENSORS = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
 
 # From this project's names to the authors', applied in order.
@@ -73,9 +84,10 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     if "rqvaesiglip" not in outer:
         raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
     config = outer["rqvaesiglip"]
-    missing = [key for key in ("layer_recon", "layer_sem", "ddconfig", "vq_sem", "vq_pix") if config.get(key) is None]
-    if missing:
-        raise ValueError(f"{config_path}: 'rqvaesiglip' lacks {', '.join(missing)}.")
+    _require(config, _MODEL_KEYS, f"{config_path}: 'rqvaesiglip'")
+    _require(config["ddconfig"], _DECODER_KEYS, f"{config_path}: 'ddconfig'")
+    for name in ("vq_pix", "vq_sem"):
+        _require(config[name], _QUANTIZER_KEYS, f"{config_path}: '{name}'")
 
     siglip_config = SiglipConfig.from_pretrained(_siglip_path(folder, config))
     decoder = config["ddconfig"]
@@ -107,6 +119,12 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     )
 
 
+def _require(config: dict, keys: tuple[str, ...], where: str) -> None:
+    missing = [key for key in keys if config.get(key) is None]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+
+
 def _siglip_path(folder: Path, config: dict) -> str:
     """`pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id."""
     name = config.get("pretrained_model")
@@ -114,7 +132,9 @@ def _siglip_path(folder: Path, config: dict) -> str:
         if (candidate / "config.json").is_file():
             return str(candidate)
     if not name:
-        raise ValueError(f"{folder / 'config.json'} has no 'pretrained_model', and {folder / 'siglip'} does not exist.")
+        raise ValueError(
+            f"{folder / 'config.json'} has no 'pretrained_model', and {folder / 'siglip'} does not exist."
+        )
     return str(name)
 
 

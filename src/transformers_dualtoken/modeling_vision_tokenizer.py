@@ -187,8 +187,8 @@ class DualTokenPostQuantizerBlock(nn.Module):
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
 
 
-class DualTokenPreTrainedModel(PreTrainedModel):
-    """Initialisation and abilities common to the tokenizer and the unified model's own modules."""
+class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
+    """Initialisation of the tokenizer's own modules; the SigLIP towers initialise themselves."""
 
     config: DualTokenVisionTokenizerConfig
     base_model_prefix = "dualtoken_vision_tokenizer"
@@ -238,7 +238,7 @@ class DualTokenPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class DualTokenVisionTokenizer(DualTokenPreTrainedModel):
+class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     """
     Images to pixel and semantic codes, pixel codes back to images, and SigLIP's zero-shot classification.
 

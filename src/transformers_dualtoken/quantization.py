@@ -221,6 +221,8 @@ class DualTokenResidualQuantizer(nn.Module):
     def embed_codes_with_depth(self, codes: torch.Tensor) -> torch.Tensor:
         """The code vectors `(..., D, C)` of codes `(..., D)`, in float32."""
         embeddings = self.codebook.embeddings
+        # Codes may be stored in narrow integers, which do not index (uint8 would be taken for a mask).
+        codes = codes.long()
         if len(embeddings) == 1:
             return F.embedding(codes, embeddings[0])
         return embeddings[torch.arange(len(embeddings), device=codes.device), codes]
@@ -234,7 +236,7 @@ class DualTokenResidualQuantizer(nn.Module):
         num_depths, codebook_size = self.config.num_depths, self.config.codebook_size
         if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
             raise ValueError(f"`{name}` must be integers, got {codes.dtype}.")
-        if codes.shape[-1] != num_depths:
+        if codes.ndim == 0 or codes.shape[-1] != num_depths:
             raise ValueError(
                 f"`{name}` must hold {num_depths} residual codes on the last axis, got shape {tuple(codes.shape)}."
             )

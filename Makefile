@@ -1,0 +1,62 @@
+# Each of `make demo` and `make test` sets up everything it needs; a second run finds it and starts at once.
+
+PYTHON ?= python3
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+DEMO := .venv-demo
+TEST := .venv-test
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-all lint format bench clean
+
+help:
+	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
+	@echo "make test       the tests, on CPU and offline, the trained demo's check included      (PYTEST_ARGS=...)"
+	@echo "make test-all   those and the slow ones"
+	@echo "make lint       check style and format; 'make format' mends what can be mended"
+	@echo "make bench      run every benchmarks/bench_*.py"
+	@echo "make clean      remove virtual environments, build products and caches, not the demo's results"
+	@echo "PYTHON=...      the Python (3.10 or later) to make virtual environments with: $(PYTHON)"
+
+demo: $(DEMO)/.installed
+	$(DEMO)/bin/python examples/digits/run_demo.py --output_dir dualtoken-demo $(DEMO_ARGS)
+
+test: $(TEST)/.installed
+	$(TEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(TEST)/.installed
+	$(TEST)/bin/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-all: $(TEST)/.installed
+	$(TEST)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(TEST)/.installed
+	$(TEST)/bin/ruff check .
+	$(TEST)/bin/ruff format --check .
+
+format: $(TEST)/.installed
+	$(TEST)/bin/ruff check --fix .
+	$(TEST)/bin/ruff format .
+
+bench: $(TEST)/.installed
+	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "$$script"; $(TEST)/bin/python $$script; done
+
+# The stamp is written last, so an interrupted installation is taken up again; it is older than any of the three files
+# once one of them changes. The package is installed editable: changes to the code need no new installation.
+$(DEMO)/.installed: EXTRA := demo
+$(TEST)/.installed: EXTRA := dev
+.venv-%/.installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+		|| { echo "'$(PYTHON)' is not a Python 3.10 or later: name one, as in 'make $* PYTHON=python3.12'."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { echo "'$(PYTHON)' has no venv and pip of its own: install them (Debian, Ubuntu: python3-venv)," \
+			"or name another Python, as in 'make $* PYTHON=python3.12'."; exit 1; }
+	@echo "Installing into .venv-$*: minutes the first time, mostly torch."
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
+	@touch $@
+
+clean:
+	rm -rf $(DEMO) $(TEST) build dist src/*.egg-info .pytest_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

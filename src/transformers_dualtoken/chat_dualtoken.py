@@ -1,0 +1,319 @@
+"""Chats: the default template, the messages it renders, and their injection-safe encoding.
+
+A rendered chat is one string in which control tokens of the template and the same characters typed by a user look
+alike. Here a random marker is put before every special token in what comes from outside; after rendering, control
+tokens are the unmarked ones, and all text between two of them is encoded with special tokens split.
+"""
+
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+# Qwen2.5's ChatML without its default system prompt. Parts are written one after the other, nothing between them; the
+# `generation` block is what `return_assistant_tokens_mask` marks.
+CHAT_TEMPLATE = """\
+{%- set image_group = (image_start_token | default('<|vision_start|>')) + (image_token | default('<|image_pad|>'))
+        + (image_end_token | default('<|vision_end|>')) -%}
+{%- macro render(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {{- image_group if part['type'] == 'image' else part['text'] -}}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}
+            {{- render(message['content']) + '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- render(message['content']) + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+# A marker is followed by one of these: before a typed special token, or after a string that stops within one. The
+# second must not hide a control token of the template that comes next.
+_TYPED, _SEAM = "1", "0"
+
+IMAGE_DATA_KEYS = ("image", "url", "path", "base64")
+CODE_KEYS = ("pixel_codes", "semantic_codes")
+
+
+def normalize_chats(conversation) -> tuple[list[list[dict]], bool]:
+    """
+    One conversation or a batch as a list of conversations, and whether it was a batch. Messages and parts lose the
+    keys that are `None` (datasets fill in those of other parts); OpenAI's `image_url` parts become image parts.
+    """
+    conversation = getattr(conversation, "messages", conversation)
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError("A conversation must be a list of at least one message.")
+    batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+    chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
+    if not all(isinstance(chat, (list, tuple)) and chat for chat in chats):
+        raise ValueError("Each conversation of a batch must be a list of at least one message.")
+    return [[_normalize_message(message) for message in chat] for chat in chats], batched
+
+
+def _normalize_message(message) -> dict:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"A message must be a dict with a 'role' (a string) and a 'content', got {message!r:.200}.")
+    message = {key: value for key, value in message.items() if value is not None}
+    content = message.setdefault("content", "")
+    if isinstance(content, (list, tuple)):
+        message["content"] = [_normalize_part(part) for part in content]
+    elif not isinstance(content, str):
+        raise ValueError(
+            f"The content of a message must be a string or a list of parts, got {type(content).__name__}."
+        )
+    return message
+
+
+def _normalize_part(part) -> dict:
+    part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    if part.get("type") == "image_url" and "image_url" in part:
+        url = part["image_url"]
+        part = {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
+    if part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)):
+        return part
+    raise ValueError(
+        "A part of a message must be {'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}, got a "
+        f"part of type {part.get('type')!r} with the keys {sorted(part)}."
+    )
+
+
+def image_parts(chat: list[dict]) -> list[dict]:
+    """The image parts of a conversation in reading order."""
+    contents = [message["content"] for message in chat if not isinstance(message["content"], str)]
+    return [part for content in contents for part in content if part["type"] == "image"]
+
+
+def without_image_data(message: dict) -> dict:
+    """The message as a template needs it: it only has to know where images are."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
+    return {**message, "content": parts}
+
+
+def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
+    """
+    What image parts carry: the images of all of them, or their codes.
+
+    Raises:
+        ValueError: if some carry images and others codes, or if any carries nothing.
+    """
+    with_codes = [part for part in parts if any(key in part for key in CODE_KEYS)]
+    with_image = [
+        next(part[key] for key in IMAGE_DATA_KEYS if key in part)
+        for part in parts
+        if any(key in part for key in IMAGE_DATA_KEYS) and not any(key in part for key in CODE_KEYS)
+    ]
+    if max(len(with_codes), len(with_image)) == len(parts):
+        return with_image, with_codes
+    raise ValueError(
+        f"All {len(parts)} image parts of a call must carry images, or all codes: {len(with_image)} carry an image "
+        f"(one of the keys {', '.join(map(repr, IMAGE_DATA_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
+        f"'semantic_codes'), {len(parts) - len(with_image) - len(with_codes)} neither. If the model gets the codes of "
+        "all images otherwise, pass `placeholders_only=True`."
+    )
+
+
+def stack_codes(parts: list[dict], num_positions: int) -> dict[str, np.ndarray]:
+    """`pixel_codes` and `semantic_codes` (H, W, D) of the parts as two int64 arrays (images, H, W, D)."""
+    stacked = {}
+    for key in CODE_KEYS if parts else ():
+        if not all(key in part for part in parts):
+            raise ValueError("An image part with codes must have both 'pixel_codes' and 'semantic_codes'.")
+        codes = [np.asarray(part[key].cpu() if hasattr(part[key], "cpu") else part[key]) for part in parts]
+        shapes = sorted({array.shape for array in codes})
+        if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] * shapes[0][1] != num_positions:
+            raise ValueError(
+                f"The {key!r} of all image parts must have one shape (H, W, D) with H * W = {num_positions}, got "
+                f"{', '.join(map(str, shapes))}."
+            )
+        if not all(np.issubdtype(array.dtype, np.integer) for array in codes):
+            raise ValueError(f"The {key!r} of an image part must be integers, got {codes[0].dtype}.")
+        stacked[key] = np.stack(codes).astype(np.int64)
+    return stacked
+
+
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _strings(item)
+
+
+def new_marker(value: Any) -> str:
+    """32 random digits that occur in no string of `value`; digits, because no template filter changes them."""
+    while True:
+        marker = str(secrets.randbelow(10**32)).zfill(32)
+        if not any(marker in string for string in _strings(value)):
+            return marker
+
+
+def mark_special_tokens(value: Any, marker: str, special_tokens: list[str]) -> Any:
+    """
+    A copy of `value` (strings in dicts and lists) with a marker before every special token, and another at the end of
+    a string that stops within one, lest two strings join to a token in the template.
+    """
+    if isinstance(value, str):
+        pattern = "|".join(map(re.escape, special_tokens))
+        value = re.sub(f"(?={pattern})", marker + _TYPED, value)
+        starts = tuple({token[:length] for token in special_tokens for length in range(1, len(token))})
+        return value + marker + _SEAM if value.endswith(starts) else value
+    if isinstance(value, Mapping):
+        return {
+            mark_special_tokens(key, marker, special_tokens): mark_special_tokens(item, marker, special_tokens)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [mark_special_tokens(item, marker, special_tokens) for item in value]
+    return value
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """The tokens around and at the positions of an image, by name and id."""
+
+    start: str
+    pad: str
+    end: str
+    start_id: int
+    pad_id: int
+    end_id: int
+    count: int
+
+    def pattern(self, marker: str = "") -> str:
+        """Regular expression of an image in a rendered chat. A bare `pad` counts, and gets its start and end."""
+        unmarked = f"(?<!{marker}{_TYPED})" if marker else ""
+        start, pad, end = map(re.escape, (self.start, self.pad, self.end))
+        return f"(?:{unmarked}{start})?{unmarked}{pad}(?:{end})?"
+
+    @property
+    def text(self) -> str:
+        return self.start + self.pad * self.count + self.end
+
+    @property
+    def ids(self) -> list[int]:
+        return [self.start_id, *[self.pad_id] * self.count, self.end_id]
+
+
+def special_tokens_of(tokenizer, image_tokens: ImageTokens) -> list[str]:
+    """Every special token, longest first: a regular expression takes the first alternative that fits."""
+    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {image_tokens.start, image_tokens.pad, image_tokens.end}
+    return sorted(tokens, key=len, reverse=True)
+
+
+def encode_chats(
+    tokenizer, image_tokens: ImageTokens, rendered: list[str], marker: str, spans: list[list[tuple[int, int]]] | None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """
+    Encode rendered chats whose typed special tokens are marked.
+
+    Between two control tokens the text is encoded in one piece, whoever wrote it, so that a chat without typed special
+    tokens gets the very ids its rendered string has.
+
+    Args:
+        spans: per chat the character ranges of the assistant's content; `None` if no mask is wanted.
+
+    Returns:
+        Per chat the ids, images expanded, and a mask of the same length: 1 at tokens that overlap a range.
+    """
+    special_tokens = special_tokens_of(tokenizer, image_tokens)
+    alternatives = "|".join(map(re.escape, special_tokens))
+    control = re.compile(f"(?P<image>{image_tokens.pattern(marker)})|(?<!{marker}{_TYPED})(?:{alternatives})")
+    segments, plans = [], []
+    for prompt in rendered:
+        plan, last = [], 0
+        for match in [*control.finditer(prompt), None]:
+            start, end = match.span() if match else (len(prompt), len(prompt))
+            text = "".join(_unmarked_pieces(prompt[last:start], marker))
+            if text:
+                plan.append((len(segments), last, start))
+                segments.append(text)
+            if match:
+                is_image = match.lastgroup == "image"
+                ids = image_tokens.ids if is_image else [tokenizer.convert_tokens_to_ids(match.group())]
+                plan.append((ids, start, end))
+            last = end
+        plans.append(plan)
+
+    encoded = {"input_ids": [], "offset_mapping": []}
+    if segments:
+        encoded = tokenizer(
+            segments,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=spans is not None,
+            padding=False,
+            truncation=False,
+            verbose=False,
+        )
+    control_ids = set(tokenizer.convert_tokens_to_ids(special_tokens))
+    for text, ids in zip(segments, encoded["input_ids"]):
+        typed = control_ids.intersection(ids)
+        if typed:
+            raise ValueError(
+                f"The tokenizer makes the control tokens {tokenizer.convert_ids_to_tokens(sorted(typed))} from plain "
+                f"text ({text!r:.100}), so a chat could be forged. Add them to the tokenizer as special tokens."
+            )
+
+    rows, masks = [], []
+    for index, (prompt, plan) in enumerate(zip(rendered, plans)):
+        row, mask = [], []
+        inside = bytearray(len(prompt))
+        for start, end in spans[index] if spans is not None else ():
+            inside[start:end] = b"\1" * (end - start)
+        for item, start, end in plan:
+            if isinstance(item, list):
+                row += item
+                mask += [int(any(inside[start:end]))] * len(item)
+                continue
+            row += encoded["input_ids"][item]
+            if spans is not None:
+                clean = _without_marker(inside[start:end], prompt[start:end], marker)
+                mask += _token_mask(encoded["offset_mapping"][item], clean)
+        rows.append(row)
+        masks.append(mask)
+    return rows, masks
+
+
+def _unmarked_pieces(text: str, marker: str) -> list[str]:
+    return re.split(f"{marker}[{_TYPED}{_SEAM}]", text)
+
+
+def _without_marker(inside: bytearray, text: str, marker: str) -> bytearray:
+    kept, position = bytearray(), 0
+    for piece in _unmarked_pieces(text, marker):
+        kept += inside[position : position + len(piece)]
+        position += len(piece) + len(marker) + 1
+    return kept
+
+
+def _token_mask(offsets: list[tuple[int, int]], inside: bytearray) -> list[int]:
+    mask, last = [], 0
+    for start, end in offsets:
+        # Some tokenizers trim leading blanks off the offsets; they belong to the token all the same.
+        mask.append(int(any(inside[min(last, start) : end])))
+        last = end
+    return mask

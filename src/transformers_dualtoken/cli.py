@@ -1,0 +1,41 @@
+"""The `dualtoken` command."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    # Imported here: `dualtoken --help` needs no torch.
+    from .convert import load_official_tokenizer
+    from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
+
+    output = Path(arguments.output_dir)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
+    model = load_official_tokenizer(arguments.folder)
+    model.save_pretrained(output)
+    size = model.config.image_size
+    DualTokenImageProcessorPil(size={"height": size, "width": size}).save_pretrained(output)
+    print(f"Wrote {output}: {model.num_parameters():,} parameters, {size} px, {model.config.num_positions} positions.")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="dualtoken", description="Tools around DualToken checkpoints.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    convert = commands.add_parser("convert", help="a vision tokenizer trained with the authors' code -> this format")
+    convert.add_argument("folder", help="holds config.json, one *.pt and the SigLIP configuration")
+    convert.add_argument("output_dir", help="where to write the checkpoint; must not hold files yet")
+    convert.set_defaults(run=_convert)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError) as error:
+        print(f"dualtoken: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

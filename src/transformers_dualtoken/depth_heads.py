@@ -1,0 +1,255 @@
+"""The pixel and the semantic depth transformer, as one batched transformer (paper, section 3.2).
+
+Both heads have the same shape and never exchange anything, so every weight carries a leading axis of two and one
+batched product serves both: half the sequential steps of two separate heads, the same numbers. In the code below
+M = 2 heads, D depths, T positions, W the head's width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+
+from .configuration_dualtoken import DualTokenDepthHeadConfig
+from .linear_cross_entropy import linear_cross_entropy
+
+
+NUM_KINDS = 2  # pixel, semantic
+
+
+class DualTokenStackedLinear(nn.Module):
+    """Independent linear layers of one shape, applied in one batched product. `weight` is `(*stack, out, in)`."""
+
+    def __init__(self, stack: tuple[int, ...], in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(*stack, out_features)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(*stack, T, in)` -> `(*stack, T, out)`."""
+        return self._product(hidden_states, self.weight, self.bias)
+
+    def at(self, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
+        """The layers of one depth of a `(M, D)` stack: `(M, T, in)` -> `(M, T, out)`."""
+        return self._product(hidden_states, self.weight[:, depth], None if self.bias is None else self.bias[:, depth])
+
+    @staticmethod
+    def _product(hidden_states, weight, bias):
+        stack = weight.shape[:-2]
+        weight = weight.flatten(0, -3).transpose(1, 2)
+        hidden_states = hidden_states.flatten(0, -3)
+        if bias is None:
+            product = torch.bmm(hidden_states, weight)
+        else:
+            product = torch.baddbmm(bias.flatten(0, -2).unsqueeze(1), hidden_states, weight)
+        return product.view(*stack, *product.shape[1:])
+
+
+class DualTokenStackedRMSNorm(nn.Module):
+    """RMSNorm with a weight of its own per head; computed in float32 at least."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(NUM_KINDS, hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(M, ..., W)` -> the same."""
+        weight = self.weight.view(NUM_KINDS, *[1] * (hidden_states.ndim - 2), -1)
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        hidden_states = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
+        return weight * hidden_states.to(dtype)
+
+
+class DualTokenDepthLayer(GradientCheckpointingLayer):
+    """Pre-norm layer: causal attention over the depths of a position, then a feed-forward of the depth's own."""
+
+    def __init__(self, config: DualTokenDepthHeadConfig, num_depths: int):
+        super().__init__()
+        width, heads = config.hidden_size, (NUM_KINDS,)
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.input_layernorm = DualTokenStackedRMSNorm(width, config.rms_norm_eps)
+        self.qkv_proj = DualTokenStackedLinear(heads, width, 3 * width, config.bias)
+        self.o_proj = DualTokenStackedLinear(heads, width, width, config.bias)
+        self.post_attention_layernorm = DualTokenStackedRMSNorm(width, config.rms_norm_eps)
+        per_depth = (NUM_KINDS, num_depths)
+        self.up_proj = DualTokenStackedLinear(per_depth, width, config.intermediate_size, config.bias)
+        self.down_proj = DualTokenStackedLinear(per_depth, config.intermediate_size, width, config.bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """All depths at once: `(M, D, T, W)` -> `(M, D, T, W)`."""
+        models, depths, length, width = hidden_states.shape
+        qkv = self.qkv_proj(self.input_layernorm(hidden_states).flatten(1, 2))
+        qkv = qkv.view(models, depths, length, 3, self.num_heads, self.head_dim)
+        # Positions are the batch of this attention, depths its sequence: (3, M, T, heads, D, head_dim).
+        query, key, value = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        context = context.view(models, length, self.num_heads, depths, self.head_dim).permute(0, 3, 1, 2, 4)
+        attention = self.o_proj(context.reshape(models, depths * length, width))
+        hidden_states = hidden_states + attention.view_as(hidden_states)
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.down_proj(self.act_fn(self.up_proj(normed)))
+
+    def step(self, hidden_states: torch.Tensor, depth: int, cache: torch.Tensor) -> torch.Tensor:
+        """
+        One depth of every position: `(M, T, W)` -> `(M, T, W)`.
+
+        `cache` `(2, M, T, heads, D, head_dim)` holds the keys and values of the depths before, and takes this one's.
+        """
+        models, length, width = hidden_states.shape
+        qkv = self.qkv_proj(self.input_layernorm(hidden_states))
+        qkv = qkv.view(models, length, 3, self.num_heads, self.head_dim)
+        cache[:, :, :, :, depth] = qkv[:, :, 1:].permute(2, 0, 1, 3, 4)
+        key, value = cache[:, :, :, :, : depth + 1].flatten(1, 2)
+        query = qkv[:, :, 0].flatten(0, 1).unsqueeze(2)
+        context = F.scaled_dot_product_attention(query, key, value)
+        hidden_states = hidden_states + self.o_proj(context.view(models, length, width))
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + self.down_proj.at(self.act_fn(self.up_proj.at(normed, depth)), depth)
+
+
+@dataclass
+class DualTokenDepthHeadsOutput(ModelOutput):
+    """
+    Args:
+        loss_sums (`torch.Tensor` of shape `(2, D)`): cross-entropies of the pixel and semantic codes at every depth,
+            summed over the positions, float32.
+        num_correct (`torch.LongTensor` of shape `(2, D)`): positions whose most probable code is the right one.
+    """
+
+    loss_sums: torch.Tensor | None = None
+    num_correct: torch.LongTensor | None = None
+
+
+class DualTokenDepthHeads(nn.Module):
+    """
+    Predicts the 2 x D codes of a position from the language model's hidden state before it.
+
+    With m one of the two heads: u_1 = A_m MLP_m(h); u_d = B_m sum_{d' < d} e_m(k_d') for d > 1, e_m being the code
+    vectors; the u_d go through pre-norm layers with causal attention over the depths and a feed-forward per depth, a
+    final norm, and one classifier per depth. There is no depth embedding: each depth has its own feed-forward.
+    """
+
+    def __init__(
+        self,
+        config: DualTokenDepthHeadConfig,
+        language_hidden_size: int,
+        num_depths: int,
+        codebook_size: int,
+        code_dim: int,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_depths, self.codebook_size = num_depths, codebook_size
+        heads, width, bias = (NUM_KINDS,), config.hidden_size, config.bias
+        self.input_fc1 = DualTokenStackedLinear(heads, language_hidden_size, config.input_hidden_size, bias)
+        self.input_fc2 = DualTokenStackedLinear(heads, config.input_hidden_size, config.input_hidden_size, bias)
+        self.input_proj = DualTokenStackedLinear(heads, config.input_hidden_size, width, bias)
+        self.code_proj = DualTokenStackedLinear(heads, code_dim, width, bias)
+        self.layers = nn.ModuleList([DualTokenDepthLayer(config, num_depths) for _ in range(config.num_hidden_layers)])
+        self.norm = DualTokenStackedRMSNorm(width, config.rms_norm_eps)
+        self.classifier = DualTokenStackedLinear((NUM_KINDS, num_depths), width, codebook_size, bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.gradient_checkpointing = False
+
+    def _embed_hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """u_1: `(T, H)` -> `(M, T, W)`."""
+        hidden_states = hidden_states.expand(NUM_KINDS, *hidden_states.shape)
+        return self.input_proj(self.input_fc2(self.act_fn(self.input_fc1(hidden_states))))
+
+    def _features(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Normed features of all depths with the true codes before each (teacher forcing).
+
+        `(T, H)` and code vectors `(M, T, D, C)` -> `(M, D, T, W)`.
+        """
+        first = self._embed_hidden(hidden_states)
+        running = code_embeds[:, :, :-1].cumsum(2).to(first.dtype).transpose(1, 2)
+        later = self.code_proj(running.flatten(1, 2)).unflatten(1, running.shape[1:3])
+        features = torch.cat([first.unsqueeze(1), later], dim=1)
+        for layer in self.layers:
+            features = layer(features)
+        return self.norm(features)
+
+    def forward(
+        self, hidden_states: torch.Tensor, codes: torch.LongTensor, code_embeds: torch.Tensor
+    ) -> DualTokenDepthHeadsOutput:
+        """
+        Loss of the codes of T positions; the logits are never in memory at once.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(T, H)`): the language model's states before the positions.
+            codes (`torch.LongTensor` of shape `(2, T, D)`): pixel and semantic codes.
+            code_embeds (`torch.Tensor` of shape `(2, T, D, C)`): their code vectors.
+        """
+        features = self._features(hidden_states, code_embeds)
+        bias = self.classifier.bias
+        output = linear_cross_entropy(
+            features.flatten(0, 1),
+            self.classifier.weight.flatten(0, 1),
+            codes.transpose(1, 2).flatten(0, 1),
+            bias=None if bias is None else bias.flatten(0, 1),
+        )
+        shape = (NUM_KINDS, self.num_depths)
+        return DualTokenDepthHeadsOutput(
+            loss_sums=output.loss_sums.view(shape), num_correct=output.num_correct.view(shape)
+        )
+
+    def logits(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of every depth given the true codes before it: `(T, H)`, `(2, T, D, C)` -> `(2, T, D, K)`.
+
+        For inspection and tests; at full size this is 0.76 GB in float32 for one 384 px image.
+        """
+        return self.classifier(self._features(hidden_states, code_embeds)).transpose(1, 2)
+
+    @torch.no_grad()
+    def sample(
+        self, hidden_states: torch.Tensor, codebooks: torch.Tensor, sampler, guidance_scale: float | None = None
+    ) -> torch.LongTensor:
+        """
+        Draw the codes of one position of every row, depth by depth.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(R, H)`): R = B rows, or with guidance 2 B: first the conditional,
+                then the unconditional rows. Both rows of a pair share the drawn codes.
+            codebooks (`torch.Tensor` of shape `(2, books, K, C)`): code vectors; `books` is 1 or D.
+            sampler (callable): logits `(2, B, K)` -> codes `(2, B)`.
+            guidance_scale (`float`, *optional*): logits = uncond + s (cond - uncond). Applied to the features before
+                the classifier, which is linear: the same logits for half the rows.
+
+        Returns:
+            `torch.LongTensor` of shape `(2, B, D)`.
+        """
+        features = self._embed_hidden(hidden_states)
+        rows = len(hidden_states)
+        caches = [
+            features.new_empty(2, NUM_KINDS, rows, layer.num_heads, self.num_depths, layer.head_dim)
+            for layer in self.layers
+        ]
+        models = torch.arange(NUM_KINDS, device=features.device)[:, None]
+        running, codes = 0.0, []
+        for depth in range(self.num_depths):
+            if depth > 0:
+                features = self.code_proj(running.to(features.dtype))
+                if guidance_scale is not None:
+                    features = features.repeat(1, 2, 1)
+            for layer, cache in zip(self.layers, caches):
+                features = layer.step(features, depth, cache)
+            normed = self.norm(features)
+            if guidance_scale is not None:
+                cond, uncond = normed.chunk(2, dim=1)
+                normed = uncond + guidance_scale * (cond - uncond)
+            chosen = sampler(self.classifier.at(normed, depth))
+            codes.append(chosen)
+            running = running + codebooks[models, depth if codebooks.shape[1] > 1 else 0, chosen]
+        return torch.stack(codes, dim=-1)
+
+
+__all__ = ["DualTokenDepthHeads", "DualTokenDepthHeadsOutput", "DualTokenStackedLinear", "DualTokenStackedRMSNorm"]

@@ -1,0 +1,708 @@
+"""Generation in three modes: `"text"`, `"image"` and `"interleaved"` (paper, section 3.2).
+
+Text mode is the whole of transformers' `generate`. Image mode draws one image per row. In interleaved mode the model
+decides at every step between text and a new image. Guidance (classifier-free) keeps a second, unconditional context
+beside each image; both contexts see the same drawn codes.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.utils import ModelOutput
+
+
+GENERATION_MODES = ("text", "image", "interleaved")
+_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
+
+
+@dataclass
+class DualTokenGenerateOutput(ModelOutput):
+    """
+    What image and interleaved generation return.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, L)`): prompts and new ids, placeholders included; padded on the
+            right.
+        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`): of the new images only, ordered
+            by row, then by time.
+        image_owner (`torch.LongTensor` of shape `(images,)`): the row of `sequences` an image belongs to.
+    """
+
+    sequences: torch.LongTensor | None = None
+    pixel_codes: torch.LongTensor | None = None
+    semantic_codes: torch.LongTensor | None = None
+    image_owner: torch.LongTensor | None = None
+
+
+@dataclass
+class DualTokenCodeSampler:
+    """
+    Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic).
+
+    The draw adds Gumbel noise and takes the maximum: no host synchronisation, and no sort of the whole codebook
+    unless top-k is off.
+
+    Args:
+        temperature (pair of `float`): > 0.
+        top_k (pair of `int`): 0 keeps all codes.
+        top_p (pair of `float`): in (0, 1]; 1 keeps all codes.
+        do_sample (`bool`): `False` takes the most probable code and ignores the rest.
+        generator (`torch.Generator`, *optional*): source of the noise; may live on the CPU.
+    """
+
+    temperature: tuple[float, float] = (1.0, 1.0)
+    top_k: tuple[int, int] = (900, 900)
+    top_p: tuple[float, float] = (0.96, 0.96)
+    do_sample: bool = True
+    generator: torch.Generator | None = None
+
+    def __post_init__(self):
+        if not all(temperature > 0 for temperature in self.temperature):
+            raise ValueError(
+                f"Image temperatures must be positive, got {self.temperature}; `image_do_sample=False` is greedy."
+            )
+        if min(self.top_k) < 0 or any(k != int(k) for k in self.top_k):
+            raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {self.top_k}.")
+        if not all(0 < p <= 1 for p in self.top_p):
+            raise ValueError(f"Image top-p must lie in (0, 1], got {self.top_p}.")
+
+    @classmethod
+    def from_kwargs(cls, kwargs: dict) -> "DualTokenCodeSampler":
+        """Take `image_*` (both heads), `pixel_*`, `semantic_*` (one head) and `generator` out of `kwargs`."""
+        settings = {}
+        for name, default in _SAMPLING_DEFAULTS.items():
+            both = kwargs.pop(f"image_{name}", None)
+            default = default if both is None else both
+            pair = [kwargs.pop(f"{kind}_{name}", None) for kind in ("pixel", "semantic")]
+            pair = [default if value is None else value for value in pair]
+            settings[name] = tuple(0 if name == "top_k" and value is None else value for value in pair)
+        do_sample = kwargs.pop("image_do_sample", None)
+        settings["do_sample"] = True if do_sample is None else bool(do_sample)
+        return cls(generator=kwargs.pop("generator", None), **settings)
+
+    def __call__(self, logits: torch.Tensor) -> torch.LongTensor:
+        """`(2, B, K)` -> `(2, B)`."""
+        if not self.do_sample:
+            return logits.argmax(-1)
+        logits = logits.float()
+        scores = logits / logits.new_tensor(self.temperature).view(2, 1, 1)
+        num_codes = logits.shape[-1]
+        top_k = [min(k, num_codes) or num_codes for k in self.top_k]
+        indices = None
+        if min(top_k) < num_codes or min(self.top_p) < 1:
+            scores, indices = scores.topk(max(top_k), dim=-1)
+            ranks = torch.arange(scores.shape[-1], device=scores.device)
+            removed = ranks >= torch.tensor(top_k, device=scores.device).view(2, 1, 1)
+            scores = scores.masked_fill(removed, float("-inf"))
+            probabilities = scores.softmax(-1)
+            # A code stays while those before it hold less than top-p; the first always stays.
+            before = probabilities.cumsum(-1) - probabilities
+            scores = scores.masked_fill(before >= logits.new_tensor(self.top_p).view(2, 1, 1), float("-inf"))
+        device = self.generator.device if self.generator is not None else scores.device
+        noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator).to(scores.device)
+        chosen = (scores - noise.log()).argmax(-1)
+        return chosen if indices is None else indices.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+
+
+@dataclass
+class _Prompt:
+    """A batch of prompts: ids and mask `(B, L)`, and their images' codes `(images, h, w, D)` in reading order."""
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    codes: tuple[torch.LongTensor, torch.LongTensor] | None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def model_inputs(self) -> dict:
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.codes is not None:
+            inputs["pixel_codes"], inputs["semantic_codes"] = self.codes
+        return inputs
+
+
+def _left_pad(prompt: _Prompt, length: int, pad_token_id: int) -> _Prompt:
+    missing = length - prompt.input_ids.shape[1]
+    pad = torch.nn.functional.pad
+    return _Prompt(
+        pad(prompt.input_ids, (missing, 0), value=pad_token_id),
+        pad(prompt.attention_mask, (missing, 0), value=0),
+        prompt.codes,
+    )
+
+
+def _stack(first: _Prompt, second: _Prompt, pad_token_id: int) -> _Prompt:
+    """The rows of two batches in one, left-padded to one length."""
+    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
+    first, second = _left_pad(first, length, pad_token_id), _left_pad(second, length, pad_token_id)
+    codes = [prompt.codes for prompt in (first, second) if prompt.codes is not None]
+    return _Prompt(
+        torch.cat([first.input_ids, second.input_ids]),
+        torch.cat([first.attention_mask, second.attention_mask]),
+        tuple(torch.cat(kind) for kind in zip(*codes)) if codes else None,
+    )
+
+
+class _Context:
+    """The language model's state over a batch of rows: its cache, mask and positions."""
+
+    def __init__(self, model, prompt: _Prompt, cache):
+        self.model, self.cache = model, cache
+        self.attention_mask = prompt.attention_mask
+        outputs = model.model(**prompt.model_inputs(), past_key_values=cache, use_cache=True, return_dict=True)
+        self.hidden_states = outputs.last_hidden_state[:, -1]
+        self.next_position = self.attention_mask.sum(-1, keepdim=True)
+
+    def step(self, embeds: torch.Tensor) -> torch.Tensor:
+        """Feed one embedding per row, `(B, 1, H)`; returns the new hidden states `(B, H)`."""
+        self.attention_mask = torch.cat(
+            [self.attention_mask, self.attention_mask.new_ones(len(self.attention_mask), 1)], dim=1
+        )
+        outputs = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=self.attention_mask,
+            position_ids=self.next_position,
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.next_position = self.next_position + 1
+        self.hidden_states = outputs.last_hidden_state[:, -1]
+        return self.hidden_states
+
+
+class _UnconditionalContext:
+    """
+    The unconditional side of guidance where rows start and end their images at different times.
+
+    All rows share one cache. A row's mask shows it the negative prompt (if any) and its current image only, and its
+    positions count from there, so that it sees exactly what it would see alone. Rows without an image ride along
+    unseen. When no row has an image the cache is cut back to the negative prompt.
+    """
+
+    def __init__(self, model, prompt: _Prompt):
+        self.model = model
+        # The final <image_start> is fed when a row starts an image.
+        self.prefix = _Prompt(prompt.input_ids[:, :-1], prompt.attention_mask[:, :-1], prompt.codes)
+        self.prefix_length = self.prefix.input_ids.shape[1]
+        self.prefix_positions = self.prefix.attention_mask.sum(-1)
+        self.next_position = self.prefix_positions.clone()
+        self.attention_mask = self.prefix.attention_mask
+        self.cache = DynamicCache(config=model.config.text_config)
+        if self.prefix_length:
+            model.model(**self.prefix.model_inputs(), past_key_values=self.cache, use_cache=True)
+        self.hidden_states = None
+
+    def _cut_back(self) -> None:
+        """Keep the negative prompt only."""
+        surplus = self.attention_mask.shape[1] - self.prefix_length
+        if surplus == 0:
+            return
+        self.attention_mask = self.prefix.attention_mask
+        if self.prefix_length:
+            self.cache.crop(-surplus)
+        else:
+            self.cache = DynamicCache(config=self.model.config.text_config)
+
+    def step(self, embeds: torch.Tensor, starts: list[int], goes_on: list[int]) -> None:
+        """Feed `(B, 1, H)`: rows in `starts` begin an image with it, rows in `goes_on` continue theirs."""
+        if not starts and not goes_on:
+            self._cut_back()
+            return
+        mask = self.attention_mask.clone()
+        hidden_past = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
+        hidden_past[goes_on] = False
+        mask[hidden_past, self.prefix_length :] = 0
+        self.next_position = torch.where(hidden_past, self.prefix_positions, self.next_position)
+        self.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        outputs = self.model.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=self.attention_mask,
+            position_ids=self.next_position[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        self.next_position = self.next_position + 1
+        self.hidden_states = outputs.last_hidden_state[:, -1]
+
+
+@dataclass
+class _Row:
+    """Where a row of interleaved generation stands."""
+
+    tokens: list[int] = field(default_factory=list)
+    # Codes (2, D) of the positions of every image; the last image may be under way.
+    images: list[list[torch.Tensor]] = field(default_factory=list)
+    in_image: bool = False
+    finished: bool = False
+    # State of the tokenizer's up-projections within the current image.
+    projection_cache: list = field(default_factory=list)
+
+
+class DualTokenGenerationMixin(GenerationMixin):
+    """`generate` of [`DualTokenForCausalLM`]."""
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs):
+        """
+        Generate text, an image per row, or both as the model decides.
+
+        Args:
+            inputs or input_ids (`torch.LongTensor` of shape `(B, L)`): prompts; left-padded in a batch.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*).
+            pixel_values, or pixel_codes and semantic_codes (*optional*): the prompts' images, flat over the batch in
+                reading order, as in the model's forward.
+            generation_mode (`str`, defaults to `"text"`): `"text"`: everything transformers' `generate` does, without
+                images. `"image"`: one image per row. `"interleaved"`: text and images, until the end-of-sequence id or
+                `max_new_tokens`; no image is started that could not be finished.
+            guidance_scale (`float`, defaults to the generation config's, else 3.0): logits = uncond + s (cond - uncond), in both heads at every
+                depth. 1.0: no guidance. Not used in text mode.
+            negative_prompt_ids (`torch.LongTensor` of shape `(1 or B, L')`, *optional*): the unconditional context, a
+                rendered prompt that ends in `<image_start>`; by default `<image_start>` alone. With
+                `negative_prompt_attention_mask`, and its images as `negative_pixel_values`.
+            image_temperature, image_top_k, image_top_p (default to 1.0, 900, 0.96): sampling of the codes in both
+                heads; `pixel_*` and `semantic_*` override one head's.
+            image_do_sample (`bool`, defaults to `True`): `False` takes the most probable code at every depth.
+            generator (`torch.Generator`, *optional*): source of all randomness in image and interleaved mode.
+            num_return_sequences (`int`, defaults to 1).
+            max_new_tokens (`int`): ignored in image mode; in interleaved mode an image counts N + 2.
+            kwargs: as in transformers.
+
+        Returns:
+            Text mode: what transformers returns. Otherwise [`DualTokenGenerateOutput`].
+
+        Raises:
+            ValueError: for an unknown mode, a negative guidance scale, an empty prompt, prompts that end differently,
+                a negative prompt that does not end in `<image_start>`, or images that do not fit the placeholders.
+        """
+        mode = kwargs.pop("generation_mode", None) or "text"
+        if mode not in GENERATION_MODES:
+            raise ValueError(
+                f"`generation_mode` must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}."
+            )
+        guidance_scale = kwargs.pop("guidance_scale", None)
+        for config in (generation_config, self.generation_config):
+            if guidance_scale is None and config is not None:
+                guidance_scale = config.guidance_scale
+        guidance_scale = 3.0 if guidance_scale is None else guidance_scale
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise ValueError(f"`guidance_scale` must be a number from 0 (1.0: no guidance), got {guidance_scale}.")
+        input_ids = kwargs.pop("input_ids", None)
+        inputs = inputs if inputs is not None else input_ids
+        if inputs is not None and (inputs.ndim != 2 or inputs.shape[1] == 0):
+            raise ValueError(
+                f"The prompt must be ids of shape (B, L) with at least one token, got {tuple(inputs.shape)}."
+            )
+        if kwargs.get("pixel_values") is not None:
+            # Once here, rather than at every forward and for every copy of a row.
+            if kwargs.get("pixel_codes") is not None or kwargs.get("semantic_codes") is not None:
+                raise ValueError("Images come either as `pixel_values` or as codes, not as both.")
+            kwargs["pixel_codes"], kwargs["semantic_codes"] = self.model.get_image_codes(kwargs.pop("pixel_values"))
+        kwargs.pop("pixel_values", None)
+
+        if mode == "text":
+            return self._generate_text(inputs, generation_config, kwargs)
+
+        sampler = DualTokenCodeSampler.from_kwargs(kwargs)
+        codes = self._pop_codes(kwargs)
+        attention_mask = kwargs.pop("attention_mask", None)
+        negative = {
+            name: kwargs.pop(f"negative_{name}", None)
+            for name in ("prompt_ids", "prompt_attention_mask", "pixel_values", "pixel_codes", "semantic_codes")
+        }
+        logits_processor = kwargs.pop("logits_processor", None)
+        streamer = kwargs.pop("streamer", None)
+        # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
+        num_return_sequences = kwargs.pop("num_return_sequences", None) or 1
+        generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        unused = {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
+        unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in unused)
+        if unknown:
+            raise ValueError(f"`generation_mode={mode!r}` does not take {', '.join(unknown)}.")
+        if generation_config.num_beams not in (None, 1):
+            raise ValueError(
+                f"`generation_mode={mode!r}` has no beam search, got num_beams={generation_config.num_beams}."
+            )
+        if inputs is None:
+            raise ValueError(f"`generation_mode={mode!r}` needs `input_ids`.")
+        # Guidance is of images only: transformers' processor must not guide the text of an interleaved answer.
+        generation_config.guidance_scale = None
+        self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
+
+        prompt = _Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
+        if mode == "image":
+            prompt = self._end_in_image_start(prompt)
+        prompt = self._repeat_rows(prompt, num_return_sequences)
+        negative_prompt = None
+        if guidance_scale != 1:
+            negative_prompt = self._negative_prompt(prompt, len(inputs), negative, generation_config)
+        if mode == "image":
+            return self._generate_image(prompt, negative_prompt, guidance_scale, sampler, generation_config)
+        return self._generate_interleaved(
+            prompt, negative_prompt, guidance_scale, sampler, generation_config, logits_processor, streamer
+        )
+
+    # Text mode: transformers' own generate.
+
+    def _generate_text(self, inputs, generation_config, kwargs):
+        config = generation_config if generation_config is not None else self.generation_config
+        suppressed = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []
+        for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+            else:
+                raise ValueError(f"`{name}` belongs to image and interleaved generation; text has no guidance here.")
+        # A text answer holds no image, begun or alleged.
+        settings = {
+            "suppress_tokens": sorted({*suppressed, *self.config.special_image_token_ids}),
+            "guidance_scale": None,
+        }
+        if generation_config is not None:
+            # Within it: transformers warns where settings come beside a generation config.
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**settings)
+            settings = {}
+        return super().generate(inputs, generation_config=generation_config, **settings, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # Images go with the whole sequence, also in an assistant's prefill, which is no first iteration; where only
+        # the end of it is fed they are in the cache.
+        if not is_first_iteration and (
+            inputs_embeds is not None or model_inputs["input_ids"].shape[1] < input_ids.shape[1]
+        ):
+            for name in ("pixel_codes", "semantic_codes"):
+                model_inputs.pop(name, None)
+        return model_inputs
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Images are flat over the batch: each row's group of images is repeated with its row."""
+        codes = {name: model_kwargs.pop(name, None) for name in ("pixel_codes", "semantic_codes")}
+        if expand_size > 1 and codes["pixel_codes"] is not None:
+            inputs_embeds = model_kwargs.get("inputs_embeds")
+            image_mask = self.model.image_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
+            order = self._image_order(image_mask, len(codes["pixel_codes"]), expand_size)
+            codes = {name: None if value is None else value[order] for name, value in codes.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        model_kwargs.update({name: value for name, value in codes.items() if value is not None})
+        return input_ids, model_kwargs
+
+    def _image_order(self, image_mask: torch.BoolTensor, num_images: int, repeats: int) -> torch.LongTensor:
+        """Indices of a batch's images once every row is repeated in place."""
+        self.model.check_placeholders(image_mask, num_images)
+        counts = image_mask.sum(-1) // self.config.num_positions
+        groups = torch.arange(num_images, device=image_mask.device).split(counts.tolist())
+        return torch.cat([group for group in groups for _ in range(repeats)])
+
+    # What image and interleaved mode share.
+
+    def _pop_codes(self, kwargs: dict) -> tuple[torch.LongTensor, torch.LongTensor] | None:
+        codes = kwargs.pop("pixel_codes", None), kwargs.pop("semantic_codes", None)
+        if codes == (None, None):
+            return None
+        self.model.check_image_codes(*codes)
+        return codes
+
+    def _prompt_mask(
+        self, input_ids, attention_mask, generation_config, name: str = "attention_mask"
+    ) -> torch.LongTensor:
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got "
+                    f"{tuple(attention_mask.shape)}."
+                )
+            if (attention_mask[:, -1] == 0).any():
+                raise ValueError(f"Prompts must be padded on the left, but `{name}` hides the last token of a row.")
+            return attention_mask.to(input_ids)
+        mask = torch.ones_like(input_ids)
+        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+        if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+            # As transformers does: only padding in front of a prompt.
+            mask = (input_ids != pad).long().cummax(-1).values
+        return mask
+
+    def _end_in_image_start(self, prompt: _Prompt) -> _Prompt:
+        ends = prompt.input_ids[:, -1] == self.config.image_start_token_id
+        if ends.all():
+            return prompt
+        if ends.any():
+            raise ValueError(
+                f"Either all prompts of a batch end in `<image_start>` (id {self.config.image_start_token_id}) or "
+                f"none; rows {(~ends).nonzero().flatten().tolist()} do not."
+            )
+        start = torch.full_like(prompt.input_ids[:, :1], self.config.image_start_token_id)
+        return _Prompt(
+            torch.cat([prompt.input_ids, start], dim=1),
+            torch.cat([prompt.attention_mask, torch.ones_like(start)], dim=1),
+            prompt.codes,
+        )
+
+    def _repeat_rows(self, prompt: _Prompt, repeats: int) -> _Prompt:
+        if repeats == 1:
+            return prompt
+        codes = prompt.codes
+        if codes is not None:
+            order = self._image_order(self.model.image_mask(prompt.input_ids, None), len(codes[0]), repeats)
+            codes = tuple(kind[order] for kind in codes)
+        return _Prompt(
+            prompt.input_ids.repeat_interleave(repeats, 0), prompt.attention_mask.repeat_interleave(repeats, 0), codes
+        )
+
+    def _negative_prompt(self, prompt: _Prompt, num_prompts: int, negative: dict, generation_config) -> _Prompt:
+        """The unconditional context of every row; `num_prompts` is the number before the rows were repeated."""
+        rows, start = len(prompt), self.config.image_start_token_id
+        ids = negative["prompt_ids"]
+        if ids is None:
+            given = [f"negative_{name}" for name, value in negative.items() if value is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)} need `negative_prompt_ids`.")
+            ids = torch.full_like(prompt.input_ids[:, :1], start)
+            return _Prompt(ids, torch.ones_like(ids), None)
+        ids = ids.to(prompt.input_ids.device)
+        if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) not in (1, num_prompts):
+            raise ValueError(
+                f"`negative_prompt_ids` must have shape (1, L) or one row per prompt, got {tuple(ids.shape)} for "
+                f"{num_prompts} prompts."
+            )
+        if (ids[:, -1] != start).any():
+            raise ValueError(f"`negative_prompt_ids` must end in `<image_start>` (id {start}) in every row.")
+        mask = negative["prompt_attention_mask"]
+        mask = self._prompt_mask(ids, mask, generation_config, name="negative_prompt_attention_mask")
+        codes = (negative["pixel_codes"], negative["semantic_codes"])
+        if negative["pixel_values"] is not None:
+            codes = self.model.get_image_codes(negative["pixel_values"])
+        codes = None if codes == (None, None) else codes
+        return self._repeat_rows(_Prompt(ids, mask, codes), rows // len(ids))
+
+    def _codebooks(self) -> torch.Tensor:
+        """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
+        books = [self.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in ("pixel", "semantic")]
+        most = max(len(book) for book in books)
+        return torch.stack([book.expand(most, -1, -1) for book in books])
+
+    def _pad_token_id(self, generation_config) -> int:
+        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+        if pad is not None:
+            return pad
+        eos = eos[0] if isinstance(eos, list) else eos
+        return 0 if eos is None else eos
+
+    # Image mode.
+
+    def _generate_image(
+        self,
+        prompt: _Prompt,
+        negative_prompt: _Prompt | None,
+        guidance_scale: float,
+        sampler: DualTokenCodeSampler,
+        generation_config,
+    ) -> DualTokenGenerateOutput:
+        num_positions, rows = self.config.num_positions, len(prompt)
+        guided = negative_prompt is not None
+        # One batch and one cache for both sides of guidance.
+        batch = prompt
+        if guided:
+            batch = _stack(prompt, negative_prompt, self._pad_token_id(generation_config))
+        cache = self._new_cache(generation_config, batch.input_ids.shape[1] + num_positions)
+        context = _Context(self, batch, cache)
+        codebooks, projection_cache = self._codebooks(), []
+        codes = []
+        while True:
+            drawn = self.depth_heads.sample(
+                context.hidden_states, codebooks, sampler, guidance_scale if guided else None
+            )
+            codes.append(drawn)
+            if len(codes) == num_positions:
+                break
+            embeds = self.model.embed_image_codes(*drawn.unsqueeze(2), cache=projection_cache)
+            context.step(embeds.repeat(2, 1, 1) if guided else embeds)
+
+        image = torch.full_like(prompt.input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
+        end = torch.full_like(prompt.input_ids[:, :1], self.config.image_end_token_id)
+        pixel_codes, semantic_codes = self._to_grid(torch.stack(codes, dim=2))
+        return DualTokenGenerateOutput(
+            sequences=torch.cat([prompt.input_ids, image, end], dim=1),
+            pixel_codes=pixel_codes,
+            semantic_codes=semantic_codes,
+            image_owner=torch.arange(rows, device=prompt.input_ids.device),
+        )
+
+    def _new_cache(self, generation_config, length: int):
+        if generation_config.cache_implementation == "static":
+            return StaticCache(config=self.config.text_config, max_cache_len=length)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                "Image and interleaved generation take `cache_implementation` 'dynamic' or (image mode) 'static', got "
+                f"{generation_config.cache_implementation!r}."
+            )
+        return DynamicCache(config=self.config.text_config)
+
+    def _to_grid(self, codes: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """`(2, images, N, D)` -> two of `(images, h, w, D)`."""
+        grid = self.config.vision_tokenizer_config.grid_size
+        return tuple(codes.unflatten(2, (grid, grid)))
+
+    # Interleaved mode.
+
+    def _generate_interleaved(
+        self,
+        prompt: _Prompt,
+        negative_prompt: _Prompt | None,
+        guidance_scale: float,
+        sampler: DualTokenCodeSampler,
+        generation_config,
+        logits_processor,
+        streamer,
+    ) -> DualTokenGenerateOutput:
+        config, device = self.config, prompt.input_ids.device
+        start_id, image_id, end_id = config.special_image_token_ids
+        pad_id = self._pad_token_id(generation_config)
+        eos = generation_config.eos_token_id
+        eos_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        budget = self._interleaved_budget(prompt, generation_config)
+        if generation_config.cache_implementation == "static":
+            raise ValueError("Interleaved generation takes the dynamic cache: its length is not known beforehand.")
+        if streamer is not None and len(prompt) > 1:
+            raise ValueError(f"A streamer takes one row, got {len(prompt)}.")
+        processors = self._get_logits_processor(
+            generation_config=generation_config,
+            input_ids_seq_length=prompt.input_ids.shape[1],
+            encoder_input_ids=prompt.input_ids,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=logits_processor if logits_processor is not None else LogitsProcessorList(),
+            device=device,
+        )
+
+        rows = [_Row(in_image=bool(last == start_id)) for last in prompt.input_ids[:, -1]]
+        for row in rows:
+            if row.in_image:
+                if budget < config.num_positions + 1:
+                    raise ValueError(
+                        f"The prompt asks for an image, which takes {config.num_positions + 1} tokens, but "
+                        f"`max_new_tokens` is {budget}."
+                    )
+                row.images.append([])
+        guided = negative_prompt is not None
+        unconditional = _UnconditionalContext(self, negative_prompt) if guided else None
+        context = _Context(self, prompt, self._new_cache(generation_config, 0))
+        if guided:
+            embeds = self.get_input_embeddings()(prompt.input_ids[:, -1:])
+            unconditional.step(embeds, [index for index, row in enumerate(rows) if row.in_image], [])
+        codebooks, sequences = self._codebooks(), prompt.input_ids
+        if streamer is not None:
+            streamer.put(prompt.input_ids.cpu())
+
+        for step in range(budget):
+            next_ids = torch.full((len(rows),), pad_id, device=device)
+            drawing = [index for index, row in enumerate(rows) if row.in_image and self._positions_left(row)]
+            writing = [index for index, row in enumerate(rows) if not row.in_image and not row.finished]
+            for index, row in enumerate(rows):
+                if row.in_image:
+                    next_ids[index] = image_id if index in drawing else end_id
+            if drawing:
+                hidden_states = context.hidden_states[drawing]
+                if guided:
+                    hidden_states = torch.cat([hidden_states, unconditional.hidden_states[drawing]])
+                drawn = self.depth_heads.sample(hidden_states, codebooks, sampler, guidance_scale if guided else None)
+                for index, codes in zip(drawing, drawn.unbind(1)):
+                    rows[index].images[-1].append(codes)
+            if writing:
+                scores = processors(sequences, self.lm_head(context.hidden_states).float())[writing]
+                barred = [image_id, end_id]
+                if budget - step < config.num_positions + 2:
+                    barred.append(start_id)
+                scores[:, barred] = float("-inf")
+                next_ids[writing] = self._choose_text(scores, generation_config, sampler.generator)
+
+            starts, goes_on = [], []
+            for index, (row, token) in enumerate(zip(rows, next_ids.tolist())):
+                if row.finished:
+                    continue
+                row.tokens.append(token)
+                if index in drawing:
+                    goes_on.append(index)
+                elif token == end_id:
+                    row.in_image = False
+                elif token == start_id:
+                    row.in_image, row.projection_cache = True, []
+                    row.images.append([])
+                    starts.append(index)
+                row.finished = token in eos_ids
+            sequences = torch.cat([sequences, next_ids[:, None]], dim=1)
+            if streamer is not None and writing:
+                streamer.put(next_ids.cpu())
+            if all(row.finished for row in rows):
+                break
+            embeds = self._next_embeds(next_ids, rows, drawing)
+            context.step(embeds)
+            if guided:
+                unconditional.step(embeds, starts, goes_on)
+        if streamer is not None:
+            streamer.end()
+        return self._collect(sequences, rows)
+
+    def _interleaved_budget(self, prompt: _Prompt, generation_config) -> int:
+        """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
+        if generation_config.max_new_tokens is not None:
+            budget = generation_config.max_new_tokens
+        elif generation_config.max_length not in (None, 20):
+            budget = generation_config.max_length - prompt.input_ids.shape[1]
+        else:
+            budget = 2 * (self.config.num_positions + 2) + 256
+        if budget < 1:
+            raise ValueError(f"`max_new_tokens` must leave room for at least one token, got {budget}.")
+        return budget
+
+    def _positions_left(self, row: _Row) -> int:
+        return self.config.num_positions - len(row.images[-1])
+
+    @staticmethod
+    def _choose_text(scores: torch.Tensor, generation_config, generator) -> torch.LongTensor:
+        if not generation_config.do_sample:
+            return scores.argmax(-1)
+        device = generator.device if generator is not None else scores.device
+        probabilities = scores.softmax(-1).to(device)
+        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
+
+    def _next_embeds(self, next_ids: torch.LongTensor, rows: list[_Row], drawing: list[int]) -> torch.Tensor:
+        embeds = self.get_input_embeddings()(next_ids[:, None])
+        if self.config.visual_features == "codes" and drawing:
+            codes = torch.stack([rows[index].images[-1][-1] for index in drawing], dim=1)
+            embeds[drawing] = self.model.embed_image_codes(*codes.unsqueeze(2)).to(embeds.dtype)
+        else:
+            # Rows stand at different positions of their images: each has its own state.
+            for index in drawing:
+                row = rows[index]
+                codes = row.images[-1][-1][:, None, None]
+                embeds[index] = self.model.embed_image_codes(*codes, cache=row.projection_cache)[0].to(embeds.dtype)
+        return embeds
+
+    def _collect(self, sequences: torch.LongTensor, rows: list[_Row]) -> DualTokenGenerateOutput:
+        images = [torch.stack(image, dim=1) for row in rows for image in row.images]
+        owners = [index for index, row in enumerate(rows) for _ in row.images]
+        if images:
+            pixel_codes, semantic_codes = self._to_grid(torch.stack(images, dim=1))
+        else:
+            grid = self.config.vision_tokenizer_config.grid_size
+            pixel_codes = sequences.new_empty(0, grid, grid, self.config.num_depths)
+            semantic_codes = pixel_codes.clone()
+        return DualTokenGenerateOutput(
+            sequences=sequences,
+            pixel_codes=pixel_codes,
+            semantic_codes=semantic_codes,
+            image_owner=torch.tensor(owners, dtype=torch.long, device=sequences.device),
+        )
+
+
+__all__ = ["DualTokenCodeSampler", "DualTokenGenerateOutput", "DualTokenGenerationMixin"]

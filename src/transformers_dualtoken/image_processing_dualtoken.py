@@ -1,0 +1,69 @@
+"""Image processor of the torchvision backend. Importable without torchvision; only its construction needs it."""
+
+import numpy as np
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import SizeDict
+from transformers.utils import requires_backends
+
+from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin, channels_first
+
+
+class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend):
+    r"""
+    Images to `pixel_values`, `float32` (B, 3, height, width) in [-1, 1], with torchvision: images of one shape are
+    processed together, on `device` if that is given, and tensors stay on their device.
+
+    Settings, accepted images, conversions and errors are those of [`DualTokenImageProcessorPil`]; only the resampling
+    differs, by one level of 255 at a few pixels.
+    """
+
+    def __init__(self, **kwargs):
+        requires_backends(self, ["torch", "torchvision"])
+        super().__init__(**kwargs)
+
+    def process_image(self, image, do_convert_rgb=None, input_data_format=None, device=None, **kwargs):
+        if isinstance(image, torch.Tensor) and (image.dtype == torch.uint8 or image.is_floating_point()):
+            tensor = channels_first(image, input_data_format)
+            if tensor.shape[0] == 3 and tensor.numel():
+                tensor = tensor.float() if tensor.is_floating_point() else tensor
+                return tensor.contiguous() if device is None else tensor.contiguous().to(device)
+        array = super().process_image(
+            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **kwargs
+        )
+        tensor = torch.from_numpy(array if array.flags.writeable else np.array(array))
+        if device is None and isinstance(image, torch.Tensor):
+            device = image.device
+        return tensor if device is None else tensor.to(device)
+
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        resize_mode: str,
+        fill_color: tuple[int, ...],
+        disable_grouping: bool | None = None,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        fill = self._fill_values(fill_color, do_rescale, rescale_factor)
+        grouped, index = group_images_by_shape(images, disable_grouping=disable_grouping)
+        for shape, stacked in grouped.items():
+            if do_resize:
+                stacked = self._fit(stacked, size, resample, resize_mode, fill)
+            grouped[shape] = self.rescale_and_normalize(
+                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
+            )
+        return BatchFeature(data={"pixel_values": reorder_images(grouped, index)}, tensor_type=return_tensors)
+
+
+__all__ = ["DualTokenImageProcessor"]

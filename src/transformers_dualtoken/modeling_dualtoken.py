@@ -1,0 +1,625 @@
+"""The unified model: a causal language model that reads and writes text and the codes of images (paper, section 3.2).
+
+An image is N positions `<image_start> v_1 ... v_N <image_end>` of a sequence. A position's embedding is made from its
+pixel and semantic codes together; the hidden state before a position predicts both, by the two depth heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_dualtoken import DualTokenConfig
+from .depth_heads import (
+    DualTokenDepthHeads,
+    DualTokenDepthHeadsOutput,
+    DualTokenStackedLinear,
+    DualTokenStackedRMSNorm,
+)
+from .generation import DualTokenGenerationMixin
+from .linear_cross_entropy import linear_cross_entropy
+from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
+
+
+@dataclass
+class DualTokenModelOutputWithPast(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, L, H)`).
+        past_key_values (`Cache`, with `use_cache`).
+        hidden_states (tuple of `torch.Tensor` of shape `(B, L, H)`, with `output_hidden_states`).
+        attentions (tuple of `torch.Tensor` of shape `(B, heads, L, L)`, with `output_attentions`).
+        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, when images were given).
+        image_mask (`torch.BoolTensor` of shape `(B, L)`, when images were given): the images' positions.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    pixel_codes: torch.LongTensor | None = None
+    semantic_codes: torch.LongTensor | None = None
+    image_mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class DualTokenCausalLMOutputWithPast(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`, scalar, with `labels`): weighted sum of the three losses below.
+        text_loss (`torch.Tensor`, scalar): cross-entropy per text target.
+        pixel_loss, semantic_loss (`torch.Tensor`, scalars): cross-entropy per visual target, over the depths summed or
+            averaged (`config.depth_reduction`).
+        logits (`torch.Tensor` of shape `(B, L, vocab_size)`): of the text head; not made in training with `labels`.
+        past_key_values, hidden_states, attentions, pixel_codes, semantic_codes: as in
+            [`DualTokenModelOutputWithPast`].
+        last_hidden_state (`torch.Tensor` of shape `(B, L, H)`): input of the text head and the depth heads.
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    pixel_loss: torch.Tensor | None = None
+    semantic_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pixel_codes: torch.LongTensor | None = None
+    semantic_codes: torch.LongTensor | None = None
+
+
+class DualTokenVisualProjector(nn.Module):
+    """Embedding of an image position in the language model's width: W_2 GELU(W_1 x)."""
+
+    def __init__(self, in_features: int, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class DualTokenPreTrainedModel(PreTrainedModel):
+    """Initialisation of the unified model's own modules; its tokenizer and language model initialise themselves."""
+
+    config: DualTokenConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SiglipEncoderLayer", "Qwen2DecoderLayer", "DualTokenDepthLayer", "DualTokenVisualProjector"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["codebook"]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers; the vision tokenizer comes back frozen."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        # Loading makes new parameters, which all require a gradient.
+        model.base_model._freeze_vision_tokenizer()
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, DualTokenStackedLinear):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, DualTokenStackedRMSNorm):
+            init.ones_(module.weight)
+        else:
+            super()._init_weights(module)
+
+
+class DualTokenModel(DualTokenPreTrainedModel):
+    """Vision tokenizer, visual projector and language model, without heads."""
+
+    # In the checkpoint of a whole model, `AutoModel` leaves the heads aside.
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^depth_heads\."]
+
+    def __init__(self, config: DualTokenConfig):
+        super().__init__(config)
+        self.vision_tokenizer = DualTokenVisionTokenizer._from_config(config.vision_tokenizer_config)
+        tokenizer_config = config.vision_tokenizer_config
+        width = config.code_dim if config.visual_features == "codes" else tokenizer_config.vision_config.hidden_size
+        self.visual_projector = DualTokenVisualProjector(len(CODE_KINDS) * width, config.text_config.hidden_size)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+        self._freeze_vision_tokenizer()
+
+    def _freeze_vision_tokenizer(self) -> None:
+        self.vision_tokenizer.requires_grad_(False)
+        self.vision_tokenizer.eval()
+
+    def train(self, mode: bool = True):
+        """The vision tokenizer stays in eval mode: its codebooks must not move here."""
+        super().train(mode)
+        self.vision_tokenizer.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @torch.no_grad()
+    def get_image_codes(self, pixel_values: torch.Tensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Pixel and semantic codes `(images, h, w, D)` of images `(images, 3, S, S)` in [-1, 1]."""
+        encoded = self.vision_tokenizer.encode(pixel_values, features=False)
+        return encoded.pixel_codes, encoded.semantic_codes
+
+    def check_image_codes(self, pixel_codes: torch.Tensor | None, semantic_codes: torch.Tensor | None) -> None:
+        """Raise a `ValueError` unless both kinds of codes are given for the same images and fit the tokenizer."""
+        if pixel_codes is None or semantic_codes is None:
+            missing = "pixel_codes" if pixel_codes is None else "semantic_codes"
+            raise ValueError(f"`pixel_codes` and `semantic_codes` go together, but `{missing}` is missing.")
+        self.vision_tokenizer.check_codes("pixel", pixel_codes)
+        self.vision_tokenizer.check_codes("semantic", semantic_codes)
+        if len(pixel_codes) != len(semantic_codes):
+            raise ValueError(
+                f"`pixel_codes` and `semantic_codes` must describe the same images, got {len(pixel_codes)} and "
+                f"{len(semantic_codes)}."
+            )
+
+    def code_embeds(self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor) -> torch.Tensor:
+        """Code vectors `(2, ..., D, C)` of codes `(..., D)`, in float32."""
+        return torch.stack(
+            [
+                self.vision_tokenizer.pixel_quantizer.embed_codes_with_depth(pixel_codes),
+                self.vision_tokenizer.semantic_quantizer.embed_codes_with_depth(semantic_codes),
+            ]
+        )
+
+    def embed_image_codes(
+        self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor, cache: list | None = None
+    ) -> torch.Tensor:
+        """
+        Embeddings `(images, n, H)` of the codes `(images, n, D)` of n consecutive positions.
+
+        Args:
+            pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, n, D)`): from the first position on, or
+                with `cache` one further position (n = 1).
+            cache (`list`, *optional*): state of the tokenizer's causal up-projections between calls, changed in
+                place; start with an empty list. Only `visual_features="projected"` has such a state.
+        """
+        features = self._visual_features(pixel_codes, semantic_codes, cache)
+        return self.visual_projector(torch.cat(features, dim=-1).to(self.visual_projector.linear_1.weight.dtype))
+
+    def _visual_features(
+        self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor, cache: list | None = None
+    ) -> list[torch.Tensor]:
+        """What the projector is given, of each kind `(images, n, C)`, or as wide as the tokenizer's encoder."""
+        features = list(self.code_embeds(pixel_codes, semantic_codes).sum(-2))
+        if self.config.visual_features == "projected":
+            states = cache or [None, None]
+            with torch.no_grad():
+                for index, kind in enumerate(CODE_KINDS):
+                    projection = getattr(self.vision_tokenizer, f"{kind}_up_proj")
+                    inputs = features[index].to(projection.proj.weight.dtype)
+                    features[index], states[index] = projection.step(inputs, states[index])
+            if cache is not None:
+                cache[:] = states
+        return features
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_codes: torch.LongTensor | None = None,
+        semantic_codes: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Embeddings of whole images, from their pixels or their codes.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` `(images, N, H)`, in the language model's space.
+        """
+        if pixel_values is not None:
+            pixel_codes, semantic_codes = self.get_image_codes(pixel_values)
+        else:
+            self.check_image_codes(pixel_codes, semantic_codes)
+        embeds = self.embed_image_codes(pixel_codes.flatten(1, 2), semantic_codes.flatten(1, 2))
+        return BaseModelOutputWithPooling(last_hidden_state=embeds, pooler_output=embeds)
+
+    def image_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.BoolTensor:
+        """Where a sequence holds image placeholders, `(B, L)`; from the embeddings where there are no ids."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_codes: torch.LongTensor | None = None,
+        semantic_codes: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> DualTokenModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): an image is N times `image_token_id`.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 for padding and for dropped prompts.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): by default positions count what
+                `attention_mask` keeps, so that a masked prefix shifts nothing.
+            past_key_values (`Cache`, *optional*).
+            inputs_embeds (`torch.Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`.
+            pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*): the batch's images in reading
+                order, in [-1, 1]; or
+            pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*): their codes.
+            use_cache (`bool`, *optional*).
+
+        Raises:
+            ValueError: if the number of placeholders does not fit the images, or codes do not fit the tokenizer.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if pixel_values is not None and (pixel_codes is not None or semantic_codes is not None):
+            raise ValueError("Images come either as `pixel_values` or as codes, not as both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        image_mask = None
+        if pixel_values is not None or pixel_codes is not None or semantic_codes is not None:
+            if pixel_values is not None:
+                pixel_codes, semantic_codes = self.get_image_codes(pixel_values)
+            embeds = self.get_image_features(
+                pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
+            ).pooler_output
+            image_mask = self.image_mask(input_ids, inputs_embeds)
+            self.check_placeholders(image_mask, len(pixel_codes))
+            inputs_embeds = inputs_embeds.masked_scatter(
+                image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
+            )
+        else:
+            if input_ids is not None and past_length == 0 and not torch.compiler.is_compiling():
+                # Only at the start of a sequence: image placeholders are never generated without their codes.
+                self.check_placeholders(input_ids == self.config.image_token_id, 0)
+            if self.training:
+                # On no rows, for a zero: every rank must run the same modules (DDP, ZeRO-3), whoever has the images.
+                weight = self.visual_projector.linear_1.weight
+                nothing = self.visual_projector(weight.new_zeros(0, self.visual_projector.linear_1.in_features))
+                inputs_embeds = inputs_embeds + nothing.sum().to(inputs_embeds)
+
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        return DualTokenModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            pixel_codes=pixel_codes,
+            semantic_codes=semantic_codes,
+            image_mask=image_mask,
+        )
+
+    def check_placeholders(self, image_mask: torch.BoolTensor, num_images: int) -> None:
+        """Raise a `ValueError` unless a sequence's placeholders `(B, L)` are as many as its images take."""
+        per_row, per_image = image_mask.sum(-1).tolist(), self.config.num_positions
+        placeholders = sum(per_row)
+        if placeholders != num_images * per_image:
+            raise ValueError(
+                f"{num_images} image(s) were given, which take {num_images * per_image} placeholders "
+                f"({per_image} times the token {self.config.image_token_id} each), but `input_ids` hold "
+                f"{placeholders}."
+            )
+        parted = [row for row, count in enumerate(per_row) if count % per_image]
+        if parted:
+            raise ValueError(
+                f"Every row must hold whole images, {per_image} placeholders each; rows {parted} hold "
+                f"{[per_row[row] for row in parted]}."
+            )
+
+
+class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
+    """
+    The unified model with its text head and its two depth heads.
+
+    ```python
+    model = AutoModelForCausalLM.from_pretrained(path)
+    text = model.generate(**inputs, max_new_tokens=64)
+    out = model.generate(**inputs, generation_mode="image", guidance_scale=3.0)
+    images = model.decode_images(out)                       # (images, 3, S', S')
+    ```
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+    def __init__(self, config: DualTokenConfig):
+        super().__init__(config)
+        self.model = DualTokenModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.depth_heads = DualTokenDepthHeads(
+            config.depth_head_config,
+            config.text_config.hidden_size,
+            config.num_depths,
+            config.codebook_size,
+            config.code_dim,
+        )
+        self.post_init()
+        self.model._freeze_vision_tokenizer()
+
+    @classmethod
+    def from_pretrained_parts(
+        cls, vision_tokenizer, language_model, *, dtype: torch.dtype | None = None, **config_overrides
+    ):
+        """
+        Assemble a model from a trained vision tokenizer and a causal language model; projector and heads are new.
+
+        The projector is scaled so that image positions enter the language model as large as its text embeddings.
+
+        Args:
+            vision_tokenizer ([`DualTokenVisionTokenizer`], `str` or `os.PathLike`).
+            language_model (`PreTrainedModel`, `str` or `os.PathLike`): for instance a Qwen2.5 checkpoint.
+            dtype (`torch.dtype`, *optional*): dtype of the weights; the language model's by default.
+            config_overrides: fields of [`DualTokenConfig`], for instance the ids of the image tokens.
+
+        Raises:
+            ValueError: if an override is no field of the config, or the image token ids lie outside the vocabulary.
+        """
+        unknown = sorted(set(config_overrides) - set(DualTokenConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"No such fields of DualTokenConfig: {', '.join(unknown)}.")
+        if not isinstance(vision_tokenizer, PreTrainedModel):
+            vision_tokenizer = DualTokenVisionTokenizer.from_pretrained(vision_tokenizer, dtype=torch.float32)
+        if not isinstance(vision_tokenizer, DualTokenVisionTokenizer):
+            raise TypeError(
+                f"`vision_tokenizer` must be a DualTokenVisionTokenizer, got {type(vision_tokenizer).__name__}."
+            )
+        if not isinstance(language_model, PreTrainedModel):
+            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
+        config = DualTokenConfig(
+            text_config=language_model.config.to_dict(),
+            vision_tokenizer_config=vision_tokenizer.config.to_dict(),
+            **config_overrides,
+        )
+        model = cls._from_config(config, dtype=dtype or language_model.dtype)
+        model.vision_tokenizer.load_state_dict(vision_tokenizer.state_dict())
+        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        if not config.tie_word_embeddings:
+            model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+        model.generation_config = type(language_model.generation_config).from_dict(
+            language_model.generation_config.to_dict()
+        )
+        model._scale_visual_projector()
+        return model
+
+    @torch.no_grad()
+    def _scale_visual_projector(self) -> None:
+        """Make the projector's inputs of unit variance, and its outputs as large as the text embeddings."""
+        projector = self.model.visual_projector
+        fan_in = projector.linear_1.in_features
+        projector.linear_1.weight.normal_(std=fan_in**-0.5)
+        projector.linear_2.weight.normal_(std=projector.linear_2.in_features**-0.5)
+        # Codes as often as they are used; of a tokenizer without statistics, all alike.
+        num_depths, num_positions = self.config.num_depths, self.config.num_positions
+        codes = []
+        for kind in CODE_KINDS:
+            weights = self.vision_tokenizer.quantizer(kind).codebook.cluster_size + 1e-6
+            drawn = torch.multinomial(weights.expand(num_depths, -1), 4 * num_positions, replacement=True)
+            codes.append(drawn.t().unflatten(0, (4, num_positions)))
+        scales = [kind.float().square().mean().sqrt() for kind in self.model._visual_features(*codes)]
+        columns = torch.stack(scales).clamp(min=1e-6).repeat_interleave(fan_in // len(CODE_KINDS))
+        projector.linear_1.weight.div_(columns.to(projector.linear_1.weight))
+        text_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
+        # E[GELU(x)^2] of a standard normal x is 0.43.
+        projector.linear_2.weight.mul_((text_rms / 0.43**0.5).to(projector.linear_2.weight))
+
+    @property
+    def vision_tokenizer(self) -> DualTokenVisionTokenizer:
+        return self.model.vision_tokenizer
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`DualTokenModel.get_image_features`]."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    @torch.no_grad()
+    def decode_images(self, output=None, *, pixel_codes: torch.LongTensor | None = None) -> torch.Tensor:
+        """
+        Images `(images, 3, S', S')`, nominally in [-1, 1], of a generation's new images or of pixel codes.
+
+        Args:
+            output ([`DualTokenGenerateOutput`], *optional*): what `generate` returned; or
+            pixel_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*).
+        """
+        if (output is None) == (pixel_codes is None):
+            raise ValueError("`decode_images` takes what `generate` returned, or `pixel_codes`.")
+        pixel_codes = output.pixel_codes if pixel_codes is None else pixel_codes
+        if len(pixel_codes) == 0:
+            size = self.config.vision_tokenizer_config.reconstruction_size
+            return torch.empty(0, 3, size, size, device=self.device, dtype=self.vision_tokenizer.dtype)
+        decoded: DualTokenDecoderOutput = self.vision_tokenizer.decode(pixel_codes=pixel_codes)
+        return decoded.reconstruction
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_codes: torch.LongTensor | None = None,
+        semantic_codes: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | Sequence | int | None = None,
+        **kwargs,
+    ) -> DualTokenCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): aligned with `input_ids`, shifted inside.
+                `image_token_id`: the position's codes are visual targets; -100: no target; any other id, `<image_start>`
+                and `<image_end>` included: a text target. An image is labelled wholly or not at all.
+            logits_to_keep (`int` or `torch.Tensor`): as in transformers.
+            num_items_in_batch (*optional*): what the sums of the losses are divided by. A pair: the numbers of text
+                and of visual targets of the whole global batch. One number: divides all three sums. `None`: each
+                loss is a mean over its own targets in this batch.
+
+        The other arguments are those of [`DualTokenModel.forward`].
+
+        Raises:
+            ValueError: if labels have another shape than the ids, or label an image in part.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            pixel_values=pixel_values,
+            pixel_codes=pixel_codes,
+            semantic_codes=semantic_codes,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        losses = {} if labels is None else self._losses(outputs, labels, num_items_in_batch)
+        logits = None
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        return DualTokenCausalLMOutputWithPast(
+            **losses,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            last_hidden_state=hidden_states,
+            pixel_codes=outputs.pixel_codes,
+            semantic_codes=outputs.semantic_codes,
+        )
+
+    def _losses(
+        self, outputs: DualTokenModelOutputWithPast, labels: torch.LongTensor, num_items_in_batch
+    ) -> dict[str, torch.Tensor]:
+        """The four losses, by their names in the output."""
+        config, hidden_states = self.config, outputs.last_hidden_state
+        if labels.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"`labels` must have the shape of the ids, {tuple(hidden_states.shape[:2])}, got {tuple(labels.shape)}."
+            )
+        labels = labels.to(hidden_states.device)
+        visual_labels = labels == config.image_token_id
+        codes = self._visual_targets(outputs, visual_labels)
+
+        # The state at t - 1 predicts position t.
+        is_visual = visual_labels[:, 1:]
+        is_text = (labels[:, 1:] != -100) & ~is_visual
+        text_targets, text_hidden = labels[:, 1:][is_text], hidden_states[:, :-1][is_text]
+        text_sum = linear_cross_entropy(text_hidden, self.lm_head.weight, text_targets).loss_sums
+        heads: DualTokenDepthHeadsOutput = self.depth_heads(
+            hidden_states[:, :-1][is_visual], codes, self.model.code_embeds(*codes)
+        )
+        visual_sums = heads.loss_sums.sum(-1) if config.depth_reduction == "sum" else heads.loss_sums.mean(-1)
+
+        num_text, num_visual = self._num_targets(num_items_in_batch, len(text_targets), codes.shape[1])
+        text_loss = text_sum / num_text
+        pixel_loss, semantic_loss = (visual_sum / num_visual for visual_sum in visual_sums)
+        loss = (
+            config.text_loss_weight * text_loss
+            + config.pixel_loss_weight * pixel_loss
+            + config.semantic_loss_weight * semantic_loss
+        )
+        return {"loss": loss, "text_loss": text_loss, "pixel_loss": pixel_loss, "semantic_loss": semantic_loss}
+
+    def _visual_targets(
+        self, outputs: DualTokenModelOutputWithPast, visual_labels: torch.BoolTensor
+    ) -> torch.LongTensor:
+        """Codes `(2, T, D)` of the labelled image positions; raises unless images are labelled wholly or not."""
+        image_mask, num_depths = outputs.image_mask, self.config.num_depths
+        if image_mask is None:
+            if visual_labels.any():
+                raise ValueError(
+                    f"`labels` hold the image token ({self.config.image_token_id}), but no images were given."
+                )
+            return torch.zeros(len(CODE_KINDS), 0, num_depths, dtype=torch.long, device=visual_labels.device)
+        if (visual_labels & ~image_mask).any():
+            raise ValueError("`labels` hold the image token at positions that are no image's.")
+        labelled = visual_labels[image_mask].view(-1, self.config.num_positions)
+        if (labelled.any(-1) != labelled.all(-1)).any():
+            index = int((labelled.any(-1) != labelled.all(-1)).nonzero()[0])
+            raise ValueError(
+                f"An image must be labelled wholly or not at all; image {index} of the batch has "
+                f"{int(labelled[index].sum())} of {self.config.num_positions} positions labelled."
+            )
+        if visual_labels[:, 0].any():
+            raise ValueError("A labelled image at the very start of a sequence has no `<image_start>` to predict it.")
+        codes = torch.stack([outputs.pixel_codes, outputs.semantic_codes]).flatten(1, 3)
+        return codes[:, labelled.flatten()]
+
+    @staticmethod
+    def _num_targets(num_items_in_batch, num_text: int, num_visual: int):
+        """The divisors of the text sum and of the visual sums."""
+        if num_items_in_batch is None:
+            # No targets: 0 / 1 keeps the term a connected zero.
+            return max(num_text, 1), max(num_visual, 1)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            pair = num_items_in_batch.flatten().tolist() if num_items_in_batch.numel() == 2 else None
+        else:
+            pair = list(num_items_in_batch) if isinstance(num_items_in_batch, Sequence) else None
+        if pair is None:
+            return num_items_in_batch, num_items_in_batch
+        if len(pair) != 2:
+            raise ValueError(
+                f"`num_items_in_batch` must be one number or the pair (text targets, visual targets), got {pair}."
+            )
+        return max(pair[0], 1), max(pair[1], 1)
+
+
+__all__ = [
+    "DualTokenCausalLMOutputWithPast",
+    "DualTokenForCausalLM",
+    "DualTokenModel",
+    "DualTokenModelOutputWithPast",
+    "DualTokenPreTrainedModel",
+]

@@ -1,0 +1,58 @@
+"""Fixtures shared by the tests: tiny seeded models on one CPU thread, no downloads."""
+
+import os
+
+
+# Before transformers is imported, which reads it once. A test that needs the network is a mistake.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny_models import tiny_tokenizer_config  # noqa: E402
+
+from transformers_dualtoken import DualTokenVisionTokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads cost more than they save at these sizes."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever tests run beside it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_tokenizer():
+    """A function of config overrides that builds a tiny tokenizer in eval mode, with weights that make a difference."""
+
+    def make(**overrides) -> DualTokenVisionTokenizer:
+        torch.manual_seed(0)
+        model = DualTokenVisionTokenizer(tiny_tokenizer_config(**overrides))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                # At 0.02 everything but the biases would vanish beside the residual streams.
+                if "_proj." in name and parameter.ndim == 2:
+                    parameter.normal_(std=0.3)
+            for kind in ("pixel", "semantic"):
+                codebook = model.quantizer(kind).codebook
+                codebook.embeddings.normal_()
+                codebook.embedding_sum.copy_(codebook.embeddings)
+                codebook.cluster_size.fill_(1)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tokenizer(make_tokenizer) -> DualTokenVisionTokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """Two images `(2, 3, 24, 24)` in [-1, 1]."""
+    return torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
