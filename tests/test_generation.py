@@ -764,8 +764,8 @@ class TestInterleaved:
         model.generate(
             ids(5), max_new_tokens=15, logits_processor=[force([{2: START}], 1)], eos_token_id=None, **INTERLEAVED
         )
-        # The prompt; then per new token one forward, and per <image_start> and image position a second one.
-        assert len(forward_rows) == 1 + 15 + 1 + N
+        # The prompt; per new token but the last one forward; per <image_start> and image position a second one.
+        assert len(forward_rows) == 1 + 14 + 1 + N
 
 
 class Recorder:

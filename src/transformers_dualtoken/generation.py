@@ -642,7 +642,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             sequences = torch.cat([sequences, next_ids[:, None]], dim=1)
             if streamer is not None and writing:
                 streamer.put(next_ids.cpu())
-            if all(row.finished for row in rows):
+            if step == budget - 1 or all(row.finished for row in rows):
                 break
             embeds = self._next_embeds(next_ids, rows, drawing)
             context.step(embeds)
