@@ -1,111 +1,72 @@
-"""The authors' checkpoints: one of theirs with the numbers of their code, and others of their format.
+"""The authors' checkpoints: their numbers, golden numbers that agree with theirs, and other layouts of their format.
 
-`fixtures/official_tokenizer/` is a miniature of the authors' 384 px layout (8 x 8 positions, a 7 x 7 latent, four
-depths, layers 2 / 1 / 5 of 6) with random weights, and what their implementation makes of it in float32 on a CPU: one
-evaluation forward, and one training forward with its gradients and its moved codebooks. Numbers only.
+The authors' numbers stay outside the repository: a miniature of their 384 px layout (8 x 8 positions, a 7 x 7 latent,
+four depths, layers 2 / 1 / 5 of 6) with random weights, and what their implementation makes of it in float32 on a CPU
+(one evaluation forward; one training forward with its gradients and its moved codebooks). They are read from
+`../shared/reference/tokenizer_small` beside the repository, or from the folder `DUALTOKEN_REFERENCE`.
+
+`fixtures/golden_tokenizer.safetensors` is a smaller checkpoint in their format with the same numbers, made by this
+project's implementation when it agreed with theirs (`python tests/fixtures/make_golden_tokenizer.py`).
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from official_format import (
+    EVALUATION,
+    INPUTS,
+    KINDS,
+    TRAINING,
+    decoder_fields,
+    evaluation_outputs,
+    official_fields,
+    official_state_dict,
+    quantizer_fields,
+    random_model,
+    siglip_fields,
+    training_outputs,
+    write_folder,
+    write_golden_folder,
+)
 from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, SiglipConfig
+from transformers import AutoImageProcessor, AutoModel
 
-from transformers_dualtoken import DualTokenVisionTokenizer, DualTokenVisionTokenizerConfig, load_official_tokenizer
+from transformers_dualtoken import DualTokenVisionTokenizerConfig, load_official_tokenizer
 from transformers_dualtoken.cli import main
-from transformers_dualtoken.convert import convert_official_config, official_key
+from transformers_dualtoken.convert import convert_official_config
 
 
-OFFICIAL = Path(__file__).parent / "fixtures" / "official_tokenizer"
-KINDS = ("pixel", "semantic")
+BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "reference" / "tokenizer_small"
 
 
-# --- the authors' numbers ---
+# --- the authors' numbers and the golden ones ---
 
 
-@pytest.fixture(scope="module")
-def expected():
-    return load_file(OFFICIAL / "expected.safetensors")
-
-
-@pytest.fixture(scope="module")
-def evaluated(expected):
-    """Our evaluation forward under the names of the expected tensors."""
-    model = load_official_tokenizer(OFFICIAL)
-    with torch.no_grad():
-        output = model(expected["pixel_values"], expected["input_ids"])
-        return {
-            **output,
-            "decoded_from_pixel_codes": model.decode(pixel_codes=output.pixel_codes).reconstruction,
-            "hidden_state_recon": output.pixel_hidden_state,
-            "hidden_state_sem": output.semantic_hidden_state,
-            "hidden_state_last": output.last_hidden_state,
-            **{
-                f"{kind}_code_embeds_with_depth": model.quantizer(kind).embed_codes_with_depth(output[f"{kind}_codes"])
-                for kind in KINDS
-            },
-        }
+@pytest.fixture(scope="module", params=["authors", "golden"])
+def numbers(request, tmp_path_factory):
+    """A folder in the authors' format, and the inputs and outputs that belong to it."""
+    if request.param == "golden":
+        folder = tmp_path_factory.mktemp("golden")
+        return folder, write_golden_folder(folder)
+    folder = Path(os.environ.get("DUALTOKEN_REFERENCE") or BESIDE_THE_REPOSITORY)
+    if not folder.is_dir():
+        pytest.skip(f"The authors' numbers are not at {folder}; DUALTOKEN_REFERENCE names the folder that holds them.")
+    return folder, load_file(folder / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
-def trained(expected):
-    """Our training forward and backward under the names of the expected tensors."""
-    model = load_official_tokenizer(OFFICIAL).train()
-    output = model(expected["pixel_values"])
-    # The authors' probe: what each branch ends in, and the commitments.
-    loss = output.reconstruction.square().mean() + output.pooler_output.square().mean()
-    loss = loss + output.pixel_commitment_loss + output.semantic_commitment_loss
-    loss.backward()
-    named = {"train_probe_loss": loss, "train_reconstruction": output.reconstruction}
-    for kind in KINDS:
-        codebook = model.quantizer(kind).codebook
-        named[f"train_{kind}_codes"] = output[f"{kind}_codes"]
-        named[f"train_{kind}_commitment_loss"] = output[f"{kind}_commitment_loss"]
-        named[f"train_{kind}_codebook_after"] = codebook.embeddings
-        named[f"train_{kind}_cluster_size_after"] = codebook.cluster_size
-    levels = len(model.config.decoder_block_out_channels)
-    for name, parameter in model.named_parameters():
-        named[f"grad/{official_key(name, levels)}"] = parameter.grad
-    return named
+def evaluated(numbers):
+    folder, expected = numbers
+    return evaluation_outputs(load_official_tokenizer(folder), expected)
 
 
-EVALUATION = [
-    "pixel_codes",
-    "semantic_codes",
-    "pixel_quantized",
-    "pixel_code_embeds_with_depth",
-    "semantic_code_embeds_with_depth",
-    "semantic_features",
-    "hidden_state_recon",
-    "hidden_state_sem",
-    "hidden_state_last",
-    "pooler_output",
-    "image_embeds",
-    "text_embeds",
-    "reconstruction",
-    "pixel_commitment_loss",
-    "semantic_commitment_loss",
-]
-TRAINING = [
-    "train_pixel_codes",
-    "train_semantic_codes",
-    "train_reconstruction",
-    "train_pixel_commitment_loss",
-    "train_semantic_commitment_loss",
-    "train_probe_loss",
-    "train_pixel_codebook_after",
-    "train_pixel_cluster_size_after",
-    "train_semantic_codebook_after",
-    "train_semantic_cluster_size_after",
-    "grad/decoder.conv_out.weight",
-    "grad/prequant_pix.proj.weight",
-    "grad/prequant_sem.attn.qkv.weight",
-    "grad/siglip_model.vision_model.embeddings.patch_embedding.weight",
-    "grad/siglip_model.vision_model.encoder.layers.0.mlp.fc1.weight",
-]
+@pytest.fixture(scope="module")
+def trained(numbers):
+    folder, expected = numbers
+    return training_outputs(load_official_tokenizer(folder), expected)
 
 
 def assert_agrees(actual, wanted):
@@ -119,129 +80,20 @@ def assert_agrees(actual, wanted):
 
 
 @pytest.mark.parametrize("name", EVALUATION)
-def test_evaluation_equals_the_authors(evaluated, expected, name):
-    assert_agrees(evaluated[name], expected[name])
-
-
-def test_image_from_codes_alone_equals_the_authors(evaluated, expected):
-    # Theirs equals their reconstruction to 2e-6 and is not stored a second time.
-    assert_agrees(evaluated["decoded_from_pixel_codes"], expected["reconstruction"])
+def test_evaluation_agrees(evaluated, numbers, name):
+    assert_agrees(evaluated[name], numbers[1][name])
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_equals_the_authors(trained, expected, name):
-    assert_agrees(trained[name], expected[name])
+def test_training_agrees(trained, numbers, name):
+    assert_agrees(trained[name], numbers[1][name])
 
 
-def test_every_expected_tensor_is_compared(expected):
-    assert set(EVALUATION) | set(TRAINING) | {"pixel_values", "input_ids"} == expected.keys()
+def test_every_expected_tensor_is_compared(numbers):
+    assert {*INPUTS, *EVALUATION, *TRAINING} == numbers[1].keys()
 
 
 # --- other checkpoints of their format ---
-
-
-def quantizer_fields(**overrides):
-    return {
-        "bottleneck_type": "rq",
-        "code_shape": [3, 3, 3],
-        "latent_shape": [3, 3, 8],
-        "decay": 0.9,
-        "embed_dim": 8,
-        "n_embed": 24,
-        "restart_unused_codes": False,
-        "shared_codebook": True,
-        "ckpt_path": None,
-        **overrides,
-    }
-
-
-def decoder_fields(**overrides):
-    return {
-        "attn_resolutions": [12],
-        "ch": 32,
-        "ch_mult": [1, 2],
-        "decoder_in_channels": 64,
-        "num_res_blocks": 1,
-        "resolution": 24,
-        "in_channels": 3,
-        "out_ch": 3,
-        "dropout": 0.0,
-        "double_z": False,
-        **overrides,
-    }
-
-
-def official_fields(**overrides):
-    """`rqvaesiglip` of a 24 px tokenizer with 3 x 3 positions; fields given as `...` are left out."""
-    fields = {
-        "layer_recon": 2,
-        "layer_sem": 3,
-        "layer_shortcut": 1,
-        "weight_shortcut": 0.6,
-        "ddconfig": decoder_fields(),
-        "decoder_latent_shape": [12, 12],
-        "vq_pix": quantizer_fields(),
-        "vq_sem": quantizer_fields(bottleneck_type="rq_ema"),
-        "pretrained_model": "siglip",
-        **overrides,
-    }
-    return {key: value for key, value in fields.items() if value is not ...}
-
-
-def siglip_fields(num_layers=4):
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    text = {"num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 8, "projection_size": 32}
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    vision = {"num_hidden_layers": num_layers, "image_size": 24, "patch_size": 8}
-    return SiglipConfig(vision_config={**tower, **vision}, text_config={**tower, **text, **ids}).to_dict()
-
-
-def official_state_dict(model, zero_k_bias=True) -> dict[str, torch.Tensor]:
-    """A model's weights as the authors' code would save them."""
-    levels = len(model.config.decoder_block_out_channels)
-    official = {}
-    for name, tensor in model.state_dict().items():
-        if ".codebook." in name:
-            continue
-        key = official_key(name, levels)
-        # Their attention over pixels is made of 1 x 1 convolutions.
-        is_pixel_attention = "attentions" in name and name.endswith("weight") and tensor.ndim == 2
-        official[key] = (tensor[:, :, None, None] if is_pixel_attention else tensor).clone()
-        if zero_k_bias and key.endswith("attn.q_bias"):
-            official[key.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
-    for kind, short in (("pixel", "pix"), ("semantic", "sem")):
-        codebook, depths = model.quantizer(kind).codebook, model.quantizer(kind).config.num_depths
-        for depth in range(depths):
-            book = depth if len(codebook.embeddings) > 1 else 0
-            prefix = f"quantizer_{short}.codebooks.{depth}."
-            official[prefix + "weight"] = F.pad(codebook.embeddings[book], (0, 0, 0, 1))
-            official[prefix + "cluster_size_ema"] = codebook.cluster_size[book].clone()
-            official[prefix + "embed_ema"] = codebook.embedding_sum[book].clone()
-    return official
-
-
-def write_folder(folder, fields, official, num_layers=4, name="epoch_3.pt"):
-    (folder / "siglip").mkdir(parents=True, exist_ok=True)
-    (folder / "siglip" / "config.json").write_text(json.dumps(siglip_fields(num_layers)))
-    (folder / "config.json").write_text(json.dumps({"rqvaesiglip": fields}))
-    if official is not None:
-        torch.save({"epoch": 3, "name": "x", "state_dict": official}, folder / name)
-    return folder
-
-
-def random_model(config):
-    torch.manual_seed(0)
-    model = DualTokenVisionTokenizer(config)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.normal_(std=0.2)
-        for kind in KINDS:
-            codebook = model.quantizer(kind).codebook
-            codebook.embeddings.normal_()
-            codebook.cluster_size.uniform_(1, 3)
-            codebook.embedding_sum.copy_(codebook.embeddings * codebook.cluster_size[..., None])
-    return model.eval()
 
 
 @pytest.fixture
@@ -249,12 +101,13 @@ def write_official(tmp_path):
     """A function of `official_fields` that writes a folder with random weights: returns it and the source model."""
 
     def write(num_layers=4, change=None, zero_k_bias=True, **overrides):
-        folder = write_folder(tmp_path / "official", official_fields(**overrides), None, num_layers)
+        fields, siglip = official_fields(**overrides), siglip_fields(num_layers)
+        folder = write_folder(tmp_path / "official", fields, None, siglip)
         model = random_model(convert_official_config(folder))
         official = official_state_dict(model, zero_k_bias)
         if change is not None:
             official = change(official) or official
-        write_folder(folder, official_fields(**overrides), official, num_layers)
+        write_folder(folder, fields, official, siglip)
         return folder, model
 
     return write
@@ -262,7 +115,7 @@ def write_official(tmp_path):
 
 PER_DEPTH = {"shared_codebook": False}
 CASES = {
-    "as in the fixture": ({}, {"pixel_layer": 2, "semantic_layer": 3, "shortcut_layer": 1, "decoder_latent_size": 12}),
+    "default": ({}, {"pixel_layer": 2, "semantic_layer": 3, "shortcut_layer": 1, "decoder_latent_size": 12}),
     "codebook per depth": (
         {"vq_pix": quantizer_fields(**PER_DEPTH), "vq_sem": quantizer_fields(bottleneck_type="rq_ema", **PER_DEPTH)},
         {"pixel": {"shared_codebook": False}, "semantic": {"shared_codebook": False, "ema_vectors": "final"}},
@@ -345,7 +198,7 @@ def test_other_checkpoints(write_official, case):
         assert model.get_buffer(name).isfinite().all() and not torch.equal(model.get_buffer(name), before[name])
 
 
-def test_names_of_parts_the_fixture_lacks(write_official):
+def test_names_of_parts_a_layout_may_lack(write_official):
     names = set()
     write_official(change=lambda official: names.update(official), ddconfig=decoder_fields(attn_resolutions=[24, 12]))
     assert {
@@ -488,20 +341,22 @@ def test_no_siglip_configuration(tmp_path):
 # --- the command ---
 
 
-def test_convert_command(tmp_path, expected, evaluated, capsys):
+def test_convert_command(tmp_path, write_official, pixel_values, capsys):
+    folder, source = write_official()
     output_dir = tmp_path / "converted"
-    assert main(["convert", str(OFFICIAL), str(output_dir)]) == 0
-    assert "64 positions" in capsys.readouterr().out
+    assert main(["convert", str(folder), str(output_dir)]) == 0
+    assert "9 positions" in capsys.readouterr().out
     model = AutoModel.from_pretrained(output_dir)
     assert isinstance(model.config, DualTokenVisionTokenizerConfig)
     assert model.config.semantic_quantizer_config.ema_vectors == "final"
+    input_ids = torch.randint(3, 64, (3, 8))
     with torch.no_grad():
-        output = model(expected["pixel_values"], expected["input_ids"])
-    assert all(torch.equal(output[key], evaluated[key]) for key in output.keys())
+        output, own = model(pixel_values, input_ids), source(pixel_values, input_ids)
+    assert output.keys() == own.keys() and all(torch.equal(output[key], own[key]) for key in own.keys())
     processor = AutoImageProcessor.from_pretrained(output_dir, backend="pil")
-    assert (processor.size["height"], processor.size["width"]) == (112, 112)
+    assert (processor.size["height"], processor.size["width"]) == (24, 24)
 
-    assert main(["convert", str(OFFICIAL), str(output_dir)]) == 1
+    assert main(["convert", str(folder), str(output_dir)]) == 1
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -512,6 +367,7 @@ def test_convert_command_reports_errors_in_one_line(tmp_path, write_official, ca
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "b")]) == 1
     assert "holds no config.json" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert main(["convert", str(OFFICIAL), str(tmp_path / "file")]) == 1
+    folder, _ = write_official()
+    assert main(["convert", str(folder), str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.startswith("dualtoken: ")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

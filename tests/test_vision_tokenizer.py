@@ -1,5 +1,6 @@
 """The vision tokenizer's calls: what they return, compute, accept and refuse."""
 
+import dataclasses
 import json
 
 import pytest
@@ -179,7 +180,23 @@ def test_image_and_text_features(tokenizer, pixel_values):
     assert torch.equal(image.last_hidden_state, normed)
     as_tuple = tokenizer.get_image_features(pixel_values, return_dict=False)
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[1], image.pooler_output)
-    assert isinstance(tokenizer(pixel_values, return_dict=False), tuple)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", [{}, {"input_ids": INPUT_IDS}])
+def test_fields_and_tuples_come_in_the_declared_order(tokenizer, pixel_values, arguments):
+    def declared(output):
+        names = [field.name for field in dataclasses.fields(output)]
+        return [name for name in names if getattr(output, name) is not None]
+
+    output = tokenizer(pixel_values, **arguments)
+    assert list(output.keys()) == declared(output) and list(output.keys())[0] == "pixel_codes"
+    as_tuple = tokenizer(pixel_values, **arguments, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(output) == (16 if arguments else 13)
+    assert all(torch.equal(value, output[name]) for name, value in zip(declared(output), as_tuple))
+    for codes in (KINDS, ("semantic", "pixel"), ("semantic",), ("pixel",)):
+        encoded = tokenizer.encode(pixel_values, codes=codes)
+        assert list(encoded.keys()) == declared(encoded)
 
 
 # --- the up-projection is causal ---

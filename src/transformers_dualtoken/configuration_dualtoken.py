@@ -40,7 +40,7 @@ class DualTokenQuantizerConfig(PreTrainedConfig):
         code_dim (`int`, defaults to 32): width C of a code vector.
         num_depths (`int`, defaults to 8): residual codes D per position.
         shared_codebook (`bool`, defaults to `True`): one codebook for all depths, or one per depth.
-        update_rule (`str`, defaults to `"rq_ema"`): `"rq"` moves the codebook after every depth, within the forward;
+        update_rule (`str`, defaults to `"rq"`): `"rq"` moves the codebook after every depth, within the forward;
             `"rq_ema"` moves it once per forward.
         ema_vectors (`str`, defaults to `"own"`): which vector a depth's code is averaged with under `"rq_ema"`:
             `"own"` the residual that was looked up, `"final"` what is left after all depths. The latter is what the
@@ -57,7 +57,7 @@ class DualTokenQuantizerConfig(PreTrainedConfig):
     code_dim: int = 32
     num_depths: int = 8
     shared_codebook: bool = True
-    update_rule: str = "rq_ema"
+    update_rule: str = "rq"
     ema_vectors: str = "own"
     ema_decay: float | int = 0.99
     ema_eps: float = 1e-5

@@ -386,30 +386,33 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask=None)
             tapped[depth] = hidden_states if depth in pixel_layers else None
 
-        output = DualTokenEncoderOutput()
+        fields = {}
         if wants_pixel:
-            output.pixel_hidden_state = tapped[config.pixel_layer]
-            latent = self.pixel_down_proj(output.pixel_hidden_state)
+            fields["pixel_hidden_state"] = tapped[config.pixel_layer]
+            latent = self.pixel_down_proj(tapped[config.pixel_layer])
             if config.shortcut_layer is not None:
                 latent = latent + config.shortcut_weight * self.shortcut_down_proj(tapped[config.shortcut_layer])
-            self._store_codes(output, "pixel", self.pixel_quantizer(latent))
+            fields |= self._quantized_fields("pixel", self.pixel_quantizer(latent))
         if wants_semantic:
-            output.semantic_hidden_state = hidden_states
-            self._store_codes(output, "semantic", self.semantic_quantizer(self.semantic_down_proj(hidden_states)))
+            fields["semantic_hidden_state"] = hidden_states
+            quantized = self.semantic_quantizer(self.semantic_down_proj(hidden_states))
+            fields |= self._quantized_fields("semantic", quantized)
             if features:
-                output.semantic_features = self.semantic_up_proj(output.semantic_quantized)
-                hidden_states = output.semantic_features
+                fields["semantic_features"] = hidden_states = self.semantic_up_proj(quantized.quantized)
                 for layer in vision_model.encoder.layers[deepest:]:
                     hidden_states = layer(hidden_states, attention_mask=None)
-                output.last_hidden_state = hidden_states
-                output.pooler_output = vision_model.head(vision_model.post_layernorm(hidden_states))
-        return output
+                fields["last_hidden_state"] = hidden_states
+                fields["pooler_output"] = vision_model.head(vision_model.post_layernorm(hidden_states))
+        # Constructed at once: filled one by one, a ModelOutput's keys would not come in the declared order.
+        return DualTokenEncoderOutput(**fields)
 
-    def _store_codes(self, output: DualTokenEncoderOutput, kind: str, quantized: DualTokenQuantizerOutput) -> None:
+    def _quantized_fields(self, kind: str, quantized: DualTokenQuantizerOutput) -> dict[str, torch.Tensor]:
         grid = self.config.grid_size
-        output[f"{kind}_codes"] = quantized.codes.unflatten(1, (grid, grid))
-        output[f"{kind}_quantized"] = quantized.quantized
-        output[f"{kind}_commitment_loss"] = quantized.commitment_loss
+        return {
+            f"{kind}_codes": quantized.codes.unflatten(1, (grid, grid)),
+            f"{kind}_quantized": quantized.quantized,
+            f"{kind}_commitment_loss": quantized.commitment_loss,
+        }
 
     def decode(
         self, pixel_codes: torch.LongTensor | None = None, pixel_quantized: torch.Tensor | None = None
@@ -494,16 +497,23 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(T, L)`, *optional*).
         """
         encoded = self.encode(pixel_values)
-        output = DualTokenVisionTokenizerOutput(**encoded)
-        output.reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
-        output.image_embeds = F.normalize(encoded.pooler_output, dim=-1)
+        reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
+        image_embeds = F.normalize(encoded.pooler_output, dim=-1)
+        text_embeds = logits_per_image = logits_per_text = None
         if input_ids is not None:
             text = self.get_text_features(input_ids, attention_mask=attention_mask, return_dict=True)
-            output.text_embeds = F.normalize(text.pooler_output, dim=-1)
-            similarity = output.text_embeds @ output.image_embeds.t()
-            output.logits_per_text = similarity * self.siglip.logit_scale.exp() + self.siglip.logit_bias
-            output.logits_per_image = output.logits_per_text.t()
-        return output
+            text_embeds = F.normalize(text.pooler_output, dim=-1)
+            similarity = text_embeds @ image_embeds.t()
+            logits_per_text = similarity * self.siglip.logit_scale.exp() + self.siglip.logit_bias
+            logits_per_image = logits_per_text.t()
+        return DualTokenVisionTokenizerOutput(
+            **encoded,
+            reconstruction=reconstruction,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logits_per_image=logits_per_image,
+            logits_per_text=logits_per_text,
+        )
 
 
 __all__ = [
