@@ -17,9 +17,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import load_dataset
 from transformers import AutoTokenizer, HfArgumentParser, SiglipModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from transformers_dualtoken import (
     DualTokenImageProcessorPil,
@@ -30,6 +30,7 @@ from transformers_dualtoken.training import (
     DualTokenImageDataset,
     DualTokenVisionTokenizerTrainer,
     collate_images,
+    find_checkpoint,
 )
 
 
@@ -102,13 +103,14 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
     set_seed(training_arguments.seed)
 
+    images = load_images(data_arguments)
     if model_arguments.model_name_or_path is not None:
-        model = DualTokenVisionTokenizer.from_pretrained(model_arguments.model_name_or_path)
+        model = DualTokenVisionTokenizer.from_pretrained(model_arguments.model_name_or_path, dtype=torch.float32)
     else:
         model = DualTokenVisionTokenizer.from_siglip_pretrained(
             model_arguments.siglip_model_name_or_path, **_json(model_arguments.config_overrides)
         )
-    teacher = SiglipModel.from_pretrained(model_arguments.siglip_model_name_or_path).vision_model
+    teacher = SiglipModel.from_pretrained(model_arguments.siglip_model_name_or_path, dtype=torch.float32).vision_model
     size = model.config.image_size
     processor = DualTokenVisionTokenizerProcessor(
         DualTokenImageProcessorPil(size={"height": size, "width": size}),
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         text_length=model.config.text_config.max_position_embeddings,
     )
     dataset = DualTokenImageDataset(
-        load_images(data_arguments),
+        images,
         processor.image_processor,
         image_column=data_arguments.image_column,
         crop_scale=tuple(data_arguments.crop_scale),
@@ -131,14 +133,10 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         data_collator=collate_images,
         callbacks=callbacks,
     )
-    output_dir = Path(training_arguments.output_dir)
-    checkpoint = training_arguments.resume_from_checkpoint
-    if checkpoint is None and output_dir.is_dir():
-        checkpoint = get_last_checkpoint(output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(output_dir)
+        processor.save_pretrained(training_arguments.output_dir)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
 

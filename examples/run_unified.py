@@ -22,8 +22,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    HfArgumentParser,
+    TrainingArguments,
+    set_seed,
+)
 
 from transformers_dualtoken import (
     DualTokenForCausalLM,
@@ -36,6 +42,7 @@ from transformers_dualtoken.training import (
     DualTokenDataCollator,
     DualTokenTrainer,
     encode_images,
+    find_checkpoint,
     set_trainable,
 )
 
@@ -120,8 +127,9 @@ def load_model(arguments: ModelArguments) -> tuple[DualTokenForCausalLM, DualTok
 
 def load_data(arguments: DataArguments, model, processor, seed: int) -> DualTokenChatDataset:
     train_file = Path(arguments.train_file)
-    lines = train_file.read_text().splitlines()[: arguments.max_train_samples]
-    conversations = [json.loads(line)["messages"] for line in lines]
+    with train_file.open(encoding="utf-8") as lines:
+        conversations = [json.loads(line)["messages"] for line in lines if line.strip()]
+    conversations = conversations[: arguments.max_train_samples]
 
     def load_image(path: str) -> torch.Tensor:
         image = Image.open(train_file.parent / path)
@@ -160,6 +168,8 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
 
     model, processor = load_model(model_arguments)
     set_trainable(model, model_arguments.train_parts)
+    # Before the Trainer would: the images are encoded first.
+    model.to(training_arguments.device)
     trainer = DualTokenTrainer(
         model=model,
         args=training_arguments,
@@ -167,14 +177,10 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         data_collator=DualTokenDataCollator(processor.tokenizer.pad_token_id),
         callbacks=callbacks,
     )
-    output_dir = Path(training_arguments.output_dir)
-    checkpoint = training_arguments.resume_from_checkpoint
-    if checkpoint is None and output_dir.is_dir():
-        checkpoint = get_last_checkpoint(output_dir)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
     trainer.save_model()
     if trainer.is_world_process_zero():
-        processor.save_pretrained(output_dir)
+        processor.save_pretrained(training_arguments.output_dir)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
 

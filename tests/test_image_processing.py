@@ -49,6 +49,12 @@ def palette_image(**info):
     return image
 
 
+def transparent_palette_image():
+    image = flat("RGBA", (0, 0, 0, 0)).convert("PA")
+    image.putalpha(0)  # Pillow before 12 makes it opaque
+    return image
+
+
 def sixteen_bit(value, dtype="<u2"):
     return Image.fromarray(np.full((4, 4), value, dtype=dtype))
 
@@ -69,7 +75,7 @@ def sixteen_bit(value, dtype="<u2"):
         (flat("RGBa", (0, 0, 0, 0)), (255, 255, 255)),
         (flat("La", (0, 0)), (255, 255, 255)),
         (flat("RGBA", (0, 0, 0, 255)).convert("PA"), (0, 0, 0)),
-        (flat("RGBA", (0, 0, 0, 0)).convert("PA"), (255, 255, 255)),
+        (transparent_palette_image(), (255, 255, 255)),
         (flat("CMYK", (0, 255, 255, 0)), (255, 0, 0)),
         (flat("YCbCr", (128, 128, 128)), (128, 128, 128)),
         (sixteen_bit(65535), (255, 255, 255)),

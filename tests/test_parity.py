@@ -32,7 +32,10 @@ from official_format import (
     write_golden_folder,
 )
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
+from transformers.models.auto.image_processing_auto import (
+    AutoImageProcessor,
+)  # up to 5.17 the short path needs torchvision
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig, load_official_tokenizer
 from transformers_dualtoken.cli import main

@@ -20,14 +20,15 @@ from sklearn.model_selection import train_test_split
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NOUNS = tuple(f"an {name}" if name == "eight" else f"a {name}" for name in NAMES)
 IMAGE_SIZE = 32
-# Of every training scan, this many pictures (the scan, then its changed copies) come inverted as well.
-INVERTED_VARIANTS = 2
+# Of every training scan, this many pictures (the scan, then its changed copies) are drawn, and come inverted as well.
+DRAWN_VARIANTS = 2
 
 CAPTIONS = ("a scan of the digit {}.", "a handwritten {}.", "the number {}.", "a {} on paper.")
 ASK = ("Which digit is this?", "What number is shown here?")
-DRAW = ("Draw a {}.", "Draw the digit {}.")
-DRAW_AND_SAY = "Draw a {}, then say what you drew."
+DRAW = "Draw {}."
+DRAW_AND_SAY = "Draw {}, then say what you drew."
 INVERT = "Invert this picture."
 
 
@@ -83,25 +84,24 @@ def _text(text: str) -> dict:
 
 
 def conversations(plain: str, inverted: str | None, digit: int, rng: random.Random) -> list[dict]:
-    """What the unified model learns from one picture: to name it, to draw it, both at once, and to invert it."""
-    name = NAMES[digit]
-    chats = [
-        _chat([_part(plain), _text(rng.choice(ASK))], [_text(f"It is a {name}.")]),
-        _chat([_text(rng.choice(DRAW).format(name))], [_part(plain)]),
-        _chat([_text(DRAW_AND_SAY.format(name))], [_part(plain), _text(f"This is a {name}.")]),
-    ]
+    """What the unified model learns from one picture: to name it and, where it is a model of its kind, to draw it."""
+    noun = NOUNS[digit]
+    chats = [_chat([_part(plain), _text(rng.choice(ASK))], [_text(f"It is {noun}.")])]
     if inverted is not None:
+        # Drawing is the hardest to learn, so it comes twice.
+        chats += [_chat([_text(DRAW.format(noun))], [_part(plain)])] * 2
+        chats.append(_chat([_text(DRAW_AND_SAY.format(noun))], [_part(plain), _text(f"This is {noun}.")]))
         chats.append(_chat([_part(plain), _text(INVERT)], [_part(inverted)]))
     return chats
 
 
-def write_data(output_dir: str | Path, variants: int = 6, validation: bool = False, seed: int = 0) -> None:
+def write_data(output_dir: str | Path, variants: int = 4, validation: bool = False, seed: int = 0) -> None:
     """
     Write the data set.
 
     Args:
         output_dir (`str` or `Path`).
-        variants (`int`, defaults to 6): slightly changed copies of every training scan, beside the scan itself.
+        variants (`int`, defaults to 4): slightly changed copies of every training scan, beside the scan itself.
         validation (`bool`, defaults to `False`): hold out a part of the training scans instead of the test scans.
         seed (`int`, defaults to 0): of the copies and the wording, not of the split.
     """
@@ -122,7 +122,7 @@ def write_data(output_dir: str | Path, variants: int = 6, validation: bool = Fal
             plain = save(varied, f"train/{index:04d}-{variant}.png")
             # White on black is the rule, and black on white a rarer sight.
             inverted = None
-            if variant < INVERTED_VARIANTS:
+            if variant < DRAWN_VARIANTS:
                 inverted = save(ImageChops.invert(varied), f"train/{index:04d}-{variant}-inverted.png")
             captions += [{"image": path, "digit": int(digit)} for path in (plain, inverted) if path]
             chats += conversations(plain, inverted, int(digit), rng)
@@ -138,7 +138,7 @@ def write_data(output_dir: str | Path, variants: int = 6, validation: bool = Fal
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--variants", type=int, default=6)
+    parser.add_argument("--variants", type=int, default=4)
     parser.add_argument("--validation", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

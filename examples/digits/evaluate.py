@@ -31,6 +31,7 @@ from data import (  # noqa: E402
     DRAW_AND_SAY,
     INVERT,
     NAMES,
+    NOUNS,
     image_to_scan,
     scan_to_image,
     split_scans,
@@ -38,7 +39,7 @@ from data import (  # noqa: E402
 
 
 # Sampling of the drawings; chosen on validation scans.
-SAMPLING = {"guidance_scale": 3.0, "image_top_k": 60, "image_top_p": 0.95}
+SAMPLING = {"guidance_scale": 3.0, "image_top_k": 30, "image_top_p": 0.9}
 DRAWINGS_PER_DIGIT = 20
 
 # What the demo promises of the mean of three seeds.
@@ -149,12 +150,12 @@ class DigitsEvaluation:
         inputs = self.inputs([user(image, ASK[index % len(ASK)]) for index, image in enumerate(self.images)])
         ids = self.model.generate(**inputs, max_new_tokens=16, do_sample=False)
         answers = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right = [f"It is a {NAMES[digit]}." for digit in self.digits]
+        right = [f"It is {NOUNS[digit]}." for digit in self.digits]
         self.metrics["answer_accuracy"] = float(np.mean([a.strip() == r for a, r in zip(answers, right)]))
 
     def measure_drawings(self) -> None:
         asked = np.repeat(np.arange(10), DRAWINGS_PER_DIGIT)
-        prompts = [user(DRAW[index % len(DRAW)].format(NAMES[digit])) for index, digit in enumerate(asked)]
+        prompts = [user(DRAW.format(NOUNS[digit])) for digit in asked]
         drawings, _ = self.draw(prompts)
         scans = self.as_scans(drawings)
         self.metrics["drawing_accuracy"] = float((self.judge.predict(scans) == asked).mean())
@@ -163,11 +164,11 @@ class DigitsEvaluation:
         self.metrics["drawing_variety"] = self._spread(scans, asked) / self._spread(self.heldout_scans, self.digits)
         self.metrics["real_scan_accuracy"] = float((self.judge.predict(self.heldout_scans) == self.digits).mean())
         rows = [drawings[start : start + DRAWINGS_PER_DIGIT] for start in range(0, len(drawings), DRAWINGS_PER_DIGIT)]
-        self.pictures["drawings"] = self._rows(rows, [f"draw a {name}" for name in NAMES])
+        self.pictures["drawings"] = self._rows(rows, [f"draw {noun}" for noun in NOUNS])
 
     def measure_draw_and_say(self, repeats: int = 10) -> None:
         asked = np.repeat(np.arange(10), repeats)
-        inputs = self.inputs([user(DRAW_AND_SAY.format(NAMES[digit])) for digit in asked])
+        inputs = self.inputs([user(DRAW_AND_SAY.format(NOUNS[digit])) for digit in asked])
         positions = self.model.config.num_positions
         out = self.model.generate(
             **inputs,
@@ -182,7 +183,7 @@ class DigitsEvaluation:
         owners, right = out.image_owner.tolist(), 0
         for row, digit in enumerate(asked):
             own = [image for image, owner in zip(images, owners) if owner == row]
-            named = texts[row].strip() == f"This is a {NAMES[digit]}."
+            named = texts[row].strip() == f"This is {NOUNS[digit]}."
             right += len(own) == 1 and named and self.judge.predict(self.as_scans(own))[0] == digit
         self.metrics["draw_and_say_accuracy"] = right / len(asked)
 
@@ -253,7 +254,10 @@ class DigitsEvaluation:
     def save(self, output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         for name, figure in self.pictures.items():
-            figure.savefig(output_dir / f"{name}.png", dpi=110)
+            path = output_dir / f"{name}.png"
+            figure.savefig(path, dpi=85)
+            # A quarter of the size, and no difference to the eye.
+            Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
         (output_dir / "metrics.json").write_text(json.dumps(self.metrics, indent=2) + "\n")
 
 

@@ -30,6 +30,13 @@ def _as_config(value, config_class, name: str, defaults: dict | None = None):
     raise TypeError(f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}.")
 
 
+def config_fields(config: PreTrainedConfig) -> dict:
+    """A config as the fields of a part of another model, without the path it was loaded from."""
+    fields = config.to_dict()
+    fields.pop("_name_or_path", None)
+    return fields
+
+
 @strict
 class DualTokenQuantizerConfig(PreTrainedConfig):
     r"""

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import SiglipConfig
 
-from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig
+from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 
 
@@ -103,8 +103,8 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     if latent_shape[0] != latent_shape[1]:
         raise ValueError(f"{config_path}: 'decoder_latent_shape' must be square, got {latent_shape}.")
     return DualTokenVisionTokenizerConfig(
-        vision_config=siglip_config.vision_config.to_dict(),
-        text_config=siglip_config.text_config.to_dict(),
+        vision_config=config_fields(siglip_config.vision_config),
+        text_config=config_fields(siglip_config.text_config),
         pixel_layer=config["layer_recon"],
         semantic_layer=config["layer_sem"],
         shortcut_layer=config.get("layer_shortcut"),

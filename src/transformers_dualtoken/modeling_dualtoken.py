@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_dualtoken import DualTokenConfig
+from .configuration_dualtoken import DualTokenConfig, config_fields
 from .depth_heads import (
     DualTokenDepthHeads,
     DualTokenDepthHeadsOutput,
@@ -296,7 +296,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
                 image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             )
         else:
-            if input_ids is not None and past_length == 0 and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and input_ids is not None and past_length == 0:
                 # Only at the start of a sequence: image placeholders are never generated without their codes.
                 self.check_placeholders(input_ids == self.config.image_token_id, 0)
             if self.training:
@@ -358,6 +358,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
@@ -403,8 +404,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if not isinstance(language_model, PreTrainedModel):
             language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
         config = DualTokenConfig(
-            text_config=language_model.config.to_dict(),
-            vision_tokenizer_config=vision_tokenizer.config.to_dict(),
+            text_config=config_fields(language_model.config),
+            vision_tokenizer_config=config_fields(vision_tokenizer.config),
             **config_overrides,
         )
         model = cls._from_config(config, dtype=dtype or language_model.dtype)
@@ -507,8 +508,13 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         The other arguments are those of [`DualTokenModel.forward`].
 
         Raises:
-            ValueError: if labels have another shape than the ids, or label an image in part.
+            ValueError: if labels have another shape than the ids, or label an image in part; for `shift_labels`, which
+                transformers' Trainer gives in place of `labels` when it splits sequences over devices.
         """
+        if kwargs.pop("shift_labels", None) is not None:
+            raise ValueError(
+                "`shift_labels` are not supported: images must not be split over devices (context or sequence parallelism)."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

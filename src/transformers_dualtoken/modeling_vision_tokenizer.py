@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel, SiglipConfig, SiglipModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEncoderLayer
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig
+from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
 from .quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
 
 
@@ -207,6 +209,8 @@ class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
         "DualTokenAttentionProjection",
         "DualTokenResidualQuantizer",
     ]
+    # What `get_image_features` returns with `output_hidden_states` and `output_attentions`.
+    _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
     # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
     _keep_in_fp32_modules_strict = ["codebook"]
 
@@ -252,9 +256,11 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     def __init__(self, config: DualTokenVisionTokenizerConfig):
         super().__init__(config)
         hidden_size = config.vision_config.hidden_size
-        self.siglip = SiglipModel._from_config(
-            SiglipConfig(vision_config=config.vision_config, text_config=config.text_config)
-        )
+        towers = {"vision_config": config.vision_config, "text_config": config.text_config}
+        # A new config sets the attention of its sub-configs, which are ours.
+        attention = {"": config._attn_implementation}
+        attention |= {name: tower._attn_implementation for name, tower in towers.items()}
+        self.siglip = SiglipModel._from_config(SiglipConfig(**towers, attn_implementation=attention))
         pixel, semantic = config.pixel_quantizer_config, config.semantic_quantizer_config
         self.pixel_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
         if config.shortcut_layer is not None:
@@ -314,8 +320,8 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         siglip = SiglipModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
         vision_config = siglip.config.vision_config
         fields = {
-            "vision_config": vision_config.to_dict(),
-            "text_config": siglip.config.text_config.to_dict(),
+            "vision_config": config_fields(vision_config),
+            "text_config": config_fields(siglip.config.text_config),
             **DualTokenVisionTokenizerConfig.layers_for(vision_config.num_hidden_layers),
         }
         num_depths = 8 if vision_config.image_size > 256 else 4
@@ -454,7 +460,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 f"{tuple(codes.shape)}."
             )
 
-    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         SigLIP's image features through the quantised semantic branch.
@@ -478,7 +484,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
 
         `input_ids` `(T, L)` are padded to the text tower's full length, as SigLIP was trained.
         """
-        return self.siglip.text_model(input_ids=input_ids, attention_mask=attention_mask)
+        return self.siglip.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     @can_return_tuple
     def forward(

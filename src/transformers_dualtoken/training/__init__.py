@@ -2,6 +2,7 @@
 
 from .chat_data import DualTokenChatDataset, DualTokenDataCollator, encode_images
 from .image_data import DualTokenImageDataset, collate_images
+from .resume import find_checkpoint
 from .unified_trainer import DualTokenTrainer, set_trainable
 from .vision_tokenizer_trainer import DEFAULT_LOSS_WEIGHTS, DualTokenVisionTokenizerTrainer
 
@@ -14,6 +15,7 @@ __all__ = [
     "DualTokenTrainer",
     "DualTokenVisionTokenizerTrainer",
     "collate_images",
-    "set_trainable",
     "encode_images",
+    "find_checkpoint",
+    "set_trainable",
 ]

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ..image_processing_pil_dualtoken import decode_image, pil_to_rgb
+
 
 class DualTokenImageDataset(Dataset):
     """
@@ -40,7 +42,8 @@ class DualTokenImageDataset(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = self.dataset[index][self.image_column].convert("RGB")
+        # Before the crop, which cannot resample every mode; as the image processor does it.
+        image = Image.fromarray(pil_to_rgb(decode_image(self.dataset[index][self.image_column])))
         if self.crop_scale[0] < 1:
             image = self._random_crop(image, random.Random(f"{self.seed}/{self.epoch}/{index}"))
         pixel_values = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
@@ -51,8 +54,9 @@ class DualTokenImageDataset(Dataset):
         area = width * height * rng.uniform(*self.crop_scale)
         # Aspect ratios between 3:4 and 4:3, as usual for this augmentation.
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        crop_width = min(width, math.sqrt(area * ratio))
-        crop_height = min(height, area / crop_width)
+        crop_height = min(height, area / min(width, math.sqrt(area * ratio)))
+        # Where the ratio does not fit, the area is kept and not the ratio.
+        crop_width = min(width, area / crop_height)
         left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
         box = (left, top, left + crop_width, top + crop_height)
         # Resampled within a fractional box: a small picture would otherwise move by whole pixels only.

@@ -1,11 +1,9 @@
 """Training of the unified model."""
 
-from collections import defaultdict
-
 import torch
-from transformers import Trainer
 
 from ..modeling_dualtoken import DualTokenForCausalLM
+from .base_trainer import DualTokenBaseTrainer
 
 
 # What the names of `set_trainable` stand for, as prefixes of parameter names.
@@ -32,7 +30,7 @@ def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
         parameter.requires_grad_(name.startswith(prefixes))
 
 
-class DualTokenTrainer(Trainer):
+class DualTokenTrainer(DualTokenBaseTrainer):
     """
     `Trainer` for [`DualTokenForCausalLM`].
 
@@ -42,7 +40,8 @@ class DualTokenTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._sums, self._steps = defaultdict(float), 0
+        # Every rank divides by the global counts, so that the ranks' terms are parts of a sum.
+        self.terms_reduction = "sum" if self.args.average_tokens_across_devices else "mean"
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Override of Trainer's count: the pair (text targets, visual targets) of one optimizer step."""
@@ -58,21 +57,9 @@ class DualTokenTrainer(Trainer):
         return counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(
-            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             # With a count over the global batch the micro-batches' losses add up to the step's mean.
-            for name in ("text_loss", "pixel_loss", "semantic_loss"):
-                self._sums[name] += getattr(outputs, name).detach()
-            if self.accelerator.sync_gradients:
-                self._steps += 1
+            names = ("text_loss", "pixel_loss", "semantic_loss")
+            self.add_terms({name: outputs[name] for name in names}, completes=self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the mean of the three losses since the last log."""
-        if "loss" in logs and self._steps:
-            logs.update({name: float(total) / self._steps for name, total in self._sums.items()})
-            self._sums.clear()
-            self._steps = 0
-        super().log(logs, *args, **kwargs)

@@ -1,12 +1,11 @@
 """Training of the vision tokenizer: stage 1 of the paper's recipe without its perceptual and adversarial terms."""
 
-from collections import defaultdict
-
 import torch
 import torch.nn.functional as F
-from transformers import SiglipVisionModel, Trainer
+from transformers import SiglipVisionModel
 
 from ..modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from .base_trainer import DualTokenBaseTrainer
 
 
 # Keys are the logged names. The pooled features' terms count once where the positions' count five times.
@@ -21,7 +20,7 @@ DEFAULT_LOSS_WEIGHTS = {
 }
 
 
-class DualTokenVisionTokenizerTrainer(Trainer):
+class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     """
     `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`.
 
@@ -44,7 +43,6 @@ class DualTokenVisionTokenizerTrainer(Trainer):
         self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         # The loss is a mean per micro-batch; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        self._sums, self._steps = defaultdict(float), 0
         siglip = self.accelerator.unwrap_model(self.model).siglip
         for module in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
             module.requires_grad_(False)
@@ -87,15 +85,5 @@ class DualTokenVisionTokenizerTrainer(Trainer):
         terms = self.loss_terms(self.accelerator.unwrap_model(model), output, inputs["pixel_values"])
         loss = sum(self.loss_weights[name] * term for name, term in terms.items())
         if model.training:
-            for name, term in terms.items():
-                self._sums[name] += term.detach()
-            self._steps += 1
+            self.add_terms(terms)
         return (loss, output) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the mean of every loss term since the last log."""
-        if "loss" in logs and self._steps:
-            logs.update({name: float(total) / self._steps for name, total in self._sums.items()})
-            self._sums.clear()
-            self._steps = 0
-        super().log(logs, *args, **kwargs)

@@ -1,0 +1,138 @@
+"""The command lines of the example scripts; what they train is tested in test_trainers.py and test_demo.py."""
+
+import importlib
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("**/*.py"))
+
+
+@pytest.fixture
+def as_script(monkeypatch):
+    """A function that runs a script as `python SCRIPT ARGUMENTS` would, but in this process."""
+    # The scripts put folders on the path, and import each other by names that are not theirs alone.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    modules = dict(sys.modules)
+
+    def run(script: Path, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        runpy.run_path(str(script), run_name="__main__")
+
+    yield run
+    for name, module in list(sys.modules.items()):
+        if name not in modules and str(EXAMPLES) in str(getattr(module, "__file__", None)):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """A function that imports a script of the examples' top folder, `main` not run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_help_and_the_command_on_top(script, as_script, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        as_script(script, "--help")
+    shown = capsys.readouterr().out
+    assert exit_info.value.code == 0 and "usage:" in shown
+    text = script.read_text()
+    command = f"python {script.relative_to(EXAMPLES.parent)}"
+    docstring = text.split('"""')[1]
+    assert command in docstring
+    # Every option that the head of the file speaks of exists; torchrun's is its own.
+    known = set(re.findall(r"--\w+", shown)) | {"--nproc_per_node"}
+    assert set(re.findall(r"--\w+", docstring)) <= known
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("run_tokenizer.py", "required: --siglip_model_name_or_path"),
+        ("run_unified.py", "required: --train_file"),
+        ("digits/data.py", "required: --output_dir"),
+        ("digits/train_siglip.py", "required: --data_dir"),
+        ("digits/build_language_model.py", "required: --data_dir, --output_dir"),
+        ("digits/evaluate.py", "required: --model, --captions, --output_dir"),
+    ],
+)
+def test_missing_arguments_are_named(as_script, capsys, script, message):
+    with pytest.raises(SystemExit) as exit_info:
+        as_script(EXAMPLES / script)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_leaves_other_folders_alone(as_script, capsys, tmp_path):
+    (tmp_path / "thesis.tex").write_text("the only copy")
+    with pytest.raises(SystemExit):
+        as_script(EXAMPLES / "digits" / "run_demo.py", "--output_dir", str(tmp_path))
+    assert "holds files that are not a demo's" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "the only copy"
+
+
+@pytest.mark.parametrize("images", [[], ["--train_dir", "images", "--dataset_name", "someone/images"]])
+def test_tokenizer_needs_one_source_of_images(load, tmp_path, images):
+    # Before anything is loaded: there is no such SigLIP.
+    arguments = ["--siglip_model_name_or_path", "no-such-folder", "--output_dir", str(tmp_path), "--use_cpu", "1"]
+    with pytest.raises(ValueError, match="exactly one of --train_dir and --dataset_name"):
+        load("run_tokenizer").main([*arguments, *images])
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ([], "A new model needs --vision_tokenizer_name_or_path and --language_model_name_or_path"),
+        (["--vision_tokenizer_name_or_path", "tokenizer"], "A new model needs"),
+        (["--model_name_or_path", "a", "--language_model_name_or_path", "b"], "either --model_name_or_path or"),
+    ],
+)
+def test_unified_needs_one_start(load, tmp_path, models, message):
+    arguments = ["--train_file", "chat.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "1"]
+    with pytest.raises(ValueError, match=message):
+        load("run_unified").main([*arguments, *models])
+
+
+@pytest.mark.parametrize(
+    ("script", "function", "settings"),
+    [
+        ("run_tokenizer", "load_images", {"siglip_model_name_or_path": "a", "train_dir": "b", "image_column": "c"}),
+        ("run_unified", "load_model", {"train_file": "a", "model_name_or_path": "b", "train_parts": ["heads"]}),
+    ],
+)
+def test_settings_from_one_json_file(load, monkeypatch, tmp_path, script, function, settings):
+    class Reached(Exception):
+        pass
+
+    def stop(arguments):
+        raise Reached(arguments)
+
+    module, path = load(script), tmp_path / "settings.json"
+    monkeypatch.setattr(module, function, stop)
+    path.write_text(json.dumps({**settings, "output_dir": str(tmp_path), "use_cpu": True}))
+    with pytest.raises(Reached) as reached:
+        module.main([str(path)])
+    arguments = vars(reached.value.args[0])
+    expected = {name: value for name, value in settings.items() if name in arguments}
+    assert len(expected) == 2
+    assert {name: arguments[name] for name in expected} == expected
+
+    path.write_text(json.dumps({**settings, "output_dir": str(tmp_path), "trian_dir": "b"}))
+    with pytest.raises(ValueError, match="trian_dir"):
+        module.main([str(path)])
+
+
+def test_settings_that_are_json_objects(load, tmp_path):
+    (tmp_path / "fields.json").write_text('{"semantic_layer": 3}')
+    for script in ("run_tokenizer", "run_unified"):
+        read = load(script)._json
+        assert read(None) == {}
+        assert read('{"semantic_layer": 3}') == read(str(tmp_path / "fields.json")) == {"semantic_layer": 3}
