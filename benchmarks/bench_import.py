@@ -1,6 +1,6 @@
 """Time of `import transformers_dualtoken` beyond what it stands on: transformers, diffusers, torch.
 
-    python benchmarks/bench_import.py                # half a minute to a minute
+    python benchmarks/bench_import.py                # a minute, or three on a busy machine
 
 Every import happens in a fresh process; the two kinds alternate, and times are medians. What the package stands on are
 the very import statements of its files, read from their source and run without the package. The last line is the same

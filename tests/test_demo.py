@@ -24,7 +24,7 @@ from transformers_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTok
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "digits"
 sys.path.append(str(DIGITS))
-import evaluate  # noqa: E402
+import measure  # noqa: E402
 
 
 # A little below the goals, which are for the mean of three seeds.
@@ -69,7 +69,7 @@ def test_trained_model_reaches_the_floors(demo):
 def test_demo_prints_progress_and_the_table(demo):
     folder, printed = demo
     assert re.search(r"unified: step \d+/\d+, loss [\d.]+, about .* left", printed)
-    for text in evaluate.EXPLANATIONS.values():
+    for text in measure.EXPLANATIONS.values():
         assert text in printed
     assert f"{metrics_of(folder)['answer_accuracy']:.3f}" in printed
 
@@ -109,13 +109,13 @@ def test_auto_classes_load_the_demo_checkpoint(demo, monkeypatch, auto_class, ex
 
 def test_image_text_to_text_pipeline(demo, monkeypatch):
     monkeypatch.chdir(demo[0])
-    (_, _), (scans, digits) = evaluate.split_scans()
+    (_, _), (scans, digits) = measure.split_scans()
     asker = pipeline("image-text-to-text", model="dualtoken")
     right = 0
     for scan, digit in zip(scans[:20], digits[:20]):
-        messages = evaluate.user(evaluate.scan_to_image(scan), evaluate.ASK[0])
+        messages = measure.user(measure.scan_to_image(scan), measure.ASK[0])
         answer = asker(text=messages, max_new_tokens=16, return_full_text=False)[0]["generated_text"]
-        right += answer.strip() == f"It is {evaluate.NOUNS[digit]}."
+        right += answer.strip() == f"It is {measure.NOUNS[digit]}."
     assert right >= 18
 
 
@@ -143,7 +143,7 @@ def test_readme_code_runs(demo, tmp_path, folder):
 def test_kept_checkpoint_is_small_and_good(tmp_path):
     folder = DIGITS / "checkpoint"
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 8_000_000
-    metrics = evaluate.main(
+    metrics = measure.main(
         ["--model", str(folder / "dualtoken"), "--captions", str(folder / "captions"), "--output_dir", str(tmp_path)]
     )
     assert below(metrics, FLOORS) == {}
@@ -153,6 +153,6 @@ def test_kept_checkpoint_is_small_and_good(tmp_path):
 def test_three_seeds_reach_the_goals(demo, tmp_path):
     runs = [metrics_of(demo[0])]
     runs += [metrics_of(run_demo(tmp_path / f"seed-{seed}", seed, "--skip_preview")[0]) for seed in (1, 2)]
-    means = {name: float(np.mean([run[name] for run in runs])) for name in evaluate.EXPLANATIONS}
+    means = {name: float(np.mean([run[name] for run in runs])) for name in measure.EXPLANATIONS}
     print(json.dumps({"means": means, "seeds": [{name: run[name] for name in means} for run in runs]}, indent=2))
-    assert below(means, evaluate.GOALS) == {}
+    assert below(means, measure.GOALS) == {}

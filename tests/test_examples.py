@@ -61,7 +61,7 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
         ("digits/data.py", "required: --output_dir"),
         ("digits/train_siglip.py", "required: --data_dir"),
         ("digits/build_language_model.py", "required: --data_dir, --output_dir"),
-        ("digits/evaluate.py", "required: --model, --captions, --output_dir"),
+        ("digits/measure.py", "required: --model, --captions, --output_dir"),
     ],
 )
 def test_missing_arguments_are_named(as_script, capsys, script, message):

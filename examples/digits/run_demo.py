@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Tra
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import build_language_model  # noqa: E402
 import data  # noqa: E402
-import evaluate  # noqa: E402
+import measure  # noqa: E402
 import run_tokenizer  # noqa: E402
 import run_unified  # noqa: E402
 import train_siglip  # noqa: E402
@@ -117,7 +117,7 @@ class ProgressCallback(TrainerCallback):
 
 def show_kept_checkpoint(output_dir: Path) -> None:
     """Reconstruct, ask and draw with the checkpoint that comes with the repository."""
-    evaluation = evaluate.DigitsEvaluation(
+    evaluation = measure.DigitsEvaluation(
         AutoModelForCausalLM.from_pretrained(KEPT_CHECKPOINT / "dualtoken", dtype=torch.float32),
         AutoProcessor.from_pretrained(KEPT_CHECKPOINT / "dualtoken"),
         AutoTokenizer.from_pretrained(KEPT_CHECKPOINT / "captions"),
@@ -128,7 +128,9 @@ def show_kept_checkpoint(output_dir: Path) -> None:
 
 def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -> None:
     """All stages, one after the other; each takes only what the stages before left on disk."""
-    folders = {name: str(output_dir / "training" / name) for name in ("data", "siglip", "tokenizer", "qwen2", "unified")}
+    folders = {
+        name: str(output_dir / "training" / name) for name in ("data", "siglip", "tokenizer", "qwen2", "unified")
+    }
     common = ["--seed", str(arguments.seed), "--disable_tqdm", "1", "--dataloader_pin_memory", "0"]
     common += ["--save_strategy", "no", "--weight_decay", "0.01", "--warmup_steps", "30"]
 
@@ -173,8 +175,8 @@ def save_checkpoint(training_dir: Path, output_dir: Path, dtype: torch.dtype) ->
     AutoTokenizer.from_pretrained(training_dir / "tokenizer").save_pretrained(output_dir / "captions")
 
 
-def measure(output_dir: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    evaluation = evaluate.DigitsEvaluation(
+def measure_checkpoint(output_dir: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    evaluation = measure.DigitsEvaluation(
         AutoModelForCausalLM.from_pretrained(output_dir / "dualtoken"),
         AutoProcessor.from_pretrained(output_dir / "dualtoken"),
         AutoTokenizer.from_pretrained(output_dir / "captions"),
@@ -230,7 +232,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         train(output_dir, arguments, progress)
         progress.start("evaluation")
         save_checkpoint(output_dir / "training", output_dir, torch.float32)
-        metrics = measure(output_dir, arguments)
+        metrics = measure_checkpoint(output_dir, arguments)
         progress.finish()
         if arguments.keep_checkpoint is not None:
             save_checkpoint(output_dir / "training", arguments.keep_checkpoint, torch.bfloat16)
@@ -243,7 +245,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     }
     (output_dir / "metrics.json").write_text(json.dumps(report, indent=2) + "\n")
     training_seconds = sum(seconds for stage, seconds in progress.seconds.items() if stage != "evaluation")
-    print(f"\n\n{evaluate.table(metrics)}\n")
+    print(f"\n\n{measure.table(metrics)}\n")
     print(f"Trained in {training_seconds:.0f} s. Pictures, metrics.json and the checkpoint dualtoken/: {output_dir}")
     return report
 

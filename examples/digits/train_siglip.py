@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, SiglipConfig, SiglipModel, Trainer, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    SiglipConfig,
+    SiglipModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
 

@@ -1,7 +1,7 @@
 """
 Measure a unified digits model on the held-out scans, and draw what it does.
 
-    python examples/digits/evaluate.py --model dualtoken-demo/dualtoken --captions dualtoken-demo/tokenizer --output_dir results
+    python examples/digits/measure.py --model dualtoken-demo/dualtoken --captions dualtoken-demo/captions --output_dir results
 
 The drawings are judged by a scikit-learn classifier that never sees the model: `SVC(gamma=0.001)`, fitted on the real
 training scans.
@@ -196,14 +196,14 @@ class DigitsEvaluation:
         self.pictures["inversions"] = self._rows([sources[:12], drawings[:12]], ["asked to invert", "answer"])
 
     def run(self) -> dict[str, float]:
-        for measure in (
+        for measurement in (
             self.measure_tokenizer,
             self.measure_answers,
             self.measure_drawings,
             self.measure_draw_and_say,
             self.measure_inversion,
         ):
-            measure()
+            measurement()
         return self.metrics
 
     def _to_nearest(self, scans: np.ndarray) -> float:
