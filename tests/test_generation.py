@@ -9,7 +9,7 @@ from naive.generation_loop import NaiveGenerator, code_pairs
 from tiny_models import lively_unified_model, tiny_unified_config
 from transformers import GenerationConfig
 
-from transformers_dualtoken.generation import DualTokenCodeSampler
+from transformers_dualtoken.code_sampling import DualTokenCodeSampler
 
 
 N, START, IMAGE, END, PAD, EOS, VOCAB = 9, 50, 51, 52, 0, 2, 60
@@ -981,3 +981,17 @@ class TestBadArguments:
     def test_cache_implementation(self, model):
         with pytest.raises(ValueError, match="'dynamic' or"):
             model.generate(ids(5), cache_implementation="quantized", **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "mode, option",
+    [
+        ("image", {"max_time": 1.0}),
+        ("image", {"streamer": object()}),
+        ("image", {"logits_processor": []}),
+        ("interleaved", {"stop_strings": ["."]}),
+    ],
+)
+def test_what_a_mode_cannot_do_is_refused(model, mode, option):
+    with pytest.raises(ValueError, match=f"does not take {next(iter(option))}"):
+        model.generate(torch.tensor([[5, 50]]), generation_mode=mode, max_new_tokens=20, **option)

@@ -14,9 +14,11 @@ from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
+from .code_sampling import DualTokenCodeSampler
+from .generation_context import Context, Prompt, UnconditionalContext, stack_prompts
+
 
 GENERATION_MODES = ("text", "image", "interleaved")
-_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
 
 
 @dataclass
@@ -36,200 +38,6 @@ class DualTokenGenerateOutput(ModelOutput):
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
     image_owner: torch.LongTensor | None = None
-
-
-@dataclass
-class DualTokenCodeSampler:
-    """
-    Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic).
-
-    The draw adds Gumbel noise and takes the maximum: no host synchronisation, and no sort of the whole codebook
-    unless top-k is off.
-
-    Args:
-        temperature (pair of `float`): > 0.
-        top_k (pair of `int`): 0 keeps all codes.
-        top_p (pair of `float`): in (0, 1]; 1 keeps all codes.
-        do_sample (`bool`): `False` takes the most probable code and ignores the rest.
-        generator (`torch.Generator`, *optional*): source of the noise; may live on the CPU.
-    """
-
-    temperature: tuple[float, float] = (1.0, 1.0)
-    top_k: tuple[int, int] = (900, 900)
-    top_p: tuple[float, float] = (0.96, 0.96)
-    do_sample: bool = True
-    generator: torch.Generator | None = None
-
-    def __post_init__(self):
-        if not all(temperature > 0 for temperature in self.temperature):
-            raise ValueError(
-                f"Image temperatures must be positive, got {self.temperature}; `image_do_sample=False` is greedy."
-            )
-        if min(self.top_k) < 0 or any(k != int(k) for k in self.top_k):
-            raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {self.top_k}.")
-        if not all(0 < p <= 1 for p in self.top_p):
-            raise ValueError(f"Image top-p must lie in (0, 1], got {self.top_p}.")
-
-    @classmethod
-    def from_kwargs(cls, kwargs: dict) -> "DualTokenCodeSampler":
-        """Take `image_*` (both heads), `pixel_*`, `semantic_*` (one head) and `generator` out of `kwargs`."""
-        settings = {}
-        for name, default in _SAMPLING_DEFAULTS.items():
-            both = kwargs.pop(f"image_{name}", None)
-            default = default if both is None else both
-            pair = [kwargs.pop(f"{kind}_{name}", None) for kind in ("pixel", "semantic")]
-            pair = [default if value is None else value for value in pair]
-            settings[name] = tuple(0 if name == "top_k" and value is None else value for value in pair)
-        do_sample = kwargs.pop("image_do_sample", None)
-        settings["do_sample"] = True if do_sample is None else bool(do_sample)
-        return cls(generator=kwargs.pop("generator", None), **settings)
-
-    def __call__(self, logits: torch.Tensor) -> torch.LongTensor:
-        """`(2, B, K)` -> `(2, B)`."""
-        if not self.do_sample:
-            return logits.argmax(-1)
-        logits = logits.float()
-        scores = logits / logits.new_tensor(self.temperature).view(2, 1, 1)
-        num_codes = logits.shape[-1]
-        top_k = [min(k, num_codes) or num_codes for k in self.top_k]
-        indices = None
-        if min(top_k) < num_codes or min(self.top_p) < 1:
-            scores, indices = scores.topk(max(top_k), dim=-1)
-            ranks = torch.arange(scores.shape[-1], device=scores.device)
-            removed = ranks >= torch.tensor(top_k, device=scores.device).view(2, 1, 1)
-            scores = scores.masked_fill(removed, float("-inf"))
-            probabilities = scores.softmax(-1)
-            # A code stays while those before it hold less than top-p; the first always stays.
-            before = probabilities.cumsum(-1) - probabilities
-            scores = scores.masked_fill(before >= logits.new_tensor(self.top_p).view(2, 1, 1), float("-inf"))
-        device = self.generator.device if self.generator is not None else scores.device
-        noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator).to(scores.device)
-        chosen = (scores - noise.log()).argmax(-1)
-        return chosen if indices is None else indices.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-
-
-@dataclass
-class _Prompt:
-    """A batch of prompts: ids and mask `(B, L)`, and their images' codes `(images, h, w, D)` in reading order."""
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    codes: tuple[torch.LongTensor, torch.LongTensor] | None
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def model_inputs(self) -> dict:
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if self.codes is not None:
-            inputs["pixel_codes"], inputs["semantic_codes"] = self.codes
-        return inputs
-
-
-def _left_pad(prompt: _Prompt, length: int, pad_token_id: int) -> _Prompt:
-    missing = length - prompt.input_ids.shape[1]
-    pad = torch.nn.functional.pad
-    return _Prompt(
-        pad(prompt.input_ids, (missing, 0), value=pad_token_id),
-        pad(prompt.attention_mask, (missing, 0), value=0),
-        prompt.codes,
-    )
-
-
-def _stack(first: _Prompt, second: _Prompt, pad_token_id: int) -> _Prompt:
-    """The rows of two batches in one, left-padded to one length."""
-    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
-    first, second = _left_pad(first, length, pad_token_id), _left_pad(second, length, pad_token_id)
-    codes = [prompt.codes for prompt in (first, second) if prompt.codes is not None]
-    return _Prompt(
-        torch.cat([first.input_ids, second.input_ids]),
-        torch.cat([first.attention_mask, second.attention_mask]),
-        tuple(torch.cat(kind) for kind in zip(*codes)) if codes else None,
-    )
-
-
-class _Context:
-    """The language model's state over a batch of rows: its cache, mask and positions."""
-
-    def __init__(self, model, prompt: _Prompt, cache):
-        self.model, self.cache = model, cache
-        self.attention_mask = prompt.attention_mask
-        outputs = model.model(**prompt.model_inputs(), past_key_values=cache, use_cache=True, return_dict=True)
-        self.hidden_states = outputs.last_hidden_state[:, -1]
-        self.next_position = self.attention_mask.sum(-1, keepdim=True)
-
-    def step(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Feed one embedding per row, `(B, 1, H)`; returns the new hidden states `(B, H)`."""
-        self.attention_mask = torch.cat(
-            [self.attention_mask, self.attention_mask.new_ones(len(self.attention_mask), 1)], dim=1
-        )
-        outputs = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=self.attention_mask,
-            position_ids=self.next_position,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        self.next_position = self.next_position + 1
-        self.hidden_states = outputs.last_hidden_state[:, -1]
-        return self.hidden_states
-
-
-class _UnconditionalContext:
-    """
-    The unconditional side of guidance where rows start and end their images at different times.
-
-    All rows share one cache. A row's mask shows it the negative prompt (if any) and its current image only, and its
-    positions count from there, so that it sees exactly what it would see alone. Rows without an image ride along
-    unseen. When no row has an image the cache is cut back to the negative prompt.
-    """
-
-    def __init__(self, model, prompt: _Prompt):
-        self.model = model
-        # The final <image_start> is fed when a row starts an image.
-        self.prefix = _Prompt(prompt.input_ids[:, :-1], prompt.attention_mask[:, :-1], prompt.codes)
-        self.prefix_length = self.prefix.input_ids.shape[1]
-        self.prefix_positions = self.prefix.attention_mask.sum(-1)
-        self.next_position = self.prefix_positions.clone()
-        self.attention_mask = self.prefix.attention_mask
-        self.cache = DynamicCache(config=model.config.text_config)
-        if self.prefix_length:
-            model.model(**self.prefix.model_inputs(), past_key_values=self.cache, use_cache=True)
-        self.hidden_states = None
-
-    def _cut_back(self) -> None:
-        """Keep the negative prompt only."""
-        surplus = self.attention_mask.shape[1] - self.prefix_length
-        if surplus == 0:
-            return
-        self.attention_mask = self.prefix.attention_mask
-        if self.prefix_length:
-            self.cache.crop(-surplus)
-        else:
-            self.cache = DynamicCache(config=self.model.config.text_config)
-
-    def step(self, embeds: torch.Tensor, starts: list[int], goes_on: list[int]) -> None:
-        """Feed `(B, 1, H)`: rows in `starts` begin an image with it, rows in `goes_on` continue theirs."""
-        if not starts and not goes_on:
-            self._cut_back()
-            return
-        mask = self.attention_mask.clone()
-        hidden_past = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        hidden_past[goes_on] = False
-        mask[hidden_past, self.prefix_length :] = 0
-        self.next_position = torch.where(hidden_past, self.prefix_positions, self.next_position)
-        self.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        outputs = self.model.model.language_model(
-            inputs_embeds=embeds,
-            attention_mask=self.attention_mask,
-            position_ids=self.next_position[:, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        self.next_position = self.next_position + 1
-        self.hidden_states = outputs.last_hidden_state[:, -1]
 
 
 @dataclass
@@ -322,7 +130,12 @@ class DualTokenGenerationMixin(GenerationMixin):
         num_return_sequences = kwargs.pop("num_return_sequences", None) or 1
         generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         unused = {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
-        unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in unused)
+        given = {name: value for name, value in model_kwargs.items() if name not in unused}
+        # Of transformers' settings, those that would be passed over without a word.
+        given |= {name: getattr(generation_config, name, None) for name in ("max_time", "stop_strings")}
+        if mode == "image":
+            given |= {"logits_processor": logits_processor, "streamer": streamer}
+        unknown = sorted(name for name, value in given.items() if value is not None)
         if unknown:
             raise ValueError(f"`generation_mode={mode!r}` does not take {', '.join(unknown)}.")
         if generation_config.num_beams not in (None, 1):
@@ -335,7 +148,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         generation_config.guidance_scale = None
         self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
 
-        prompt = _Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
+        prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
         if mode == "image":
             prompt = self._end_in_image_start(prompt)
         prompt = self._repeat_rows(prompt, num_return_sequences)
@@ -432,7 +245,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             mask = (input_ids != pad).long().cummax(-1).values
         return mask
 
-    def _end_in_image_start(self, prompt: _Prompt) -> _Prompt:
+    def _end_in_image_start(self, prompt: Prompt) -> Prompt:
         ends = prompt.input_ids[:, -1] == self.config.image_start_token_id
         if ends.all():
             return prompt
@@ -442,24 +255,24 @@ class DualTokenGenerationMixin(GenerationMixin):
                 f"none; rows {(~ends).nonzero().flatten().tolist()} do not."
             )
         start = torch.full_like(prompt.input_ids[:, :1], self.config.image_start_token_id)
-        return _Prompt(
+        return Prompt(
             torch.cat([prompt.input_ids, start], dim=1),
             torch.cat([prompt.attention_mask, torch.ones_like(start)], dim=1),
             prompt.codes,
         )
 
-    def _repeat_rows(self, prompt: _Prompt, repeats: int) -> _Prompt:
+    def _repeat_rows(self, prompt: Prompt, repeats: int) -> Prompt:
         if repeats == 1:
             return prompt
         codes = prompt.codes
         if codes is not None:
             order = self._image_order(self.model.image_mask(prompt.input_ids, None), len(codes[0]), repeats)
             codes = tuple(kind[order] for kind in codes)
-        return _Prompt(
+        return Prompt(
             prompt.input_ids.repeat_interleave(repeats, 0), prompt.attention_mask.repeat_interleave(repeats, 0), codes
         )
 
-    def _negative_prompt(self, prompt: _Prompt, num_prompts: int, negative: dict, generation_config) -> _Prompt:
+    def _negative_prompt(self, prompt: Prompt, num_prompts: int, negative: dict, generation_config) -> Prompt:
         """The unconditional context of every row; `num_prompts` is the number before the rows were repeated."""
         rows, start = len(prompt), self.config.image_start_token_id
         ids = negative["prompt_ids"]
@@ -468,7 +281,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             if given:
                 raise ValueError(f"{', '.join(given)} need `negative_prompt_ids`.")
             ids = torch.full_like(prompt.input_ids[:, :1], start)
-            return _Prompt(ids, torch.ones_like(ids), None)
+            return Prompt(ids, torch.ones_like(ids), None)
         ids = ids.to(prompt.input_ids.device)
         if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) not in (1, num_prompts):
             raise ValueError(
@@ -483,7 +296,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         if negative["pixel_values"] is not None:
             codes = self.model.get_image_codes(negative["pixel_values"])
         codes = None if codes == (None, None) else codes
-        return self._repeat_rows(_Prompt(ids, mask, codes), rows // len(ids))
+        return self._repeat_rows(Prompt(ids, mask, codes), rows // len(ids))
 
     def _codebooks(self) -> torch.Tensor:
         """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
@@ -502,8 +315,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _generate_image(
         self,
-        prompt: _Prompt,
-        negative_prompt: _Prompt | None,
+        prompt: Prompt,
+        negative_prompt: Prompt | None,
         guidance_scale: float,
         sampler: DualTokenCodeSampler,
         generation_config,
@@ -513,9 +326,9 @@ class DualTokenGenerationMixin(GenerationMixin):
         # One batch and one cache for both sides of guidance.
         batch = prompt
         if guided:
-            batch = _stack(prompt, negative_prompt, self._pad_token_id(generation_config))
+            batch = stack_prompts(prompt, negative_prompt, self._pad_token_id(generation_config))
         cache = self._new_cache(generation_config, batch.input_ids.shape[1] + num_positions)
-        context = _Context(self, batch, cache)
+        context = Context(self, batch, cache)
         codebooks, projection_cache = self._codebooks(), []
         codes = []
         while True:
@@ -557,8 +370,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _generate_interleaved(
         self,
-        prompt: _Prompt,
-        negative_prompt: _Prompt | None,
+        prompt: Prompt,
+        negative_prompt: Prompt | None,
         guidance_scale: float,
         sampler: DualTokenCodeSampler,
         generation_config,
@@ -594,8 +407,8 @@ class DualTokenGenerationMixin(GenerationMixin):
                     )
                 row.images.append([])
         guided = negative_prompt is not None
-        unconditional = _UnconditionalContext(self, negative_prompt) if guided else None
-        context = _Context(self, prompt, self._new_cache(generation_config, 0))
+        unconditional = UnconditionalContext(self, negative_prompt) if guided else None
+        context = Context(self, prompt, self._new_cache(generation_config, 0))
         if guided:
             embeds = self.get_input_embeddings()(prompt.input_ids[:, -1:])
             unconditional.step(embeds, [index for index, row in enumerate(rows) if row.in_image], [])
@@ -652,7 +465,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             streamer.end()
         return self._collect(sequences, rows)
 
-    def _interleaved_budget(self, prompt: _Prompt, generation_config) -> int:
+    def _interleaved_budget(self, prompt: Prompt, generation_config) -> int:
         """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
         if generation_config.max_new_tokens is not None:
             budget = generation_config.max_new_tokens
@@ -705,4 +518,4 @@ class DualTokenGenerationMixin(GenerationMixin):
         )
 
 
-__all__ = ["DualTokenCodeSampler", "DualTokenGenerateOutput", "DualTokenGenerationMixin"]
+__all__ = ["DualTokenGenerateOutput", "DualTokenGenerationMixin"]

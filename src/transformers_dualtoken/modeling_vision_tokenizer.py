@@ -214,6 +214,11 @@ class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
     # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
     _keep_in_fp32_modules_strict = ["codebook"]
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # transformers looks for its attention interface in this file; it is the towers that use it.
+        return True
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         std = self.config.initializer_range
