@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
 
     images = load_images(data_arguments)
     if model_arguments.model_name_or_path is not None:
+        if model_arguments.config_overrides is not None:
+            raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
         model = DualTokenVisionTokenizer.from_pretrained(model_arguments.model_name_or_path, dtype=torch.float32)
     else:
         model = DualTokenVisionTokenizer.from_siglip_pretrained(

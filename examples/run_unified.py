@@ -99,6 +99,8 @@ def load_model(arguments: ModelArguments) -> tuple[DualTokenForCausalLM, DualTok
     if arguments.model_name_or_path is not None:
         if any(parts):
             raise ValueError("Give either --model_name_or_path or the two parts of a new model, not both.")
+        if arguments.config_overrides is not None:
+            raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
         model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
         return model, AutoProcessor.from_pretrained(arguments.model_name_or_path)
     if not all(parts):

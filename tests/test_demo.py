@@ -84,6 +84,7 @@ def test_demo_writes_pictures(demo):
 
 def test_demo_refuses_a_folder_that_is_not_its_own(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
+    (tmp_path / "training.log").write_text("of another training")
     result = subprocess.run(
         [sys.executable, str(DIGITS / "run_demo.py"), "--output_dir", str(tmp_path)], capture_output=True, text=True
     )
@@ -134,7 +135,8 @@ def test_readme_code_runs(demo, tmp_path, folder):
         result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-4000:]
         printed.append(result.stdout)
-    assert "It is a " in printed[0] and "This is a three." in printed[0]
+    # Drawn with chance: whether the answers are right is measured above.
+    assert re.search(r"It is an? \w+\.", printed[0]) and re.search(r"This is an? \w+\.", printed[0])
     for name in ("three.png", "inverted.png"):
         assert Image.open(tmp_path / name).size == (32, 32)
     assert "torch.Size([1, 4, 4, 4])" in printed[1]
@@ -142,11 +144,16 @@ def test_readme_code_runs(demo, tmp_path, folder):
 
 def test_kept_checkpoint_is_small_and_good(tmp_path):
     folder = DIGITS / "checkpoint"
+    assert set(re.findall(r'"_name_or_path": "(.*)"', (folder / "dualtoken" / "config.json").read_text())) <= {""}
     assert sum(path.stat().st_size for path in folder.rglob("*")) < 8_000_000
     metrics = measure.main(
         ["--model", str(folder / "dualtoken"), "--captions", str(folder / "captions"), "--output_dir", str(tmp_path)]
     )
     assert below(metrics, FLOORS) == {}
+
+
+def test_readme_is_filled_in():
+    assert re.findall(r"[A-Z]+_(?:TIME|TABLE|VERSIONS)", (ROOT / "README.md").read_text()) == []
 
 
 @pytest.mark.slow

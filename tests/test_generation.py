@@ -1,5 +1,6 @@
 """Text, image and interleaved generation against the full forward, the naive loop and single rows."""
 
+import copy
 import functools
 import math
 
@@ -869,8 +870,11 @@ class TestText:
         turn = ids(7, *PICTURE, 6) if new_image else ids(7, 6)
         sequence = torch.cat([first.sequences, turn], dim=1)
         new_codes, all_codes = (take(codes, slice(start, 1 + new_image)) for start in (1, 0))
+        again = copy.deepcopy(first.past_key_values)
         second = model.generate(sequence, **new_codes, past_key_values=first.past_key_values, **arguments)
         assert torch.equal(second, model.generate(sequence, **all_codes, **arguments))
+        # The codes of the whole conversation do as well.
+        assert torch.equal(second, model.generate(sequence, **all_codes, past_key_values=again, **arguments))
 
     def test_prompt_lookup(self, model):
         row, codes = [8, *PICTURE, 9, 8, 9], random_codes(1)
@@ -995,3 +999,18 @@ class TestBadArguments:
 def test_what_a_mode_cannot_do_is_refused(model, mode, option):
     with pytest.raises(ValueError, match=f"does not take {next(iter(option))}"):
         model.generate(torch.tensor([[5, 50]]), generation_mode=mode, max_new_tokens=20, **option)
+
+
+def test_saved_guidance_does_not_reach_text(model, monkeypatch):
+    """Not even with a generation config, whose unset fields transformers fills in from the model's."""
+    plain = model.generate(torch.tensor([[5, 6]]), max_new_tokens=5, eos_token_id=None)
+    monkeypatch.setattr(model.generation_config, "guidance_scale", 3.0)
+    for arguments in ({}, {"generation_config": GenerationConfig(max_new_tokens=5)}):
+        text = model.generate(torch.tensor([[5, 6]]), **{"max_new_tokens": 5, "eos_token_id": None, **arguments})
+        assert torch.equal(text, plain)
+
+
+def test_generation_config_asks_for_several_images(model):
+    config = GenerationConfig(num_return_sequences=2, do_sample=True)
+    out = model.generate(torch.tensor([[5, 50]]), generation_mode="image", generation_config=config)
+    assert len(out.pixel_codes) == 2

@@ -40,6 +40,8 @@ import train_siglip  # noqa: E402
 
 
 KEPT_CHECKPOINT = Path(__file__).parent / "checkpoint"
+# Says that a folder is a demo's.
+MARKER = ".dualtoken-demo"
 
 # Chosen on validation scans.
 TOKENIZER_CONFIG = {
@@ -208,12 +210,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     arguments = parser.parse_args(argv)
 
     output_dir = arguments.output_dir
-    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / "training.log").exists():
+    if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
         parser.error(f"{output_dir} holds files that are not a demo's; name another --output_dir.")
-    shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / MARKER).touch()
+    # Of an earlier demo only what the stages write piece by piece goes; its results stay until new ones replace them.
+    shutil.rmtree(output_dir / "training", ignore_errors=True)
     log_path = output_dir / "training.log"
-    log_path.touch()
+    log_path.write_text("")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     torch.manual_seed(training_arguments.seed)
     tokenizer = build_tokenizer()
     processor = DualTokenVisionTokenizerProcessor(
-        DualTokenImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}), tokenizer
+        DualTokenImageProcessorPil(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}),
+        tokenizer,
+        text_length=TEXT_LENGTH,
     )
     model = build_model(len(tokenizer))
     torch.nn.init.constant_(model.logit_scale, 1.5)

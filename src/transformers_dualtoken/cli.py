@@ -7,8 +7,11 @@ from pathlib import Path
 
 def _convert(arguments: argparse.Namespace) -> None:
     # Imported here: `dualtoken --help` needs no torch.
-    from .convert import load_official_tokenizer
+    from transformers import AutoTokenizer
+
+    from .convert import load_official_tokenizer, official_siglip_path
     from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
+    from .processing_dualtoken import DualTokenVisionTokenizerProcessor
 
     output = Path(arguments.output_dir)
     if output.exists() and any(output.iterdir()):
@@ -16,7 +19,18 @@ def _convert(arguments: argparse.Namespace) -> None:
     model = load_official_tokenizer(arguments.folder)
     model.save_pretrained(output)
     size = model.config.image_size
-    DualTokenImageProcessorPil(size={"height": size, "width": size}).save_pretrained(output)
+    processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
+    siglip = Path(official_siglip_path(arguments.folder))
+    if any((siglip / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+        length = model.config.text_config.max_position_embeddings
+        processor = DualTokenVisionTokenizerProcessor(
+            processor, AutoTokenizer.from_pretrained(siglip), text_length=length
+        )
+    else:
+        print(
+            f"{siglip} holds no text tokenizer: the checkpoint gets an image processor only, which suffices for codes."
+        )
+    processor.save_pretrained(output)
     print(f"Wrote {output}: {model.num_parameters():,} parameters, {size} px, {model.config.num_positions} positions.")
 
 

@@ -39,6 +39,7 @@ class DualTokenCodeSampler:
             raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {self.top_k}.")
         if not all(0 < p <= 1 for p in self.top_p):
             raise ValueError(f"Image top-p must lie in (0, 1], got {self.top_p}.")
+        self.top_k = tuple(int(k) for k in self.top_k)
 
     @classmethod
     def from_kwargs(cls, kwargs: dict) -> "DualTokenCodeSampler":

@@ -125,6 +125,12 @@ def _require(config: dict, keys: tuple[str, ...], where: str) -> None:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
 
 
+def official_siglip_path(folder: str | Path) -> str:
+    """Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on."""
+    folder = Path(folder)
+    return _siglip_path(folder, json.loads((folder / "config.json").read_text())["rqvaesiglip"])
+
+
 def _siglip_path(folder: Path, config: dict) -> str:
     """`pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id."""
     name = config.get("pretrained_model")
@@ -261,4 +267,10 @@ def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
     return model.eval()
 
 
-__all__ = ["convert_official_config", "convert_official_state_dict", "load_official_tokenizer", "official_key"]
+__all__ = [
+    "convert_official_config",
+    "convert_official_state_dict",
+    "load_official_tokenizer",
+    "official_key",
+    "official_siglip_path",
+]

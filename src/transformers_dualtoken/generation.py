@@ -73,7 +73,8 @@ class DualTokenGenerationMixin(GenerationMixin):
                 depth. 1.0: no guidance. Not used in text mode.
             negative_prompt_ids (`torch.LongTensor` of shape `(1 or B, L')`, *optional*): the unconditional context, a
                 rendered prompt that ends in `<image_start>`; by default `<image_start>` alone. With
-                `negative_prompt_attention_mask`, and its images as `negative_pixel_values`.
+                `negative_prompt_attention_mask`, and its images as `negative_pixel_values`, or as
+                `negative_pixel_codes` and `negative_semantic_codes`.
             image_temperature, image_top_k, image_top_p (default to 1.0, 900, 0.96): sampling of the codes in both
                 heads; `pixel_*` and `semantic_*` override one head's.
             image_do_sample (`bool`, defaults to `True`): `False` takes the most probable code at every depth.
@@ -127,8 +128,12 @@ class DualTokenGenerationMixin(GenerationMixin):
         logits_processor = kwargs.pop("logits_processor", None)
         streamer = kwargs.pop("streamer", None)
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
-        num_return_sequences = kwargs.pop("num_return_sequences", None) or 1
+        num_return_sequences = kwargs.pop("num_return_sequences", None)
         generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        if num_return_sequences is None:
+            num_return_sequences = generation_config.num_return_sequences or 1
+        if num_return_sequences < 1:
+            raise ValueError(f"`num_return_sequences` must be at least 1, got {num_return_sequences}.")
         unused = {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
         given = {name: value for name, value in model_kwargs.items() if name not in unused}
         # Of transformers' settings, those that would be passed over without a word.
@@ -145,7 +150,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         if inputs is None:
             raise ValueError(f"`generation_mode={mode!r}` needs `input_ids`.")
         # Guidance is of images only: transformers' processor must not guide the text of an interleaved answer.
-        generation_config.guidance_scale = None
+        generation_config.guidance_scale = 1.0
         self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
 
         prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
@@ -164,8 +169,11 @@ class DualTokenGenerationMixin(GenerationMixin):
     # Text mode: transformers' own generate.
 
     def _generate_text(self, inputs, generation_config, kwargs):
-        config = generation_config if generation_config is not None else self.generation_config
-        suppressed = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []
+        suppressed = kwargs.pop("suppress_tokens", None)
+        for config in (generation_config, self.generation_config):
+            if suppressed is None and config is not None:
+                suppressed = config.suppress_tokens
+        self._drop_cached_images(inputs, kwargs)
         for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
@@ -173,8 +181,9 @@ class DualTokenGenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}` belongs to image and interleaved generation; text has no guidance here.")
         # A text answer holds no image, begun or alleged.
         settings = {
-            "suppress_tokens": sorted({*suppressed, *self.config.special_image_token_ids}),
-            "guidance_scale": None,
+            "suppress_tokens": sorted({*(suppressed or []), *self.config.special_image_token_ids}),
+            # 1.0 rather than `None`, which transformers fills in from the model's own generation config.
+            "guidance_scale": 1.0,
         }
         if generation_config is not None:
             # Within it: transformers warns where settings come beside a generation config.
@@ -182,6 +191,20 @@ class DualTokenGenerationMixin(GenerationMixin):
             generation_config.update(**settings)
             settings = {}
         return super().generate(inputs, generation_config=generation_config, **settings, **kwargs)
+
+    def _drop_cached_images(self, inputs: torch.LongTensor | None, kwargs: dict) -> None:
+        """Going on from a cache, only the images after it are fed; the codes may be those of the whole conversation."""
+        cache, codes = kwargs.get("past_key_values"), kwargs.get("pixel_codes")
+        cached_length = cache.get_seq_length() if cache is not None else 0
+        if inputs is None or codes is None or not 0 < cached_length < inputs.shape[1]:
+            return
+        image_mask = inputs == self.config.image_token_id
+        if len(codes) * self.config.num_positions != int(image_mask.sum()):
+            return
+        is_new = image_mask & (torch.arange(inputs.shape[1], device=inputs.device) >= cached_length)
+        is_new = is_new[image_mask].view(len(codes), -1).any(-1)
+        for name in ("pixel_codes", "semantic_codes"):
+            kwargs[name] = kwargs[name][is_new] if is_new.any() else None
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, is_first_iteration=False, **kwargs):
         model_inputs = super().prepare_inputs_for_generation(
@@ -292,10 +315,11 @@ class DualTokenGenerationMixin(GenerationMixin):
             raise ValueError(f"`negative_prompt_ids` must end in `<image_start>` (id {start}) in every row.")
         mask = negative["prompt_attention_mask"]
         mask = self._prompt_mask(ids, mask, generation_config, name="negative_prompt_attention_mask")
-        codes = (negative["pixel_codes"], negative["semantic_codes"])
+        codes = self._pop_codes(negative)
         if negative["pixel_values"] is not None:
+            if codes is not None:
+                raise ValueError("Images come either as `negative_pixel_values` or as codes, not as both.")
             codes = self.model.get_image_codes(negative["pixel_values"])
-        codes = None if codes == (None, None) else codes
         return self._repeat_rows(Prompt(ids, mask, codes), rows // len(ids))
 
     def _codebooks(self) -> torch.Tensor:
