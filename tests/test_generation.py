@@ -1014,3 +1014,8 @@ def test_generation_config_asks_for_several_images(model):
     config = GenerationConfig(num_return_sequences=2, do_sample=True)
     out = model.generate(torch.tensor([[5, 50]]), generation_mode="image", generation_config=config)
     assert len(out.pixel_codes) == 2
+
+
+def test_decode_images_of_a_text_answer_is_refused(model):
+    with pytest.raises(ValueError, match="text mode returns ids"):
+        model.decode_images(model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, eos_token_id=None))

@@ -471,6 +471,11 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         """
         if (output is None) == (pixel_codes is None):
             raise ValueError("`decode_images` takes what `generate` returned, or `pixel_codes`.")
+        if output is not None and getattr(output, "pixel_codes", None) is None:
+            raise ValueError(
+                "`decode_images` takes what `generate` returned with generation_mode 'image' or 'interleaved', got "
+                f"{type(output).__name__}; text mode returns ids and no images."
+            )
         pixel_codes = output.pixel_codes if pixel_codes is None else pixel_codes
         if len(pixel_codes) == 0:
             size = self.config.vision_tokenizer_config.reconstruction_size
