@@ -44,7 +44,6 @@ class DualTokenGenerateOutput(ModelOutput):
 class _Row:
     """Where a row of interleaved generation stands."""
 
-    tokens: list[int] = field(default_factory=list)
     # Codes (2, D) of the positions of every image; the last image may be under way.
     images: list[list[torch.Tensor]] = field(default_factory=list)
     in_image: bool = False
@@ -466,7 +465,6 @@ class DualTokenGenerationMixin(GenerationMixin):
             for index, (row, token) in enumerate(zip(rows, next_ids.tolist())):
                 if row.finished:
                     continue
-                row.tokens.append(token)
                 if index in drawing:
                     goes_on.append(index)
                 elif token == end_id:
