@@ -6,14 +6,16 @@ PYTEST_ARGS ?=
 
 DEMO := .venv-demo
 TEST := .venv-test
+EXTRAS := .venv-extras
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all lint format bench clean
+.PHONY: help demo test test-slow test-all test-extras lint format bench clean
 
 help:
 	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
 	@echo "make test       the tests, on CPU and offline, the trained demo's check included      (PYTEST_ARGS=...)"
 	@echo "make test-all   those and the slow ones"
+	@echo "make test-extras  those that need torchvision, torchmetrics, lpips, open_clip: an environment of its own"
 	@echo "make lint       check style and format; 'make format' mends what can be mended"
 	@echo "make bench      run every benchmarks/bench_*.py"
 	@echo "make clean      remove virtual environments, build products and caches, not the demo's results"
@@ -31,6 +33,10 @@ test-slow: $(TEST)/.installed
 test-all: $(TEST)/.installed
 	$(TEST)/bin/python -m pytest $(PYTEST_ARGS)
 
+# The shim makes torchvision importable beside a torch it was not built for, as constraints.txt may bring one.
+test-extras: $(EXTRAS)/.installed
+	PYTHONPATH=tests $(EXTRAS)/bin/python -m pytest -p torchvision_shim -m extras $(PYTEST_ARGS)
+
 lint: $(TEST)/.installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
@@ -46,6 +52,7 @@ bench: $(TEST)/.installed
 # once one of them changes. The package is installed editable: changes to the code need no new installation.
 $(DEMO)/.installed: EXTRA := demo
 $(TEST)/.installed: EXTRA := dev
+$(EXTRAS)/.installed: EXTRA := dev,perceptual,eval
 .venv-%/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 		|| { echo "'$(PYTHON)' is not a Python 3.10 or later: name one, as in 'make $* PYTHON=python3.12'."; exit 1; }
@@ -58,5 +65,5 @@ $(TEST)/.installed: EXTRA := dev
 	@touch $@
 
 clean:
-	rm -rf $(DEMO) $(TEST) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(TEST) $(EXTRAS) build dist src/*.egg-info .pytest_cache .ruff_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -70,8 +70,8 @@ def update(name, codebook, codes, vectors):
 
 def our_statistics(codes, vectors, num_codes):
     """As in `DualTokenCodebook.update`."""
-    sums = vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
-    return torch.bincount(codes, minlength=num_codes), sums
+    counts = vectors.new_zeros(num_codes).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
+    return counts, vectors.new_zeros(num_codes, vectors.shape[1]).index_add_(0, codes, vectors)
 
 
 def main():

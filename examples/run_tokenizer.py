@@ -1,15 +1,19 @@
 """
-Train a DualToken vision tokenizer on any images, starting from a SigLIP or SigLIP 2 checkpoint of fixed resolution.
+Train a DualToken vision tokenizer on any images.
 
-One process:
+From a SigLIP or SigLIP 2 checkpoint of fixed resolution, with all terms of the paper's stage 1 (the perceptual one needs
+the extra `perceptual`):
 
     python examples/run_tokenizer.py --siglip_model_name_or_path google/siglip2-so400m-patch14-384 \\
-        --train_dir path/to/images --output_dir tokenizer --max_steps 10000 --per_device_train_batch_size 8 --bf16
+        --train_dataset path/to/images --output_dir tokenizer --max_steps 10000 --per_device_train_batch_size 8 --bf16
 
-Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON file, given as the only
-argument. A run that was stopped goes on from its last checkpoint when started again with the same command.
+Without adversary and LPIPS: `--loss_weights '{"perceptual": 0, "generator": 0}'`. The other stages: `--stage 0`, then
+`--stage 1`, `--stage 2` with `--model_name_or_path` of the stage before. Several GPUs: the same after
+`torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from one JSON file, given as the only
+argument; examples/configs/ holds the paper's.
 
-Trained is everything but the text tower, with the paper's stage 1 losses except the perceptual and the adversarial.
+Images: a folder, parquet files, webdataset shards, or a data set of the Hub; with `--streaming` they are read while
+training. A run that was stopped goes on from its last checkpoint when started again with the same command.
 """
 
 import json
@@ -18,49 +22,64 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from transformers import AutoTokenizer, HfArgumentParser, SiglipModel, TrainingArguments, set_seed
+from transformers import AutoTokenizer, HfArgumentParser, SiglipModel, SiglipVisionModel, TrainingArguments, set_seed
 
 from transformers_dualtoken import (
     DualTokenImageProcessorPil,
     DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
 )
+from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer, official_siglip_path
 from transformers_dualtoken.training import (
     DualTokenImageDataset,
+    DualTokenImageStream,
+    DualTokenVisionTokenizerRecipe,
     DualTokenVisionTokenizerTrainer,
     collate_images,
     find_checkpoint,
+    load_image_dataset,
 )
 
 
 @dataclass
 class ModelArguments:
-    siglip_model_name_or_path: str = field(
-        metadata={"help": "SigLIP or SigLIP 2 checkpoint: start of the encoder, and the frozen teacher"}
+    siglip_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "SigLIP or SigLIP 2 checkpoint: the frozen teacher, and the start of a new encoder"},
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "a tokenizer of this project to go on from, instead of a new one"}
+        default=None,
+        metadata={
+            "help": "a tokenizer to go on from instead of a new one: this project's, or a folder in the authors' "
+            "format, which names its own teacher"
+        },
     )
-    config_overrides: str | None = field(
+    config_overrides: dict | str | None = field(
         default=None,
         metadata={"help": "JSON object of DualTokenVisionTokenizerConfig fields, or the path of one, for a new model"},
-    )
-    loss_weights: str | None = field(
-        default=None, metadata={"help": 'JSON object of loss terms and weights, e.g. {"reconstruction_mse": 10}'}
     )
 
 
 @dataclass
 class DataArguments:
-    train_dir: str | None = field(default=None, metadata={"help": "folder of images, with or without sub-folders"})
-    dataset_name: str | None = field(default=None, metadata={"help": "a data set of the Hub, instead of a folder"})
-    dataset_split: str = field(default="train")
+    train_dataset: str = field(
+        metadata={
+            "help": "folder of images (with or without sub-folders), folder, file or pattern of parquet files or "
+            "webdataset shards (.tar), folder of save_to_disk, or name of a data set on the Hub"
+        }
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a data set on the Hub"})
+    train_split: str = field(default="train")
+    eval_dataset: str | None = field(default=None, metadata={"help": "like --train_dataset, for the evaluation"})
+    eval_split: str = field(default="validation")
     image_column: str = field(default="image")
+    streaming: bool = field(default=False, metadata={"help": "read the training images while training"})
+    shuffle_buffer_size: int = field(default=1000, metadata={"help": "images that a stream shuffles at a time"})
     crop_scale: list[float] = field(
         default_factory=lambda: [0.9, 1.0], metadata={"help": "range of the random crop's share of the area"}
     )
-    max_train_samples: int | None = field(default=None)
+    max_train_samples: int | None = field(default=None, metadata={"help": "take only the first so many images"})
+    max_eval_samples: int | None = field(default=None)
 
 
 @dataclass
@@ -76,62 +95,105 @@ class TokenizerTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False)
 
 
-def _json(text: str | None) -> dict:
-    if text is None:
-        return {}
-    return json.loads(Path(text).read_text() if text.endswith(".json") else text)
+def _json(value: dict | str | None) -> dict:
+    if isinstance(value, str):
+        return json.loads(Path(value).read_text() if value.endswith(".json") else value)
+    return value or {}
 
 
-def load_images(arguments: DataArguments):
-    if (arguments.train_dir is None) == (arguments.dataset_name is None):
-        raise ValueError("Give exactly one of --train_dir and --dataset_name.")
-    if arguments.train_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=arguments.train_dir, split="train", drop_labels=True)
+def load_model(
+    arguments: ModelArguments,
+) -> tuple[DualTokenVisionTokenizer, SiglipVisionModel, DualTokenVisionTokenizerProcessor]:
+    """The tokenizer to train, its teacher, and the processor that is saved with it."""
+    start, siglip = arguments.model_name_or_path, arguments.siglip_model_name_or_path
+    is_official = start is not None and is_official_folder(start)
+    if siglip is None and is_official:
+        siglip = official_siglip_path(start)
+    if siglip is None:
+        raise ValueError("The frozen teacher is missing: give --siglip_model_name_or_path, a SigLIP checkpoint.")
+    if start is not None and arguments.config_overrides is not None:
+        raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
+    if start is None:
+        model = DualTokenVisionTokenizer.from_siglip_pretrained(siglip, **_json(arguments.config_overrides))
+    elif is_official:
+        model = load_official_tokenizer(start)
     else:
-        dataset = load_dataset(arguments.dataset_name, split=arguments.dataset_split)
-    if arguments.max_train_samples is not None:
-        dataset = dataset.select(range(min(arguments.max_train_samples, len(dataset))))
-    return dataset
-
-
-def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, TokenizerTrainingArguments))
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        model_arguments, data_arguments, training_arguments = parser.parse_json_file(argv[0])
-    else:
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
-    set_seed(training_arguments.seed)
-
-    images = load_images(data_arguments)
-    if model_arguments.model_name_or_path is not None:
-        if model_arguments.config_overrides is not None:
-            raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
-        model = DualTokenVisionTokenizer.from_pretrained(model_arguments.model_name_or_path, dtype=torch.float32)
-    else:
-        model = DualTokenVisionTokenizer.from_siglip_pretrained(
-            model_arguments.siglip_model_name_or_path, **_json(model_arguments.config_overrides)
-        )
-    teacher = SiglipModel.from_pretrained(model_arguments.siglip_model_name_or_path, dtype=torch.float32).vision_model
+        model = DualTokenVisionTokenizer.from_pretrained(start, dtype=torch.float32)
+    teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
+    for name in ("hidden_size", "image_size", "patch_size", "num_hidden_layers"):
+        ours, theirs = (getattr(config, name) for config in (model.config.vision_config, teacher.config))
+        if ours != theirs:
+            raise ValueError(
+                f"The tokenizer {start!r} does not fit its teacher {siglip!r}: {name} is {ours} in the one and "
+                f"{theirs} in the other. Give the SigLIP checkpoint that it was built on."
+            )
     size = model.config.image_size
     processor = DualTokenVisionTokenizerProcessor(
         DualTokenImageProcessorPil(size={"height": size, "width": size}),
-        AutoTokenizer.from_pretrained(model_arguments.siglip_model_name_or_path),
+        AutoTokenizer.from_pretrained(siglip),
         text_length=model.config.text_config.max_position_embeddings,
     )
-    dataset = DualTokenImageDataset(
-        images,
-        processor.image_processor,
-        image_column=data_arguments.image_column,
-        crop_scale=tuple(data_arguments.crop_scale),
-        seed=training_arguments.seed,
+    return model, teacher, processor
+
+
+def load_train_images(data: DataArguments, image_processor, training: TrainingArguments):
+    images = load_image_dataset(
+        data.train_dataset,
+        name=data.dataset_config_name,
+        split=data.train_split,
+        streaming=data.streaming,
+        image_column=data.image_column,
     )
+    settings = {"image_column": data.image_column, "crop_scale": tuple(data.crop_scale), "seed": training.seed}
+    if data.streaming:
+        if data.max_train_samples is not None:
+            images = images.take(data.max_train_samples)
+        return DualTokenImageStream(
+            images,
+            image_processor,
+            **settings,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            rank=training.process_index,
+            world_size=training.world_size,
+        )
+    return DualTokenImageDataset(_first(images, data.max_train_samples), image_processor, **settings)
+
+
+def load_eval_images(data: DataArguments, image_processor):
+    if data.eval_dataset is None:
+        return None
+    images = load_image_dataset(
+        data.eval_dataset, name=data.dataset_config_name, split=data.eval_split, image_column=data.image_column
+    )
+    images = _first(images, data.max_eval_samples)
+    return DualTokenImageDataset(images, image_processor, image_column=data.image_column, crop_scale=(1, 1))
+
+
+def _first(images, count: int | None):
+    return images if count is None else images.select(range(min(count, len(images))))
+
+
+def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, DualTokenVisionTokenizerRecipe, TokenizerTrainingArguments)
+    )
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        model_arguments, data_arguments, recipe, training_arguments = parser.parse_json_file(argv[0])
+    else:
+        model_arguments, data_arguments, recipe, training_arguments = parser.parse_args_into_dataclasses(argv)
+    if data_arguments.streaming and training_arguments.max_steps < 1:
+        raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    set_seed(training_arguments.seed)
+
+    model, teacher, processor = load_model(model_arguments)
     trainer = DualTokenVisionTokenizerTrainer(
         model=model,
         args=training_arguments,
         teacher=teacher,
-        loss_weights=_json(model_arguments.loss_weights),
-        train_dataset=dataset,
+        recipe=recipe,
+        train_dataset=load_train_images(data_arguments, processor.image_processor, training_arguments),
+        eval_dataset=load_eval_images(data_arguments, processor.image_processor),
         data_collator=collate_images,
         callbacks=callbacks,
     )

@@ -6,9 +6,13 @@ import os
 # Before transformers is imported, which reads it once. A test that needs the network is a mistake.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tiny_models import tiny_tokenizer_config  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel  # noqa: E402
 
 from transformers_dualtoken import DualTokenVisionTokenizer  # noqa: E402
 
@@ -56,3 +60,17 @@ def tokenizer(make_tokenizer) -> DualTokenVisionTokenizer:
 def pixel_values() -> torch.Tensor:
     """Two images `(2, 3, 24, 24)` in [-1, 1]."""
     return torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.fixture(scope="session")
+def siglip_folder(tmp_path_factory) -> Path:
+    """A tiny SigLIP with its text tokenizer, as a checkpoint on disk."""
+    torch.manual_seed(0)
+    folder, config = tmp_path_factory.mktemp("siglip"), tiny_tokenizer_config()
+    SiglipModel(
+        SiglipConfig(vision_config=config.vision_config.to_dict(), text_config=config.text_config.to_dict())
+    ).save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    return folder

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config
 from torch import nn
 
-from transformers_dualtoken import DualTokenVisionTokenizer
+from transformers_dualtoken import DualTokenVisionTokenizer, quantization
 from transformers_dualtoken.configuration_dualtoken import DualTokenQuantizerConfig
 from transformers_dualtoken.quantization import DualTokenResidualQuantizer, nearest_codes
 
@@ -84,6 +84,37 @@ def test_search_runs_in_float32_under_autocast_and_for_half_inputs():
     half = quantizer(vectors.bfloat16())
     assert torch.equal(half.codes, quantizer(vectors.bfloat16().float()).codes)
     assert half.quantized.dtype == torch.bfloat16 and half.commitment_loss.dtype == torch.float32
+
+
+def tf32(values) -> torch.Tensor:
+    """Float32 with a mantissa of 10 bits, rounded to the nearest, as a GPU's matrix units take it."""
+    return ((values.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+def test_tf32_products_change_no_code_on_a_gpu(monkeypatch):
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda bias, a, b, out: addmm(bias, tf32(a), tf32(b), out=out))
+    vectors, codebook = 1 + torch.randn(1000, 32), 1 + torch.randn(1000, 32)
+    distances = brute_force(vectors, codebook)
+
+    def is_nearest(codes):
+        return distances.gather(1, codes[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-5)
+
+    assert not is_nearest(nearest_codes(vectors, codebook)).all()  # what the setting would do
+    monkeypatch.setattr(quantization, "_products_may_be_rounded", lambda device: True)
+    assert is_nearest(nearest_codes(vectors, codebook)).all()
+
+
+@pytest.mark.parametrize("num_codes", [24, 128])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_codes_of_numbers_that_are_not_finite_are_in_range(num_codes, value):
+    # An index out of range would end the process on a GPU before the loss tells what is wrong.
+    vectors, codebook = torch.randn(5, 8), torch.randn(num_codes, 8)
+    vectors[2, 3] = value
+    codes = nearest_codes(vectors, codebook)
+    assert codes.min() >= 0 and codes.max() < num_codes
+    others = [0, 1, 3, 4]
+    assert torch.equal(codes[others], nearest_codes(vectors[others], codebook))
 
 
 # --- the quantiser as loops ---
@@ -171,6 +202,45 @@ def test_eval_equals_the_naive_quantizer_and_never_moves_the_codebook(shared_cod
         assert torch.equal(output.codes, codes)
         torch.testing.assert_close(quantizer.embed_codes(codes).double(), sums, rtol=1e-5, atol=1e-5)
         assert all(torch.equal(getattr(quantizer.codebook, name), before[name]) for name in BUFFERS)
+
+
+@pytest.mark.parametrize("update_rule, ema_vectors", RULES)
+def test_frozen_training_equals_eval(update_rule, ema_vectors):
+    quantizer = make_quantizer(update_rule=update_rule, ema_vectors=ema_vectors)
+    assert not quantizer.frozen
+    before, z = snapshot(quantizer), torch.randn(40, 8)
+    expected = quantizer.eval()(z)
+    quantizer.train().frozen = True
+    random_state = torch.get_rng_state()
+    output = quantizer(z)
+    assert all(torch.equal(output[name], expected[name]) for name in expected)
+    assert all(torch.equal(getattr(quantizer.codebook, name), before[name]) for name in BUFFERS)
+    assert torch.equal(torch.get_rng_state(), random_state)  # nothing was drawn for restarts
+    assert "frozen" not in quantizer.config.to_dict() and not any("frozen" in name for name in quantizer.state_dict())
+    quantizer.frozen = False
+    quantizer(z)
+    assert not torch.equal(quantizer.codebook.embeddings, before["embeddings"])
+
+
+@pytest.mark.parametrize("update_rule, ema_vectors", RULES)
+def test_training_compiles_as_one_graph(update_rule, ema_vectors):
+    eager = make_quantizer(update_rule=update_rule, ema_vectors=ema_vectors, restart_unused_codes=True).train()
+    compiled = copy.deepcopy(eager)
+    step = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        z = torch.randn(30, 8)
+        outputs, gradients = [], []
+        for quantizer in (eager, step):
+            torch.manual_seed(seed)
+            leaf = z.clone().requires_grad_()
+            outputs.append(quantizer(leaf))
+            (outputs[-1].commitment_loss + outputs[-1].quantized.square().sum()).backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(outputs[0].codes, outputs[1].codes)
+        torch.testing.assert_close(*gradients)
+        for name, value in snapshot(eager).items():
+            torch.testing.assert_close(getattr(compiled.codebook, name), value)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("update_rule, ema_vectors", RULES)
@@ -346,6 +416,8 @@ def test_training_in_bfloat16_moves_the_codebook_in_float32(tokenizer, pixel_val
 # --- several ranks ---
 
 WORLD_SIZE = 2
+# Vectors of each rank, of the 20 of a step: a last batch may be uneven.
+RANK_VECTORS = ((10, 10), (7, 13), (16, 4))
 
 
 def rank_steps(quantizer, batches):
@@ -363,7 +435,8 @@ def distributed_cases():
                 torch.manual_seed(7)
                 fields = {"update_rule": rule, "ema_vectors": vectors, "shared_codebook": shared}
                 quantizer = make_quantizer(**fields, restart_unused_codes=restart, ema_decay=0.8)
-                # 10 vectors a rank: fewer than the 24 codes without the shared codebook's three depths, more with it.
+                # About 10 vectors a rank: fewer than the 24 codes without the shared codebook's three depths, mostly
+                # more with it.
                 yield (restart, rule, vectors, shared), quantizer, torch.randn(3, 20, 8, generator=generator)
 
 
@@ -375,7 +448,9 @@ def run_rank(rank, folder):
     results = {}
     for name, quantizer, batches in distributed_cases():
         torch.manual_seed(100 + rank)  # each rank would restart codes at its own vectors
-        results[name] = rank_steps(quantizer, batches.chunk(WORLD_SIZE, dim=1)[rank])
+        results[name] = rank_steps(
+            quantizer, [batch.split(sizes)[rank] for batch, sizes in zip(batches, RANK_VECTORS)]
+        )
     torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 

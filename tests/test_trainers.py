@@ -1,43 +1,40 @@
-"""Training: data sets, both trainers, and runs of the two scripts that are stopped and go on."""
+"""Training of the unified model: conversations, the trainer, and runs that are stopped and go on."""
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file
-from tiny_models import lively_unified_model, tiny_quantizer_fields, tiny_tokenizer_config
+from tiny_models import lively_unified_model
 from tiny_tokenizer import build_tiny_qwen2_tokenizer
-from tokenizers import Tokenizer, models, pre_tokenizers
+from training_helpers import (
+    RUN,
+    TOKENIZER_FIELDS,
+    FixedItems,
+    changed,
+    check_finished,
+    check_resume,
+    quiet,
+    state_of,
+    write_images,
+)
 from transformers import (
     GenerationConfig,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
-    SiglipConfig,
-    SiglipModel,
-    SiglipVisionModel,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor, DualTokenVisionTokenizer
 from transformers_dualtoken.training import (
-    DEFAULT_LOSS_WEIGHTS,
     DualTokenChatDataset,
     DualTokenDataCollator,
-    DualTokenImageDataset,
     DualTokenTrainer,
-    DualTokenVisionTokenizerTrainer,
-    collate_images,
     encode_images,
     find_checkpoint,
     set_trainable,
@@ -45,40 +42,10 @@ from transformers_dualtoken.training import (
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import run_tokenizer  # noqa: E402
 import run_unified  # noqa: E402
 
 
 N = 9  # positions of an image of the tiny tokenizer
-TOKENIZER_FIELDS = {
-    name: getattr(tiny_tokenizer_config(), name)
-    for name in (
-        "pixel_layer",
-        "semantic_layer",
-        "shortcut_layer",
-        "decoder_block_out_channels",
-        "decoder_in_channels",
-        "decoder_norm_num_groups",
-        "decoder_latent_size",
-    )
-} | {f"{kind}_quantizer_config": tiny_quantizer_fields() for kind in ("pixel", "semantic")}
-
-
-def quiet(**overrides) -> dict:
-    """Training arguments of a short run on the CPU that leaves nothing but its checkpoints."""
-    return {
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        **overrides,
-    }
-
-
-def noise(seed: int, size=(24, 24)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def say(role: str, *parts) -> dict:
@@ -90,15 +57,6 @@ def say(role: str, *parts) -> dict:
     return {"role": role, "content": content}
 
 
-def state_of(module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def changed(before: dict, after: dict) -> set[str]:
-    assert before.keys() == after.keys()
-    return {name for name in before if not torch.equal(before[name], after[name])}
-
-
 @pytest.fixture(scope="module")
 def text_tokenizer():
     return build_tiny_qwen2_tokenizer(["user assistant", "Draw it, please. What is in the picture? A blue one."])
@@ -107,20 +65,6 @@ def text_tokenizer():
 @pytest.fixture(scope="module")
 def processor(text_tokenizer):
     return DualTokenProcessor(DualTokenImageProcessorPil(size=24), text_tokenizer, num_image_tokens=N)
-
-
-@pytest.fixture(scope="module")
-def siglip_folder(tmp_path_factory) -> Path:
-    """A tiny SigLIP with its text tokenizer, as a checkpoint on disk."""
-    torch.manual_seed(0)
-    folder, config = tmp_path_factory.mktemp("siglip"), tiny_tokenizer_config()
-    SiglipModel(
-        SiglipConfig(vision_config=config.vision_config.to_dict(), text_config=config.text_config.to_dict())
-    ).save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<bos>": 1, "<eos>": 2, "a": 3}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -296,91 +240,7 @@ def test_encode_images_encodes_equal_keys_once():
     assert encode_images(model, load_image, []) == {}
 
 
-# Images
-
-
-@pytest.fixture
-def image_processor():
-    return DualTokenImageProcessorPil(size=24)
-
-
-def table(*images) -> datasets.Dataset:
-    return datasets.Dataset.from_dict({"image": list(images)}, features=datasets.Features({"image": datasets.Image()}))
-
-
-def test_crop_depends_on_seed_epoch_and_index_only(image_processor):
-    def pixels(seed, epoch, index):
-        dataset = DualTokenImageDataset(table(noise(0), noise(0)), image_processor, seed=seed)
-        dataset.set_epoch(epoch)
-        return dataset[index]["pixel_values"]
-
-    reference = pixels(0, 0, 0)
-    assert reference.shape == (3, 24, 24) and -1 <= reference.min() and reference.max() <= 1
-    assert torch.equal(reference, pixels(0, 0, 0))
-    assert not any(torch.equal(reference, pixels(*other)) for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
-
-
-def test_crop_keeps_its_share_of_the_area(image_processor):
-    columns, rows = np.meshgrid(np.arange(200), np.arange(100))
-    ramp = Image.fromarray(np.stack([columns, rows, rows], axis=-1).astype(np.uint8))
-    dataset = DualTokenImageDataset(table(ramp), image_processor, crop_scale=(0.5, 0.6))
-    areas, ratios = [], []
-    for seed in range(50):
-        values = np.asarray(dataset._random_crop(ramp, random.Random(seed))).astype(float)
-        assert values.shape == (100, 200, 3)
-        width, height = (np.ptp(values[..., channel]) + 1 for channel in (0, 1))
-        areas.append(width * height / (200 * 100))
-        ratios.append(width / height)
-    # Read off the ramp to about a pixel. Half the ratios do not fit the picture: the area is kept all the same.
-    assert 0.48 < min(areas) < 0.52 and 0.58 < max(areas) < 0.62
-    assert min(ratios) < 1.2
-
-
-def test_crop_never_leaves_the_picture(image_processor):
-    picture = noise(0, size=(7, 3))
-    dataset = DualTokenImageDataset(table(picture), image_processor, crop_scale=(0.99, 1.0))
-    for seed in range(300):
-        assert dataset._random_crop(picture, random.Random(seed)).size == (7, 3)
-
-
-@pytest.mark.parametrize("crop_scale", [(1, 1), (0.9, 1.0)])
-def test_images_of_all_modes_are_seen_as_by_the_image_processor(image_processor, crop_scale):
-    grey = noise(0).convert("L")
-    transparent = Image.new("RGBA", (24, 24), (0, 0, 0, 0))  # black, were transparency ignored
-    deep = Image.fromarray(np.full((24, 24), 32896, dtype=np.uint16))  # half of 16 bits
-    dataset = DualTokenImageDataset(table(grey, transparent, deep), image_processor, crop_scale=crop_scale)
-    pixels = [dataset[index]["pixel_values"] for index in range(3)]
-    assert torch.equal(pixels[0][0], pixels[0][1]) and pixels[0].std() > 0.1
-    assert (pixels[1] == 1).all()
-    torch.testing.assert_close(pixels[2], torch.full((3, 24, 24), 128 / 127.5 - 1))
-    if crop_scale == (1, 1):
-        expected = image_processor(images=[grey, transparent, deep], return_tensors="pt").pixel_values
-        assert torch.equal(torch.stack(pixels), expected)
-
-
-@pytest.mark.parametrize("crop_scale", [(0, 1), (0.9, 0.8), (0.9, 1.1)])
-def test_crop_scale_is_checked(image_processor, crop_scale):
-    with pytest.raises(ValueError, match="`crop_scale` must be a range within"):
-        DualTokenImageDataset(table(noise(0)), image_processor, crop_scale=crop_scale)
-
-
-def test_missing_image_column_is_named(image_processor):
-    with pytest.raises(ValueError, match=r"no column 'picture'; it has \['image'\]"):
-        DualTokenImageDataset(table(noise(0)), image_processor, image_column="picture")
-
-
 # The unified trainer
-
-
-class FixedItems(torch.utils.data.Dataset):
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        return self.items[index]
 
 
 def unequal_items() -> FixedItems:
@@ -537,255 +397,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         train_unified(tmp_path)
 
 
-# The tokenizer's trainer
-
-
-def tokenizer_trainer(folder, output_dir, loss_weights=None, dataset=None, config=None, **overrides):
-    model = DualTokenVisionTokenizer.from_siglip_pretrained(folder, **{**TOKENIZER_FIELDS, **(config or {})})
-    arguments = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **overrides}
-    return DualTokenVisionTokenizerTrainer(
-        model=model,
-        args=TrainingArguments(str(output_dir), **quiet(**arguments)),
-        teacher=SiglipModel.from_pretrained(folder).vision_model,
-        loss_weights=loss_weights,
-        train_dataset=dataset,
-        data_collator=collate_images,
-    )
-
-
-def pixel_items(count=4) -> FixedItems:
-    values = torch.rand(count, 3, 24, 24, generator=torch.Generator().manual_seed(5)) * 2 - 1
-    return FixedItems([{"pixel_values": value} for value in values])
-
-
-@pytest.mark.parametrize(("latent_size", "reconstruction_size"), [(12, 24), (8, 16)])
-def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstruction_size):
-    weights = {"pooler_mse": 2.5, "semantic_commitment": 0.0}
-    trainer = tokenizer_trainer(
-        siglip_folder, tmp_path, loss_weights=weights, config={"decoder_latent_size": latent_size}
-    )
-    model = trainer.model.eval()
-    for kind in ("pixel", "semantic"):
-        model.quantizer(kind).codebook.embeddings.normal_()
-    pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items])
-    with torch.no_grad():
-        total, output = trainer.compute_loss(model, {"pixel_values": pixel_values}, return_outputs=True)
-        terms = trainer.loss_terms(model, output, pixel_values)
-        # transformers' own forward of the teacher; its hidden states begin with the embeddings.
-        reference = SiglipVisionModel.from_pretrained(siglip_folder)(pixel_values, output_hidden_states=True)
-    hidden = reference.hidden_states[model.config.semantic_layer]
-
-    assert output.reconstruction.shape[-1] == reconstruction_size
-    target = F.interpolate(pixel_values, size=(reconstruction_size,) * 2, mode="bilinear", align_corners=False)
-
-    def cosine(x, y):
-        return ((x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).mean()
-
-    expected = {
-        "semantic_mse": (output.semantic_features - hidden).square().mean(),
-        "semantic_cosine": -cosine(output.semantic_features, hidden),
-        "pooler_mse": (output.pooler_output - reference.pooler_output).square().mean(),
-        "pooler_cosine": -cosine(output.pooler_output, reference.pooler_output),
-        "reconstruction_mse": (output.reconstruction - target).square().mean(),
-        "pixel_commitment": output.pixel_commitment_loss,
-        "semantic_commitment": output.semantic_commitment_loss,
-    }
-    assert terms.keys() == expected.keys() == DEFAULT_LOSS_WEIGHTS.keys()
-    for name in expected:
-        torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-6)
-    by_hand = sum({**DEFAULT_LOSS_WEIGHTS, **weights}[name] * term for name, term in expected.items())
-    torch.testing.assert_close(total, by_hand, rtol=1e-4, atol=1e-5)
-
-
-def test_what_moves_in_tokenizer_training(siglip_folder, tmp_path):
-    trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=pixel_items(), weight_decay=0.1)
-    model, teacher = trainer.model, trainer.teacher
-    before, teacher_before = state_of(model), state_of(teacher)
-    trainer.train()
-    moved = changed(before, state_of(model))
-    assert not changed(teacher_before, state_of(teacher)) and not teacher.training
-    frozen = ("siglip.text_model.", "siglip.logit_scale", "siglip.logit_bias")
-    assert not any(name.startswith(frozen) for name in moved)
-    for kind in ("pixel", "semantic"):
-        for buffer in ("embeddings", "cluster_size", "embedding_sum"):
-            assert f"{kind}_quantizer.codebook.{buffer}" in moved
-    # Everything else gets a gradient: no part is left out of the loss.
-    still = {name for name in before if name not in moved and not name.startswith(frozen)}
-    assert not {name for name in still if "position_ids" not in name}
-
-
-def test_vectors_are_not_decayed(siglip_folder, tmp_path):
-    trainer = tokenizer_trainer(siglip_folder, tmp_path, weight_decay=0.1)
-    trainer.create_optimizer()
-    groups = {group["weight_decay"]: group["params"] for group in trainer.optimizer.param_groups}
-    assert groups.keys() == {0.0, 0.1}
-    assert all(parameter.ndim < 2 for parameter in groups[0.0]) and all(p.ndim >= 2 for p in groups[0.1])
-    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-    assert len(trained) == len(groups[0.0]) + len(groups[0.1])
-
-
-def test_unknown_loss_term_is_named(siglip_folder, tmp_path):
-    with pytest.raises(ValueError, match="No such loss terms: perceptual; there are semantic_mse"):
-        tokenizer_trainer(siglip_folder, tmp_path, loss_weights={"perceptual": 1.0, "pooler_mse": 1.0})
-
-
-@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2)])
-def test_logged_terms_add_up(siglip_folder, tmp_path, batch_size, accumulation):
-    trainer = tokenizer_trainer(
-        siglip_folder,
-        tmp_path,
-        dataset=pixel_items(),
-        logging_steps=2,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-    )
-    trainer.train()
-    log = next(log for log in trainer.state.log_history if "loss" in log)
-    total = sum(weight * log[name] for name, weight in DEFAULT_LOSS_WEIGHTS.items())
-    assert log["loss"] == pytest.approx(total, rel=1e-4)
-
-
-# The epoch reaches the data set, also within an epoch that a resumed run takes up
-
-
-class EpochRecorder(FixedItems):
-    epoch = None
-
-    def __init__(self, items):
-        super().__init__(items)
-        self.seen = []
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
-
-    def __getitem__(self, index):
-        self.seen.append((self.epoch, index))
-        return super().__getitem__(index)
-
-
-def test_epoch_reaches_the_dataset(siglip_folder, tmp_path):
-    def run(resume=None, **overrides):
-        dataset = EpochRecorder(pixel_items(6).items)
-        arguments = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4, **overrides}
-        trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=dataset, **arguments)
-        trainer.train(resume_from_checkpoint=resume)
-        return dataset.seen
-
-    whole = run()
-    assert [epoch for epoch, _ in whole] == [0] * 6 + [1] * 6 + [2] * 6
-    resumed = run(resume=str(tmp_path / "checkpoint-4"))
-    assert resumed == whole[8:]
-
-
-def test_epoch_reaches_the_dataset_when_ranks_share_it(siglip_folder, tmp_path):
-    """On several ranks accelerate wraps the batch sampler, and leaves the data set alone."""
-    from accelerate.data_loader import prepare_data_loader
-
-    dataset = EpochRecorder(pixel_items(8).items)
-    trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=dataset, num_train_epochs=3, max_steps=-1)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=collate_images)
-    trainer.get_train_dataloader = lambda: prepare_data_loader(
-        loader, num_processes=2, process_index=1, rng_types=[], use_seedable_sampler=True
-    )
-    trainer.train()
-    assert [epoch for epoch, _ in dataset.seen] == [0] * 4 + [1] * 4 + [2] * 4
-
-
 # Runs of the scripts, stopped and started again
-
-
-class Stopped(Exception):
-    pass
-
-
-class Stop(TrainerCallback):
-    """As if the process had ended after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Stopped
-
-
-@pytest.fixture
-def no_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write_images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
-    for index in range(count):
-        noise(index, size=(30, 26)).save(folder / f"{index}.png")
-
-
-RUN = [
-    *("--use_cpu", "1", "--disable_tqdm", "1", "--logging_steps", "1", "--learning_rate", "1e-3"),
-    *("--per_device_train_batch_size", "2", "--max_steps", "6", "--save_steps", "3"),
-]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, buffers, optimizer, schedule, random states and logs are bit-identical."""
-    for folder in ("", "checkpoint-6"):
-        first, second = (load_file(path / folder / "model.safetensors") for path in (one, other))
-        assert not changed(first, second)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        first, second = (torch.load(path / "checkpoint-6" / name, weights_only=False) for path in (one, other))
-        assert_equal(first, second, name)
-    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (one, other)]
-    assert len(logs[0]) == 7  # six steps and the summary, whose times differ
-    assert logs[0][:6] == logs[1][:6]
-
-
-def assert_equal(first, second, where):
-    if isinstance(first, dict):
-        assert first.keys() == second.keys(), where
-        for key in first:
-            assert_equal(first[key], second[key], f"{where}/{key}")
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second), where
-        for index, pair in enumerate(zip(first, second)):
-            assert_equal(*pair, f"{where}/{index}")
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where
-    elif isinstance(first, np.ndarray):
-        assert np.array_equal(first, second), where
-    else:
-        assert first == second, where
-
-
-def check_resume(main, arguments, tmp_path):
-    """Runs without a stop, and with one in the step after the checkpoint of step 3."""
-    whole, stopped = tmp_path / "new" / "whole", tmp_path / "stopped"
-    stopped.mkdir()
-    main([*arguments, "--output_dir", str(whole)])
-    with pytest.raises(Stopped):
-        main([*arguments, "--output_dir", str(stopped)], callbacks=[Stop(4)])
-    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-3"]
-    # What a run leaves that was stopped while it wrote a checkpoint.
-    (stopped / "checkpoint-5").mkdir()
-    (stopped / "checkpoint-5" / "model.safetensors").write_bytes(b"")
-    main([*arguments, "--output_dir", str(stopped)])
-    assert_same_run(whole, stopped)
-    return whole
-
-
-def check_finished(main, arguments, folder):
-    before = load_file(folder / "model.safetensors")
-    main([*arguments, "--output_dir", str(folder)])
-    assert not changed(before, load_file(folder / "model.safetensors"))
-    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
-
-
-@pytest.mark.parametrize("images", [4, 6], ids=["within an epoch", "between two epochs"])
-def test_tokenizer_run_goes_on_where_it_was_stopped(siglip_folder, tmp_path, no_dataset_cache, images):
-    write_images(tmp_path / "images", images)
-    arguments = [*RUN, "--siglip_model_name_or_path", str(siglip_folder), "--train_dir", str(tmp_path / "images")]
-    arguments += ["--config_overrides", json.dumps(TOKENIZER_FIELDS)]
-    folder = check_resume(run_tokenizer.main, arguments, tmp_path)
-    check_finished(run_tokenizer.main, arguments, folder)
 
 
 @pytest.fixture

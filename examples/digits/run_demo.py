@@ -55,6 +55,8 @@ TOKENIZER_CONFIG = {
     "decoder_num_res_blocks": 1,
     "decoder_norm_num_groups": 8,
 }
+# A scan of 8 x 8 has no texture that the perceptual and the adversarial term could bring out.
+LOSS_WEIGHTS = {"reconstruction_mse": 20, "perceptual": 0, "generator": 0}
 UNIFIED_CONFIG = {
     "depth_head_config": {
         "hidden_size": 96,
@@ -151,9 +153,9 @@ def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -
 
     progress.start("tokenizer")
     run_tokenizer.main(
-        ["--siglip_model_name_or_path", folders["siglip"], "--train_dir", f"{folders['data']}/train"]
+        ["--siglip_model_name_or_path", folders["siglip"], "--train_dataset", f"{folders['data']}/train"]
         + ["--config_overrides", json.dumps(TOKENIZER_CONFIG), "--output_dir", folders["tokenizer"], *common]
-        + ["--loss_weights", json.dumps({"reconstruction_mse": 20}), "--crop_scale", "1", "1"]
+        + ["--loss_weights", json.dumps(LOSS_WEIGHTS), "--crop_scale", "1", "1"]
         + ["--learning_rate", "1.5e-3", "--adam_beta1", "0.9", "--adam_beta2", "0.95"]
         + ["--per_device_train_batch_size", "64", "--max_steps", str(arguments.tokenizer_steps)],
         callbacks=[ProgressCallback(progress)],

@@ -74,6 +74,11 @@ def official_key(key: str, num_levels: int) -> str:
     return key
 
 
+def official_view(key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter in the shape it has there: the decoder's attention is made of 1 x 1 convolutions, not linear layers."""
+    return tensor[..., None, None] if re.search(r"\.(to_[qkv]|to_out\.0)\.weight$", key) else tensor
+
+
 def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfig:
     """The configuration of a folder in the authors' format."""
     folder = Path(folder)
@@ -123,6 +128,12 @@ def _require(config: dict, keys: tuple[str, ...], where: str) -> None:
     missing = [key for key in keys if config.get(key) is None]
     if missing:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
+
+
+def is_official_folder(path: str | Path) -> bool:
+    """Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id."""
+    config_path = Path(path) / "config.json"
+    return config_path.is_file() and "rqvaesiglip" in json.loads(config_path.read_text())
 
 
 def official_siglip_path(folder: str | Path) -> str:
@@ -180,10 +191,7 @@ def convert_official_state_dict(
         if ".codebook." in key:
             continue
         name = official_key(key, num_levels)
-        shape = tuple(tensor.shape)
-        # The decoder's attention is made of 1 x 1 convolutions there, of linear layers here.
-        if re.search(r"\.(to_[qkv]|to_out\.0)\.weight$", key):
-            shape += (1, 1)
+        shape = tuple(official_view(key, tensor).shape)
         given = _take(remaining, name, shape, problems)
         if given is not None:
             converted[key] = given.view_as(tensor)
@@ -270,7 +278,9 @@ def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
 __all__ = [
     "convert_official_config",
     "convert_official_state_dict",
+    "is_official_folder",
     "load_official_tokenizer",
     "official_key",
     "official_siglip_path",
+    "official_view",
 ]

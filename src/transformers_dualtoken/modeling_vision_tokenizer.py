@@ -497,6 +497,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         pixel_values: torch.Tensor,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        codes: Sequence[str] = CODE_KINDS,
         **kwargs,
     ) -> DualTokenVisionTokenizerOutput:
         """
@@ -506,12 +507,18 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
             input_ids (`torch.LongTensor` of shape `(T, L)`, *optional*): texts, padded to the text tower's length.
             attention_mask (`torch.Tensor` of shape `(T, L)`, *optional*).
+            codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): as in `encode`. Without pixel codes there is
+                no reconstruction, without semantic ones neither image embedding nor similarities.
         """
-        encoded = self.encode(pixel_values)
-        reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
-        image_embeds = F.normalize(encoded.pooler_output, dim=-1)
-        text_embeds = logits_per_image = logits_per_text = None
+        encoded = self.encode(pixel_values, codes=codes)
+        reconstruction = image_embeds = text_embeds = logits_per_image = logits_per_text = None
+        if encoded.pixel_quantized is not None:
+            reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
+        if encoded.pooler_output is not None:
+            image_embeds = F.normalize(encoded.pooler_output, dim=-1)
         if input_ids is not None:
+            if image_embeds is None:
+                raise ValueError(f"Similarities to `input_ids` need semantic codes, but `codes` asks for {codes} only.")
             text = self.get_text_features(input_ids, attention_mask=attention_mask, return_dict=True)
             text_embeds = F.normalize(text.pooler_output, dim=-1)
             similarity = text_embeds @ image_embeds.t()

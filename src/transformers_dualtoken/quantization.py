@@ -23,6 +23,31 @@ _MAX_SCORES_GPU = 1 << 26
 _SEARCH_BLOCK = 128
 
 
+def _products_may_be_rounded(device: torch.device) -> bool:
+    """Whether a float32 matrix product on `device` may be in TF32, a setting of the user's ."""
+    return device.type != "cpu"
+
+
+def _split_for_tf32(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `(T, 3 C)` and `(K, 3 C)` whose products are those of `(T, C)` and `(K, C)`, in TF32 as well as in float32.
+
+    TF32 keeps 10 bits of a mantissa. Every number becomes high + low, high with just those bits; of the four products
+    only low * low, 2^-20 of the whole, is left out. The user's setting is neither read nor changed: it belongs to the
+    whole process, and torch.compile would have to leave its graph for it.
+    """
+
+    def split(values):
+        high = (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
+        return high, values - high
+
+    (vector_high, vector_low), (code_high, code_low) = split(vectors), split(codebook)
+    return (
+        torch.cat([vector_high, vector_low, vector_high], dim=1),
+        torch.cat([code_high, code_high, code_low], dim=1),
+    )
+
+
 @torch.no_grad()
 def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """
@@ -30,7 +55,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
     argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). The scores are made for a few vectors at a time; the
     maximum is first taken over blocks of codes (a vectorised reduction) and the index is looked for in the winning
-    block only. Of equally near codes the lowest index wins.
+    block only. Of equally near codes the lowest index wins. TF32 on a GPU, where it is switched on, changes no code.
 
     Args:
         vectors (`torch.Tensor` of shape `(T, C)`).
@@ -45,9 +70,11 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     padding = num_blocks * _SEARCH_BLOCK - num_codes
     # A padding code has score -inf and never wins.
     bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=float("-inf"))
-    keys = F.pad(codebook, (0, 0, 0, padding)).t().contiguous()
+    if _products_may_be_rounded(vectors.device):
+        vectors, codebook = _split_for_tf32(vectors, codebook)
+    keys = F.pad(codebook, (0, 0, 0, padding)).t()
 
-    max_scores = _MAX_SCORES_GPU if vectors.is_cuda else _MAX_SCORES_CPU
+    max_scores = _MAX_SCORES_CPU if vectors.device.type == "cpu" else _MAX_SCORES_GPU
     chunk = max(1, min(num_vectors, max_scores // keys.shape[1]))
     scores = vectors.new_empty(chunk, keys.shape[1])
     rows = torch.arange(chunk, device=vectors.device)
@@ -59,17 +86,20 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
         best_block = blocks.amax(-1).argmax(-1)
         within = blocks[rows[:size], best_block].argmax(-1)
         torch.add(within, best_block, alpha=_SEARCH_BLOCK, out=codes[start : start + size])
-    return codes
+    # An infinite vector makes NaN of a padding code's score, and an index out of range ends a process that uses a GPU
+    # before the loss can tell of it.
+    return codes.clamp_(max=num_codes - 1)
 
 
 def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
     """`num_codes` random vectors of the batch, without replacement; the same on every rank (rank 0 chooses)."""
     num_vectors, width = pool.shape
-    if num_vectors < num_codes:
-        pool = pool.repeat(-(-num_codes // num_vectors), 1)
+    # Fewer vectors than codes: the batch is tiled.
+    tiles = -(-num_codes // num_vectors)
+    chosen = pool[torch.randperm(tiles * num_vectors, device=pool.device)[:num_codes] % num_vectors]
+    if tiles > 1:
         # Copies of one vector must not become copies of one code.
-        pool = pool + torch.rand_like(pool) * (0.01 / width**0.5)
-    chosen = pool[torch.randperm(len(pool), device=pool.device)[:num_codes]].contiguous()
+        chosen.add_(torch.rand_like(chosen), alpha=0.01 / width**0.5)
     if dist.is_available() and dist.is_initialized():
         dist.broadcast(chosen, 0)
     return chosen
@@ -128,7 +158,8 @@ class DualTokenCodebook(nn.Module):
             buffer[book] for buffer in (self.embeddings, self.cluster_size, self.embedding_sum)
         )
         vectors = vectors.float()
-        counts = torch.bincount(codes, minlength=len(embeddings)).to(cluster_size.dtype)
+        # Not `bincount`, which waits for a GPU to learn the largest code; sums of ones are exact in float32.
+        counts = torch.zeros_like(cluster_size).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
         sums = torch.zeros_like(embedding_sum).index_add_(0, codes, vectors)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
@@ -137,8 +168,9 @@ class DualTokenCodebook(nn.Module):
         embedding_sum.lerp_(sums, 1 - self.decay)
         if self.restart_unused_codes:
             unused = cluster_size < 1
+            # Drawn for every code, used or not: to ask for the number of unused ones would wait for a GPU.
             restart = _restart_vectors(vectors, len(embeddings))
-            embedding_sum.copy_(torch.where(unused[:, None], restart, embedding_sum))
+            torch.where(unused[:, None], restart, embedding_sum, out=embedding_sum)
             cluster_size.masked_fill_(unused, 1)
         total = cluster_size.sum()
         smoothed = total * (cluster_size + self.eps) / (total + len(embeddings) * self.eps)
@@ -163,7 +195,8 @@ class DualTokenQuantizerOutput(ModelOutput):
 
 class DualTokenResidualQuantizer(nn.Module):
     """
-    D residual codes per vector. In training mode the forward also moves the codebook; in eval mode it never does.
+    D residual codes per vector. In training mode the forward also moves the codebook; in eval mode it never does, nor
+    where `frozen` is true (stage 2 of the paper's training holds the pixel codebook and its EMA still).
 
     The two update rules (`config.update_rule`): `"rq"` moves the codebook after every depth, and the next depth
     searches the moved one; `"rq_ema"` moves it once, after all depths were looked up.
@@ -173,6 +206,8 @@ class DualTokenResidualQuantizer(nn.Module):
         super().__init__()
         self.config = config
         self.codebook = DualTokenCodebook(config)
+        # Of a run, not of the model: not saved.
+        self.frozen = False
 
     def forward(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
         """
@@ -187,7 +222,8 @@ class DualTokenResidualQuantizer(nn.Module):
         vectors = hidden_states.float().reshape(-1, shape[-1])
         residual = vectors.detach()
         running_sum = torch.zeros_like(residual)
-        moves_within = self.training and self.config.update_rule == "rq"
+        moves = self.training and not self.frozen
+        moves_within = moves and self.config.update_rule == "rq"
         codes, residuals, commitment = [], [], 0.0
         for depth in range(self.config.num_depths):
             chosen = nearest_codes(residual, self.codebook[depth])
@@ -200,7 +236,7 @@ class DualTokenResidualQuantizer(nn.Module):
             running_sum = running_sum + embeds
             residual = residual - embeds
             commitment = commitment + F.mse_loss(vectors, running_sum)
-        if self.training and not moves_within:
+        if moves and not moves_within:
             if self.config.ema_vectors == "final":
                 residuals = [residual] * len(codes)
             self._update_once(codes, residuals)

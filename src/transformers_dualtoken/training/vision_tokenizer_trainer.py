@@ -1,89 +1,467 @@
-"""Training of the vision tokenizer: stage 1 of the paper's recipe without its perceptual and adversarial terms."""
+"""Training of the vision tokenizer: one step for all stages of the paper's recipe."""
+
+import contextlib
+import json
+import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import SiglipVisionModel
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import SiglipVisionModel, TrainerCallback, TrainingArguments
 
+from ..evaluation.codebook_statistics import CodebookUsage
 from ..modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from .adversary import Adversary, adaptive_weight
 from .base_trainer import DualTokenBaseTrainer
+from .image_stream import StreamProgress
+from .perceptual import load_lpips
+from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
+from .reconstruction_grid import ReconstructionGridCallback
+from .weight_average import WeightAverage
 
 
-# Keys are the logged names. The pooled features' terms count once where the positions' count five times.
-DEFAULT_LOSS_WEIGHTS = {
-    "semantic_mse": 5.0,
-    "semantic_cosine": 5.0,
-    "pooler_mse": 1.0,
-    "pooler_cosine": 1.0,
-    "reconstruction_mse": 5.0,
-    "pixel_commitment": 5.0,
-    "semantic_commitment": 5.0,
-}
+class _KnownGradient(torch.autograd.Function):
+    """A value whose gradient with respect to a tensor is known already."""
+
+    @staticmethod
+    def forward(ctx, tensor, gradient, value):
+        ctx.save_for_backward(gradient)
+        ctx.dtype = tensor.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return (grad_output * gradient).to(ctx.dtype), None, None
+
+
+class _StreamEpochCallback(TrainerCallback):
+    """
+    The logged epoch of a stream. The Trainer counts from where a run was resumed, since it skips no batches then.
+
+    Without the length of an epoch the whole run counts as one, as in `Trainer`.
+    """
+
+    def __init__(self, steps_per_epoch: int | None):
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / (self.steps_per_epoch or state.max_steps)
 
 
 class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     """
-    `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`.
+    `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`, for the three stages of the paper's recipe.
 
-    The semantic branch is held to a frozen teacher, the vision tower training started from: features of the semantic
-    layer and the pooled feature, by mean squared error and cosine. The text tower and the logit scale and bias are
-    not trained, so that text stays aligned.
+    The semantic branch is held to a frozen teacher, the vision tower training started from; the pixel branch to the
+    image, by squared error, LPIPS and a discriminator that is trained beside it. Checkpoints hold all that a resumed
+    run needs: the discriminator with its optimizer and schedule, the averaged weights, the position of a stream.
 
     Args:
-        teacher (`SiglipVisionModel`): frozen here, and moved to the training device.
-        loss_weights (`dict[str, float]`, *optional*): overrides of `DEFAULT_LOSS_WEIGHTS`, by name.
-        args, kwargs: as in `Trainer`.
+        model ([`DualTokenVisionTokenizer`]).
+        args (`TrainingArguments`): DeepSpeed, FSDP and fp16 are refused; bf16 and several ranks (DDP) are not.
+        teacher (`SiglipVisionModel`, *optional*): frozen here, and moved to the training device; may be left out
+            where no term of the loss asks for it.
+        recipe ([`DualTokenVisionTokenizerRecipe`], *optional*): stage 1 by default.
+        kwargs: as in `Trainer`.
+
+    Raises:
+        ValueError: if `args` ask for what is refused, or terms of the loss need a teacher and there is none.
+        ImportError: if the perceptual term has a weight and `lpips` cannot be imported.
     """
 
-    def __init__(self, *args, teacher: SiglipVisionModel, loss_weights: dict[str, float] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        unknown = sorted(set(loss_weights or {}) - set(DEFAULT_LOSS_WEIGHTS))
-        if unknown:
-            raise ValueError(f"No such loss terms: {', '.join(unknown)}; there are {', '.join(DEFAULT_LOSS_WEIGHTS)}.")
-        self.loss_weights = {**DEFAULT_LOSS_WEIGHTS, **(loss_weights or {})}
-        self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+    def __init__(
+        self,
+        model: DualTokenVisionTokenizer | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args,
+        teacher: SiglipVisionModel | None = None,
+        recipe: DualTokenVisionTokenizerRecipe | None = None,
+        **kwargs,
+    ):
+        self.recipe = recipe or DualTokenVisionTokenizerRecipe()
+        if args is not None:
+            _check_arguments(args)
+            if args.ddp_broadcast_buffers is None:
+                # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
+                args.ddp_broadcast_buffers = False
+        super().__init__(model, args, *trainer_args, **kwargs)
         # The loss is a mean per micro-batch; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
-        siglip = self.accelerator.unwrap_model(self.model).siglip
-        for module in (siglip.text_model, siglip.logit_scale, siglip.logit_bias):
-            module.requires_grad_(False)
+        self.recipe.freeze(self.model)
+        self.loss_weights = self.recipe.loss_weights
+        if teacher is None and self.recipe.semantic_terms:
+            raise ValueError(
+                f"The terms {', '.join(self.recipe.semantic_terms)} compare with a teacher, but `teacher` is None."
+            )
+        self.teacher = teacher
+        if teacher is not None:
+            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        self.perceptual_loss = None
+        if self.loss_weights["perceptual"]:
+            self.perceptual_loss = load_lpips(self.recipe.perceptual_net, self.recipe.perceptual_weights)
+            self.perceptual_loss.to(self.args.device)
+        self.adversary: Adversary | None = None
+        # Set by a forward in which the adversary takes part: what it learns from, and what went into the last layer.
+        self._adversary_images: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._last_input: torch.Tensor | None = None
+        if self.recipe.is_adversarial:
+            self.model.decoder.conv_out.register_forward_pre_hook(self._keep_last_input)
+        self.weight_average: WeightAverage | None = None
+        if self.recipe.weight_average_decay is not None:
+            self.weight_average = WeightAverage(self.model, self.recipe.weight_average_decay)
+            self.add_callback(self.weight_average)
+        if self.recipe.grid_steps is not None:
+            self.add_callback(ReconstructionGridCallback(self))
+        self.is_stream = isinstance(self.train_dataset, IterableDataset)
+        self.stream_progress = StreamProgress()
+        if self.is_stream:
+            # A stream goes to its position by itself.
+            self.args.ignore_data_skip = True
+            self.add_callback(_StreamEpochCallback(self.recipe.steps_per_epoch))
+        self._resumed_from: str | None = None
+        self._grid_pixel_values: torch.Tensor | None = None
+        self._codebook_usage = {
+            kind: CodebookUsage(quantizer.num_depths, quantizer.codebook_size, quantizer.shared_codebook)
+            for kind in self.recipe.codes
+            for quantizer in [self.model.quantizer(kind).config]
+        }
+        self._images_seen, self._images_skipped, self._logged_at = 0, 0, 0.0
+        self._eval_terms: list[dict[str, torch.Tensor]] = []
+
+    # The step
+
+    @torch.no_grad()
+    def teacher_features(self, pixel_values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden state `(B, N, H)` after encoder layer `layer`, and the pooled feature `(B, H)`, of the teacher."""
+        with self.accelerator.autocast():
+            hidden_states = self.teacher.embeddings(pixel_values)
+            for depth, encoder_layer in enumerate(self.teacher.encoder.layers, start=1):
+                hidden_states = encoder_layer(hidden_states, attention_mask=None)
+                if depth == layer:
+                    target = hidden_states
+            pooled = self.teacher.head(self.teacher.post_layernorm(hidden_states))
+        return target.float(), pooled.float()
+
+    def target_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the reconstruction is compared with `(B, 3, S', S')`: the input in the reconstruction's size."""
+        size = (self.model.config.reconstruction_size,) * 2
+        if pixel_values.shape[-2:] == size:
+            return pixel_values
+        return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
+
+    def feature_terms(
+        self, output: DualTokenVisionTokenizerOutput, pixel_values: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The terms that do not look at the reconstructed image, before weighting, by their logged names."""
+        terms = {}
+        if self.recipe.semantic_terms:
+            layer = self.model.config.semantic_layer
+            hidden, pooled = self.teacher_features(pixel_values, layer)
+            terms = {
+                "semantic_mse": F.mse_loss(output.semantic_features, hidden),
+                "semantic_cosine": -F.cosine_similarity(output.semantic_features, hidden, dim=-1).mean(),
+                "pooler_mse": F.mse_loss(output.pooler_output, pooled),
+                "pooler_cosine": -F.cosine_similarity(output.pooler_output, pooled, dim=-1).mean(),
+                "semantic_commitment": output.semantic_commitment_loss,
+            }
+        if self.recipe.pixel_terms:
+            terms["pixel_commitment"] = output.pixel_commitment_loss
+        return {name: term for name, term in terms.items() if self.loss_weights[name]}
+
+    def image_terms(self, image: torch.Tensor, target: torch.Tensor, adversarial: bool) -> dict[str, torch.Tensor]:
+        """The terms of a reconstructed image `(B, 3, S', S')`, before weighting, by their logged names."""
+        terms = {}
+        if self.loss_weights["reconstruction_mse"]:
+            terms["reconstruction_mse"] = F.mse_loss(image, target)
+        if self.loss_weights["perceptual"]:
+            with self.accelerator.autocast():
+                terms["perceptual"] = self.perceptual_loss(image, target).float().mean()
+        if adversarial:
+            terms["generator"] = self.adversary.generator_loss(image)
+        return terms
+
+    def image_loss(
+        self, reconstruction: torch.Tensor, target: torch.Tensor, adversarial: bool
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        The weighted sum of the image terms with its gradient, and the terms.
+
+        Each term is differentiated once, as far as the image: there the adaptive weight needs the gradients one by
+        one, and LPIPS and the discriminator have let go of their activations before the tokenizer's backward begins.
+        """
+        image = reconstruction.detach().float().requires_grad_()
+        with torch.enable_grad():
+            terms = self.image_terms(image, target, adversarial)
+        gradients = {name: torch.autograd.grad(term, image)[0] for name, term in terms.items()}
+        terms = {name: term.detach() for name, term in terms.items()}
+        weights = {name: self.loss_weights[name] for name in terms}
+        if adversarial:
+            # Of the plain sum of the terms that compare with the target.
+            compared = sum(gradient for name, gradient in gradients.items() if name != "generator")
+            clamped, unclamped = adaptive_weight(
+                self._last_input,
+                self.model.decoder.conv_out,
+                compared,
+                gradients["generator"],
+                self.accelerator,
+            )
+            weights["generator"] = weights["generator"] * clamped
+            terms |= {"adaptive_weight": clamped, "adaptive_weight_unclamped": unclamped}
+        elif self.recipe.is_adversarial:
+            terms |= {name: image.new_zeros(()) for name in ("generator", *_ADAPTIVE_TERMS)}
+        value = sum(weight * terms[name] for name, weight in weights.items())
+        gradient = sum(weight * gradients[name] for name, weight in weights.items())
+        return _KnownGradient.apply(reconstruction, gradient, value), terms
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        pixel_values = inputs["pixel_values"]
+        training = model.training
+        adversarial = training and self.adversary is not None and self.adversary.begin_step(self.state.global_step)
+        output = model(pixel_values=pixel_values, codes=self.recipe.codes)
+        terms = self.feature_terms(output, pixel_values)
+        loss = sum(self.loss_weights[name] * term for name, term in terms.items())
+        if any(self.loss_weights[name] for name in IMAGE_TERMS):
+            target = self.target_images(pixel_values)
+            if training:
+                image_loss, image_terms = self.image_loss(output.reconstruction, target, adversarial)
+            else:
+                image_terms = self.image_terms(output.reconstruction, target, adversarial=False)
+                image_loss = sum(self.loss_weights[name] * term for name, term in image_terms.items())
+            loss, terms = loss + image_loss, terms | image_terms
+            if adversarial:
+                self._adversary_images = target, output.reconstruction.detach()
+        self._last_input = None
+        if training:
+            self._note(terms, output)
+        else:
+            self._eval_terms.append({**terms, "images": torch.tensor(len(pixel_values), device=loss.device)})
+        return (loss, output) if return_outputs else loss
+
+    def _keep_last_input(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self._last_input = inputs[0].detach()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._images_seen += len(inputs["pixel_values"])
+        if "num_skipped" in inputs:
+            self._images_skipped += int(inputs["num_skipped"].sum())
+        if "stream_position" in inputs:
+            self.stream_progress.update(inputs["stream_position"])
+        if self._grid_pixel_values is None and self.is_stream and self.eval_dataset is None:
+            self._grid_pixel_values = inputs["pixel_values"][: self.recipe.grid_images].clone()
+        loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
+        if self._adversary_images is not None:
+            (real, fake), self._adversary_images = self._adversary_images, None
+            terms = self.adversary.learn(real, fake, self.state.global_step, self.current_gradient_accumulation_steps)
+            self._check_finite(terms)
+            self.add_terms(terms, completes=False)
+        elif self.recipe.is_adversarial:
+            self.add_terms({name: loss.new_zeros(()) for name in _DISCRIMINATOR_TERMS}, completes=False)
+        return loss
+
+    def _note(self, terms: dict[str, torch.Tensor], output: DualTokenVisionTokenizerOutput) -> None:
+        """Check the terms of a training forward, and keep what is logged of it."""
+        self._check_finite(terms)
+        self.add_terms(terms)
+        for kind, usage in self._codebook_usage.items():
+            usage.update(output[f"{kind}_codes"])
+
+    def _check_finite(self, terms: dict[str, torch.Tensor]) -> None:
+        finite = torch.stack([term.detach().float() for term in terms.values()]).isfinite().tolist()
+        if not all(finite):
+            broken = ", ".join(f"{name} = {term.item()}" for (name, term), ok in zip(terms.items(), finite) if not ok)
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}: the loss is not finite ({broken}). The last "
+                "checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, or a "
+                "smaller weight for the term named."
+            )
+
+    # Optimizers and checkpoints
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Biases, norms and other vectors are not decayed (code: tensors below two dimensions)."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
-    @torch.no_grad()
-    def teacher_features(self, pixel_values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden state `(B, N, H)` after encoder layer `layer`, and the pooled feature `(B, H)`, of the teacher."""
-        hidden_states = self.teacher.embeddings(pixel_values)
-        for depth, encoder_layer in enumerate(self.teacher.encoder.layers, start=1):
-            hidden_states = encoder_layer(hidden_states, attention_mask=None)
-            if depth == layer:
-                target = hidden_states
-        return target, self.teacher.head(self.teacher.post_layernorm(hidden_states))
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Also makes the adversary, whose schedule hangs on the same number of steps."""
+        if self.recipe.is_adversarial:
+            self.adversary = Adversary(
+                self.recipe,
+                self.accelerator,
+                learning_rate=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                max_grad_norm=self.args.max_grad_norm,
+                max_steps=num_training_steps,
+                steps_per_epoch=self._steps_per_epoch(),
+                seed=self.args.seed,
+            )
+        self._images_seen, self._logged_at = 0, time.perf_counter()
+        return super().create_scheduler(num_training_steps, optimizer)
 
-    def loss_terms(
-        self, model: DualTokenVisionTokenizer, output: DualTokenVisionTokenizerOutput, pixel_values: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Every term before weighting, by its logged name."""
-        hidden, pooled = self.teacher_features(pixel_values, model.config.semantic_layer)
-        size = output.reconstruction.shape[-2:]
-        target = pixel_values
-        if size != pixel_values.shape[-2:]:
-            target = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
-        return {
-            "semantic_mse": F.mse_loss(output.semantic_features, hidden),
-            "semantic_cosine": -F.cosine_similarity(output.semantic_features, hidden, dim=-1).mean(),
-            "pooler_mse": F.mse_loss(output.pooler_output, pooled),
-            "pooler_cosine": -F.cosine_similarity(output.pooler_output, pooled, dim=-1).mean(),
-            "reconstruction_mse": F.mse_loss(output.reconstruction, target),
-            "pixel_commitment": output.pixel_commitment_loss,
-            "semantic_commitment": output.semantic_commitment_loss,
-        }
+    def _steps_per_epoch(self) -> int | None:
+        if self.is_stream or self.train_dataset is None:
+            return None
+        micro_batches = -(-len(self.train_dataset) // (self.args.train_batch_size * self.args.world_size))
+        return max(1, -(-micro_batches // self.args.gradient_accumulation_steps))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        output = model(pixel_values=inputs["pixel_values"])
-        terms = self.loss_terms(self.accelerator.unwrap_model(model), output, inputs["pixel_values"])
-        loss = sum(self.loss_weights[name] * term for name, term in terms.items())
-        if model.training:
-            self.add_terms(terms)
-        return (loss, output) if return_outputs else loss
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            if self.adversary is not None:
+                self.adversary.save(output_dir)
+            if self.weight_average is not None:
+                self.weight_average.save(output_dir)
+        if self.is_stream:
+            Path(output_dir, self._stream_state_name).write_text(json.dumps(self.stream_progress.state_dict()))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._resumed_from = checkpoint
+        if self.adversary is not None:
+            self.adversary.load(checkpoint)
+        if self.weight_average is not None:
+            self.weight_average.load(checkpoint, self.args.device)
+        if self.is_stream:
+            path = Path(checkpoint, self._stream_state_name)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it "
+                    f"was saved by another number of ranks (now {self.args.world_size}), or not from a stream."
+                )
+            state = json.loads(path.read_text())
+            self.train_dataset.load_state_dict(state)
+            self.stream_progress.load_state_dict(state)
+
+    @property
+    def _stream_state_name(self) -> str:
+        return f"stream_state_{self.args.process_index}.json"
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
+        broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {len(broken)} "
+                f"weights are not finite, {broken[0]} among them."
+            )
+        super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Outside of checkpoints, the averaged weights are what is saved, where there is an average."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call)
+            return
+        with self._weights_to_keep():
+            super().save_model(output_dir, _internal_call)
+
+    def _weights_to_keep(self):
+        """A context in which the model has the weights that are evaluated, and saved at the end."""
+        return contextlib.nullcontext() if self.weight_average is None else self.weight_average.in_model()
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream divides itself over ranks and workers: accelerate's dispatching is left out."""
+        if not self.is_stream:
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=True,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.is_stream and self._resumed_from is not None:
+            # The Trainer restores the random state after the batches it skips, and a stream skips none.
+            self._load_rng_state(self._resumed_from)
+        self._resumed_from = None
+        return samples
+
+    def grid_pixel_values(self) -> torch.Tensor:
+        """The images `(N, 3, S, S)` that the pictures of reconstructions show."""
+        if self._grid_pixel_values is None:
+            for dataset in (self.eval_dataset, self.train_dataset):
+                if dataset is not None and hasattr(dataset, "__len__"):
+                    samples = [dataset[index] for index in range(min(self.recipe.grid_images, len(dataset)))]
+                    self._grid_pixel_values = self.data_collator(samples)["pixel_values"]
+                    break
+        return self._grid_pixel_values
+
+    # Evaluation and logs
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        self._eval_terms.clear()
+        with self._weights_to_keep():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._eval_terms:
+            names = [name for name in self._eval_terms[0] if name != "images"]
+            rows = torch.stack(
+                [torch.stack([*(terms[n] for n in names), terms["images"]]) for terms in self._eval_terms]
+            )
+            # Means over the images of all ranks.
+            sums = torch.cat([rows[:, :-1] * rows[:, -1:], rows[:, -1:]], dim=1).sum(0)
+            sums = self.accelerator.reduce(sums, "sum")
+            for name, value in zip(names, (sums[:-1] / sums[-1]).tolist()):
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
+            self._eval_terms.clear()
+        return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add the codebooks' use since the last log, the images a second, and how many could not be read so far."""
+        if "loss" in logs and self._images_seen:
+            for kind, usage in self._codebook_usage.items():
+                for name, value in usage.reduce().compute().items():
+                    logs[f"{kind}_codebook_{name}"] = value
+                usage.reset()
+            if self.adversary is not None:
+                logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
+            counts = torch.tensor([self._images_seen, self._images_skipped], device=self.args.device)
+            seen, skipped = self.accelerator.reduce(counts, "sum").tolist()
+            now = time.perf_counter()
+            logs["images_per_second"] = seen / (now - self._logged_at)
+            if skipped:
+                logs["images_skipped"] = skipped
+            self._images_seen, self._logged_at = 0, now
+        super().log(logs, *args, **kwargs)
+
+
+# Logged as zero while the adversary waits, so that the names do not change during a run.
+_ADAPTIVE_TERMS = ("adaptive_weight", "adaptive_weight_unclamped")
+_DISCRIMINATOR_TERMS = ("discriminator", "discriminator_real_logits", "discriminator_fake_logits")
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse what would train silently wrong, with a reason."""
+    if args.deepspeed is not None or args.fsdp:
+        raise ValueError(
+            "The vision tokenizer trains with DDP (torchrun or accelerate launch); DeepSpeed and FSDP would shard the "
+            "weights whose gradients its adaptive weight reads. Leave out `deepspeed` and `fsdp`."
+        )
+    if args.fp16:
+        raise ValueError(
+            "fp16 would need one loss scale for the tokenizer and another for its discriminator; use `bf16`, or "
+            "float32 where the device has no bfloat16."
+        )

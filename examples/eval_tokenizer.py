@@ -1,0 +1,334 @@
+"""
+Measure a DualToken vision tokenizer: rFID, PSNR, SSIM, LPIPS, zero-shot classification, image-text retrieval, and the
+use of both codebooks, in one pass over any images.
+
+    python examples/eval_tokenizer.py --model_name_or_path path/to/tokenizer --dataset path/to/images \\
+        --output_dir evaluation
+
+ImageNet's validation images, a folder per class, with the names of the classes in the order of the folders:
+
+    python examples/eval_tokenizer.py --model_name_or_path path/to/tokenizer --dataset path/to/imagenet --split validation \\
+        --label_column label --class_names imagenet_names.txt --dtype bfloat16 --output_dir evaluation
+
+Captions, of which an image may have several:
+
+    python examples/eval_tokenizer.py --model_name_or_path path/to/tokenizer --dataset path/to/flickr8k --split test \\
+        --caption_column captions --metrics retrieval --output_dir evaluation
+
+Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON file, given as the only
+argument. Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics`
+asks for them. Needs the extras `eval` and `perceptual`, and a torchvision that belongs to the installed torch.
+
+Written are metrics.json, report.md, reconstructions.png, codebook_usage.png and model_card_metadata.yaml.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer, HfArgumentParser
+
+from transformers_dualtoken import (
+    DualTokenForCausalLM,
+    DualTokenImageProcessorPil,
+    DualTokenVisionTokenizer,
+    DualTokenVisionTokenizerProcessor,
+    load_official_tokenizer,
+)
+from transformers_dualtoken.convert import official_siglip_path
+from transformers_dualtoken.evaluation import (
+    RECONSTRUCTION_METRICS,
+    ImageBatches,
+    MetricUnavailableError,
+    ReconstructionMetrics,
+    RetrievalRecall,
+    TokenizerEvaluator,
+    ZeroShotAccuracy,
+    fid_metric,
+    lpips_metric,
+    text_tokenizer,
+    write_report,
+    zero_shot_classifier,
+)
+
+
+METRICS = (*RECONSTRUCTION_METRICS, "zero_shot", "retrieval", "codebook")
+
+
+@dataclass
+class EvaluationArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "a vision tokenizer, a unified model, or a folder in the authors' format"}
+    )
+    dataset: str = field(metadata={"help": "folder of images, data files, or a data set of the Hub"})
+    output_dir: str = field(metadata={"help": "where metrics.json, the report and the pictures go"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
+    split: str = field(
+        default="train", metadata={"help": "split of the data set; files that name no split belong to train"}
+    )
+    streaming: bool = field(default=False, metadata={"help": "read the data set as it comes, without preparing it"})
+    image_column: str = field(default="image")
+    label_column: str | None = field(
+        default=None, metadata={"help": "column of class indices, for zero-shot classification"}
+    )
+    class_names: str | None = field(
+        default=None,
+        metadata={"help": "file of class names, one a line or a JSON list; by default those of the label column"},
+    )
+    caption_column: str | None = field(
+        default=None, metadata={"help": "column of captions, a text or a list of texts, for retrieval"}
+    )
+    num_samples: int | None = field(default=None, metadata={"help": "evaluate the first rows only"})
+    metrics: list[str] | None = field(
+        default=None,
+        metadata={"help": f"which of {', '.join(METRICS)}; by default all that the data and this machine allow"},
+    )
+    text_tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "tokenizer of the text tower, where the model's folder has none"}
+    )
+    processor_name_or_path: str | None = field(
+        default=None, metadata={"help": "folder with the image processor, where the model's folder has none"}
+    )
+    inception_weights: str | None = field(
+        default=None,
+        metadata={"help": "file of torch-fidelity's Inception weights; by default from torch hub's cache"},
+    )
+    lpips_net: str = field(default="vgg", metadata={"help": "network of LPIPS: vgg or alex"})
+    lpips_weights: str | None = field(
+        default=None, metadata={"help": "file of torchvision's weights of that network; by default from its cache"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
+    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16; metrics are float32"})
+    num_workers: int = field(default=0, metadata={"help": "processes that read images, for each process"})
+    num_shown: int = field(default=16, metadata={"help": "images in the picture of reconstructions"})
+    use_cpu: bool = field(default=False, metadata={"help": "even if there is a GPU"})
+
+
+def check(arguments: EvaluationArguments) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    unknown = sorted(set(arguments.metrics or ()) - set(METRICS))
+    if unknown:
+        raise ValueError(f"--metrics holds {', '.join(unknown)}; there are {', '.join(METRICS)}.")
+    if arguments.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {arguments.dtype!r}.")
+    for name in ("class_names", "inception_weights", "lpips_weights"):
+        path = getattr(arguments, name)
+        if path is not None and not Path(path).is_file():
+            raise FileNotFoundError(f"--{name} must be a file, and there is none at {path!r}.")
+    for metric, column in (("zero_shot", "label_column"), ("retrieval", "caption_column")):
+        if metric in (arguments.metrics or ()) and getattr(arguments, column) is None:
+            raise ValueError(f"The metric {metric!r} needs --{column}, the name of a column of the data set.")
+    if arguments.class_names is not None and arguments.label_column is None:
+        raise ValueError("--class_names needs --label_column, the column of indices of these names.")
+
+
+def load_rows(arguments: EvaluationArguments):
+    """The data set: images alone from any source, or with labels and captions as `datasets` finds them."""
+    # After `--help`: the extra `train`, which `eval` brings along.
+    import datasets
+
+    from transformers_dualtoken.training.image_data import load_image_dataset
+
+    source = arguments.dataset
+    settings = {"name": arguments.dataset_config_name, "split": arguments.split, "streaming": arguments.streaming}
+    if arguments.label_column is None and arguments.caption_column is None:
+        return load_image_dataset(source, image_column=arguments.image_column, **settings)
+    if Path(source, "state.json").is_file():
+        return datasets.load_from_disk(source)
+    if Path(source, "dataset_dict.json").is_file():
+        return datasets.load_from_disk(source)[arguments.split]
+    try:
+        return datasets.load_dataset(source, **settings)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"--dataset must be a folder that `datasets` can read or a data set of the Hub, got {source!r}: {error}"
+        ) from error
+
+
+def load_model(arguments: EvaluationArguments):
+    """The vision tokenizer, its image processor and the tokenizer of its texts (`None` if there is none)."""
+    path, dtype = arguments.model_name_or_path, getattr(torch, arguments.dtype)
+    config_path = Path(path) / "config.json"
+    if config_path.is_file() and "rqvaesiglip" in json.loads(config_path.read_text()):
+        model = load_official_tokenizer(path).to(dtype)
+        size = model.config.image_size
+        image_processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
+        if arguments.label_column is None and arguments.caption_column is None:
+            return model, image_processor, None
+        tokenizer_path = arguments.text_tokenizer_name_or_path or official_siglip_path(path)
+        return model, image_processor, AutoTokenizer.from_pretrained(tokenizer_path)
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "dualtoken":
+        model = DualTokenForCausalLM.from_pretrained(path, dtype=dtype).vision_tokenizer
+    elif config.model_type == "dualtoken_vision_tokenizer":
+        model = DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
+    else:
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}, and no DualToken vision tokenizer.")
+    processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
+    tokenizer = None
+    if arguments.text_tokenizer_name_or_path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer_name_or_path)
+    elif isinstance(processor, DualTokenVisionTokenizerProcessor):
+        tokenizer = processor.tokenizer
+    return model, processor.image_processor, tokenizer
+
+
+def read_class_names(arguments: EvaluationArguments, dataset) -> list[str]:
+    """The class names from the file, or from the data set's label column."""
+    feature = (dataset.features or {}).get(arguments.label_column)
+    own_names = getattr(feature, "names", None)
+    if arguments.class_names is None:
+        if own_names is None:
+            raise ValueError(
+                f"The column {arguments.label_column!r} does not name its classes: give --class_names, a file with one "
+                "name a line."
+            )
+        return own_names
+    text = Path(arguments.class_names).read_text(encoding="utf-8")
+    names = json.loads(text) if arguments.class_names.endswith(".json") else text.strip().splitlines()
+    if own_names is not None and len(names) != len(own_names):
+        raise ValueError(
+            f"{arguments.class_names} holds {len(names)} class names, but the column {arguments.label_column!r} has "
+            f"{len(own_names)} classes."
+        )
+    return names
+
+
+class Chosen:
+    """Which metrics are measured; one that is not available is an error if it was asked for, and else noted."""
+
+    def __init__(self, arguments: EvaluationArguments):
+        self.asked = arguments.metrics
+        self.skipped = {}
+
+    def make(self, name: str, build):
+        """`build()`, or `None` if the metric is not wanted or, unasked for, not available."""
+        if self.asked is not None and name not in self.asked:
+            return None
+        try:
+            return build()
+        except MetricUnavailableError as error:
+            if self.asked is not None:
+                raise
+            self.skipped[name] = str(error)
+            return None
+
+
+def build_evaluator(arguments: EvaluationArguments, model, tokenize, dataset) -> tuple[TokenizerEvaluator, dict]:
+    """The evaluator, and why metrics that nobody asked for are left out."""
+    chosen = Chosen(arguments)
+
+    def check_texts(column: str) -> None:
+        if getattr(arguments, column) is None:
+            raise MetricUnavailableError(f"--{column} is not given.")
+        if tokenize is None:
+            raise MetricUnavailableError(
+                "The model's folder has no tokenizer of its texts: give --text_tokenizer_name_or_path."
+            )
+
+    def zero_shot():
+        check_texts("label_column")
+        return ZeroShotAccuracy(zero_shot_classifier(model, tokenize, read_class_names(arguments, dataset)))
+
+    def retrieval():
+        check_texts("caption_column")
+        return RetrievalRecall()
+
+    def without_network(name: str):
+        return lambda: ReconstructionMetrics((name,))
+
+    parts = {
+        "psnr": chosen.make("psnr", without_network("psnr")),
+        "ssim": chosen.make("ssim", without_network("ssim")),
+        "lpips": chosen.make("lpips", lambda: lpips_metric(arguments.lpips_net, arguments.lpips_weights)),
+        "rfid": chosen.make("rfid", lambda: fid_metric(weights=arguments.inception_weights)),
+    }
+    names = [name for name, part in parts.items() if part is not None]
+    reconstruction = ReconstructionMetrics(names, lpips=parts["lpips"], fid=parts["rfid"]) if names else None
+    evaluator = TokenizerEvaluator(
+        model,
+        reconstruction,
+        chosen.make("zero_shot", zero_shot),
+        chosen.make("retrieval", retrieval),
+        codebooks=chosen.make("codebook", lambda: True) is not None,
+        num_shown=arguments.num_shown,
+    )
+    return evaluator, chosen.skipped
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = HfArgumentParser(EvaluationArguments)
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        (arguments,) = parser.parse_json_file(argv[0])
+    else:
+        (arguments,) = parser.parse_args_into_dataclasses(argv)
+    check(arguments)
+
+    # After `--help`, as above.
+    from accelerate import PartialState
+    from accelerate.utils import gather_object, reduce
+
+    # Metrics are float64, which not every accelerator has; and without `cpu` accelerate takes several processes for one.
+    state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
+    dataset = load_rows(arguments)
+    model, image_processor, tokenizer = load_model(arguments)
+    model = model.to(state.device).eval()
+    tokenize = None
+    if tokenizer is not None:
+        tokenize = text_tokenizer(tokenizer, model.config.text_config.max_position_embeddings)
+    # One process of a machine downloads what is missing, the others find it.
+    with state.local_main_process_first():
+        evaluator, skipped = build_evaluator(arguments, model, tokenize, dataset)
+    if len(set(gather_object([tuple(skipped)]))) > 1:
+        raise RuntimeError(
+            f"The machines do not have the same libraries and weights: this one cannot measure {sorted(skipped)}, "
+            "another one can. Mend that, or name the --metrics."
+        )
+    batches = ImageBatches(
+        dataset,
+        image_processor,
+        batch_size=arguments.batch_size,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column if evaluator.zero_shot is not None else None,
+        caption_column=arguments.caption_column if evaluator.retrieval is not None else None,
+        tokenize=tokenize,
+        num_samples=arguments.num_samples,
+        num_workers=arguments.num_workers,
+    )
+    metrics = evaluator.run(tqdm(batches, unit="batch", disable=not state.is_main_process))
+    num_skipped = int(reduce(torch.tensor(batches.num_skipped, device=state.device), reduction="sum"))
+    results = {}
+    if state.is_main_process:
+        results = write_report(
+            arguments.output_dir,
+            metrics,
+            model=arguments.model_name_or_path,
+            data={
+                "source": arguments.dataset,
+                "config": arguments.dataset_config_name,
+                "split": arguments.split,
+                "unreadable_images_skipped": num_skipped,
+            },
+            shown=evaluator.shown,
+            usages=evaluator.total_usage,
+            skipped=skipped,
+            settings={
+                **asdict(arguments),
+                "num_processes": state.num_processes,
+                "inception_weights_sha256": getattr(
+                    evaluator.reconstruction and evaluator.reconstruction.fid, "weights_sha256", None
+                ),
+            },
+        )
+        print(Path(arguments.output_dir, "report.md").read_text())
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Structural similarity of images, for `evaluate`.
+
+evaluate.load("metrics/ssim").compute(predictions=images, references=originals)
+"""
+
+import datasets
+import evaluate
+import torch
+
+from transformers_dualtoken.evaluation import ssim_per_image
+
+
+# A picture (3, H, W).
+IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
+
+
+def _batch(images) -> torch.Tensor:
+    return torch.stack([torch.as_tensor(image) for image in images])
+
+
+class Ssim(evaluate.Metric):
+    """Mean over images of the SSIM: Gaussian window of sigma 1.5 (11 x 11) within the image, data range 1."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description=self._compute.__doc__,
+            features=datasets.Features({"predictions": IMAGE, "references": IMAGE}),
+        )
+
+    def _compute(self, predictions, references):
+        """
+        Args:
+            predictions, references: images `(3, H, W)` in [0, 1], of one size.
+
+        Returns:
+            `ssim`: at most 1.
+        """
+        return {"ssim": float(ssim_per_image(_batch(predictions), _batch(references)).mean())}

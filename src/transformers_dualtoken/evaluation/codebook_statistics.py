@@ -1,0 +1,104 @@
+"""How evenly a codebook is used: share of the codes, perplexity and entropy. Needs torch alone."""
+
+import math
+
+import torch
+import torch.distributed as dist
+
+
+class CodebookUsage:
+    """
+    Counts how often every code occurs at every depth, and says how evenly the codebook is used.
+
+    The state is `counts`, an int64 tensor `(D, K)`. It moves to the device of the codes it is given, and `update`
+    never waits for that device. Counts of any split of the data add up exactly.
+
+    Args:
+        num_depths (`int`): residual codes D per position.
+        codebook_size (`int`): codes K of a codebook.
+        shared_codebook (`bool`, defaults to `True`): whether all depths use one codebook. It decides what "the
+            codebook" is in [`~CodebookUsage.compute`].
+
+    Raises:
+        ValueError: if `num_depths` or `codebook_size` is below 1.
+    """
+
+    def __init__(self, num_depths: int, codebook_size: int, shared_codebook: bool = True):
+        for name, value in (("num_depths", num_depths), ("codebook_size", codebook_size)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.num_depths, self.codebook_size, self.shared_codebook = num_depths, codebook_size, shared_codebook
+        self.counts = torch.zeros(num_depths, codebook_size, dtype=torch.int64)
+
+    def update(self, codes: torch.Tensor) -> None:
+        """
+        Count `codes`, int64 `(..., D)` in 0..K-1.
+
+        Raises:
+            ValueError: if the last dimension is not D.
+            RuntimeError: if a code lies outside 0..K-1 (on a GPU as its own assertion, and later).
+        """
+        if codes.shape[-1] != self.num_depths:
+            raise ValueError(
+                f"`codes` must have {self.num_depths} depths in the last dimension, got shape {tuple(codes.shape)}."
+            )
+        self.counts = self.counts.to(codes.device)
+        by_depth = codes.detach().reshape(-1, self.num_depths).t()
+        # Unlike bincount, this needs no look at the largest code, which would wait for the GPU.
+        self.counts.scatter_add_(1, by_depth, torch.ones_like(by_depth))
+
+    def compute(self) -> dict[str, float]:
+        """
+        The whole codebook's numbers.
+
+        Returns:
+            `usage`: share of the K codes that occurred, in 0..1; `entropy`: of the codes, in bits, at most log2 K;
+            `perplexity`: 2 to the entropy, at most K. A codebook shared by all depths is judged by the counts of
+            all of them together; of codebooks of their own, usage and entropy are the means over the depths. All
+            are NaN before the first update.
+        """
+        if self.shared_codebook:
+            usage, entropy = self._judge(self.counts.sum(0, keepdim=True))
+        else:
+            usage, entropy = self._judge(self.counts)
+        entropy = entropy.mean()
+        return {"usage": float(usage.mean()), "perplexity": float(entropy.exp2()), "entropy": float(entropy)}
+
+    def compute_per_depth(self) -> dict[str, list[float]]:
+        """The numbers of `compute` for every depth alone: lists of D floats, the first depth first."""
+        usage, entropy = self._judge(self.counts)
+        return {"usage": usage.tolist(), "perplexity": entropy.exp2().tolist(), "entropy": entropy.tolist()}
+
+    @staticmethod
+    def _judge(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Usage and entropy in bits, `(N,)` each, of the counts `(N, K)`."""
+        counts = counts.cpu().double()  # not every device has float64
+        total = counts.sum(1)
+        entropy = torch.special.entr(counts / total[:, None]).sum(1) / math.log(2)
+        usage = (counts > 0).double().mean(1).where(total > 0, torch.nan)
+        return usage, entropy
+
+    def to(self, device: torch.device | str) -> "CodebookUsage":
+        """Move the counts; needed before `reduce` only where a process may have had no codes."""
+        self.counts = self.counts.to(device)
+        return self
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        self.counts.zero_()
+
+    def reduce(self, group: "dist.ProcessGroup | None" = None) -> "CodebookUsage":
+        """
+        The counts of all processes together, as a new object; this one keeps its own counts.
+
+        Every process of the group must call it, with `counts` on a device the group can send. Without
+        `torch.distributed` it is a copy.
+        """
+        total = CodebookUsage(self.num_depths, self.codebook_size, self.shared_codebook)
+        total.counts = self.counts.clone()
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total.counts, group=group)
+        return total
+
+
+__all__ = ["CodebookUsage"]

@@ -1,0 +1,152 @@
+"""One pass over images: codes, reconstructions and embeddings, and every metric that is made from them."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from .codebook_statistics import CodebookUsage
+from .image_metrics import ReconstructionMetrics
+from .retrieval import RetrievalRecall
+from .zero_shot import ZeroShotAccuracy, embed_texts
+
+
+# How the numbers are made whose names contain the key; written beside them.
+CONVENTIONS = {
+    "images": "as the checkpoint's image processor resizes them, and bilinearly to the reconstruction's size where that is "
+    "another; reconstructions are decoded from the codes; compared as float32 tensors, clamped, no file format between",
+    "psnr": "dB, mean over images of the PSNR over all pixels and channels, data range 1; images reproduced exactly "
+    "(exact_images) are left out",
+    "ssim": "mean over images, RGB channels and inner positions; Gaussian window of sigma 1.5 (11 x 11), data range 1",
+    "lpips": "mean over images, in [-1, 1], network given as lpips_net",
+    "rfid": "Frechet distance of torch-fidelity's Inception features (2048), images at the nearest of 256 levels and "
+    "resized as torch-fidelity does; of the evaluated images against their reconstructions",
+    "zero_shot": "share of images whose class is first (top1) or among the first five (top5) by the mean of open_clip's "
+    "80 templates; embeddings of length 1",
+    "recall": "share of images with one of their captions (image_to_text), and of captions with their image "
+    "(text_to_image), among the k nearest of all evaluated; ties count against the right answer",
+    "codebook": "usage: share of codes that occurred; entropy in bits of the codes' frequencies; perplexity: 2 to the "
+    "entropy; a shared codebook over all depths together, others as the mean of their depths",
+}
+
+
+class TokenizerEvaluator:
+    """
+    Running metrics of a vision tokenizer over one pass. Every process of `torch.distributed` adds its own images; the
+    results are of all of them, whatever number each had.
+
+    Args:
+        model ([`DualTokenVisionTokenizer`]): put into eval mode. Any floating dtype; metrics are made in float32.
+        reconstruction ([`ReconstructionMetrics`], *optional*)
+        zero_shot ([`ZeroShotAccuracy`], *optional*): needs `labels` in `update`.
+        retrieval ([`RetrievalRecall`], *optional*): needs `input_ids` and `captions_per_image` in `update`.
+        codebooks (`bool`, defaults to `True`): whether to count the codes of both codebooks.
+        num_shown (`int`, defaults to 16): first images kept, with reconstructions, in `shown`.
+    """
+
+    def __init__(
+        self,
+        model: DualTokenVisionTokenizer,
+        reconstruction: ReconstructionMetrics | None = None,
+        zero_shot: ZeroShotAccuracy | None = None,
+        retrieval: RetrievalRecall | None = None,
+        codebooks: bool = True,
+        num_shown: int = 16,
+    ):
+        self.model = model.eval()
+        self.reconstruction = None if reconstruction is None else reconstruction.to(model.device)
+        self.zero_shot, self.retrieval = zero_shot, retrieval
+        self.usage = {}
+        for kind in CODE_KINDS if codebooks else ():
+            config = model.quantizer(kind).config
+            self.usage[kind] = CodebookUsage(config.num_depths, config.codebook_size, config.shared_codebook)
+        self.num_images, self.num_shown, self.shown = 0, num_shown, []
+
+    @torch.no_grad()
+    def update(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.LongTensor | None = None,
+        input_ids: torch.LongTensor | None = None,
+        captions_per_image: list[int] | torch.Tensor | None = None,
+    ) -> None:
+        """
+        Add images.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): in [-1, 1].
+            labels (`torch.LongTensor` of shape `(B,)`): indices of the class names.
+            input_ids (`torch.LongTensor` of shape `(T, L)`): the captions of the first image, then of the second, ...
+            captions_per_image (`list[int]` of length B): how many each image has.
+
+        Raises:
+            ValueError: if what a metric needs is missing.
+        """
+        for metric, name, value in (
+            (self.zero_shot, "labels", labels),
+            (self.retrieval, "input_ids", input_ids),
+            (self.retrieval, "captions_per_image", captions_per_image),
+        ):
+            if metric is not None and value is None:
+                raise ValueError(f"{type(metric).__name__} needs `{name}` with every batch, and got none.")
+        pixel_values = pixel_values.to(self.model.device)
+        needs_semantic = "semantic" in self.usage or self.zero_shot is not None or self.retrieval is not None
+        encoded = self.model.encode(
+            pixel_values.to(self.model.dtype), codes=CODE_KINDS if needs_semantic else ("pixel",)
+        )
+        for kind, usage in self.usage.items():
+            usage.update(encoded[f"{kind}_codes"])
+        if self.reconstruction is not None or len(self.shown) < self.num_shown:
+            decoded = self.model.decode(pixel_codes=encoded.pixel_codes).reconstruction.float()
+            images = pixel_values.float()
+            if images.shape[-2:] != decoded.shape[-2:]:
+                images = F.interpolate(images, size=decoded.shape[-2:], mode="bilinear", align_corners=False)
+            if self.reconstruction is not None:
+                self.reconstruction.update(decoded, images)
+            room = self.num_shown - len(self.shown)
+            self.shown += list(zip(images[:room].cpu(), decoded[:room].cpu()))
+        if self.zero_shot is not None or self.retrieval is not None:
+            image_embeds = F.normalize(encoded.pooler_output.float(), dim=-1)
+        if self.zero_shot is not None:
+            self.zero_shot.update(image_embeds, labels)
+        if self.retrieval is not None:
+            self.retrieval.update(image_embeds, embed_texts(self.model, input_ids), captions_per_image)
+        self.num_images += len(pixel_values)
+
+    def run(self, batches: Iterable[dict]) -> dict:
+        """`update` with every batch, a dict of its arguments, then `compute`."""
+        for batch in batches:
+            self.update(**batch)
+        return self.compute()
+
+    def compute(self) -> dict[str, float | int | dict]:
+        """
+        The metrics by name, over all processes, each of which must call it: `num_images`, those of the parts, and
+        `{pixel,semantic}_codebook_{usage,perplexity,entropy}`, with lists over the depths under `per_depth`.
+
+        Raises:
+            ValueError: if there was no image.
+        """
+        num_images = torch.tensor(self.num_images, device=self.model.device)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(num_images)
+        if num_images == 0:
+            raise ValueError(
+                "There was no image to evaluate: the data set is empty, or none of its images is readable."
+            )
+        metrics = {"num_images": int(num_images)}
+        for part in (self.reconstruction, self.zero_shot):
+            metrics |= {} if part is None else part.compute()
+        if self.retrieval is not None:
+            metrics |= self.retrieval.compute(self.model.device)
+        per_depth = {}
+        self.total_usage = {kind: usage.to(self.model.device).reduce() for kind, usage in self.usage.items()}
+        for kind, usage in self.total_usage.items():
+            metrics |= {f"{kind}_codebook_{name}": value for name, value in usage.compute().items()}
+            per_depth |= {f"{kind}_codebook_{name}": value for name, value in usage.compute_per_depth().items()}
+        return metrics | ({"per_depth": per_depth} if per_depth else {})
+
+
+__all__ = ["CONVENTIONS", "TokenizerEvaluator"]

@@ -1,0 +1,257 @@
+"""PSNR, SSIM, LPIPS and rFID of reconstructions, on tensors; torchmetrics, torch-fidelity and lpips do the work.
+
+Images come in [-1, 1] and are clamped; no file format lies between the decoder and a metric.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import is_offline_mode
+from torch import nn
+
+from .optional_libraries import MetricUnavailableError, require
+
+
+RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "rfid")
+# Gaussian window of sigma 1.5: 11 x 11.
+_SSIM_BORDER = 5
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] as float32 in [0, 1]; a decoder's overshoot is clamped."""
+    return images.float().clamp(-1, 1).add(1).div(2)
+
+
+def psnr_per_image(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """
+    PSNR in dB, `(B,)`, of images `(B, 3, H, W)` in [0, 1], over all pixels and channels of an image.
+
+    Infinite where an image is reproduced exactly. Equals scikit-image's `peak_signal_noise_ratio(data_range=1)`.
+    """
+    functional = require("torchmetrics.functional.image", "PSNR")
+    return functional.peak_signal_noise_ratio(
+        reconstruction, images, data_range=1.0, reduction="none", dim=tuple(range(1, images.ndim))
+    )
+
+
+def ssim_per_image(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """
+    SSIM, `(B,)`, of images `(B, 3, H, W)` in [0, 1]: Gaussian window of sigma 1.5 (11 x 11), mean over channels and
+    over the positions whose window lies within the image.
+
+    Equals scikit-image's `structural_similarity(data_range=1, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False)`.
+
+    Raises:
+        ValueError: if a side is shorter than the window.
+    """
+    if min(images.shape[-2:]) <= 2 * _SSIM_BORDER:
+        raise ValueError(
+            f"SSIM needs images of at least {2 * _SSIM_BORDER + 1} pixels a side, got "
+            f"{images.shape[-2]} x {images.shape[-1]}."
+        )
+    functional = require("torchmetrics.functional.image", "SSIM")
+    # Float64: in a flat region the variance is a difference of nearly equal numbers.
+    _, similarity = functional.structural_similarity_index_measure(
+        reconstruction.double(), images.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
+    # torchmetrics' own mean takes in the border, which it made up by reflection.
+    inner = slice(_SSIM_BORDER, -_SSIM_BORDER)
+    return similarity[..., inner, inner].flatten(1).mean(1)
+
+
+def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | None = None) -> nn.Module:
+    """
+    torchmetrics' `FrechetInceptionDistance` that agrees with torch-fidelity.
+
+    Args:
+        feature (`nn.Module`, *optional*): another feature network, images `(B, 3, H, W)` in [0, 1] -> `(B, F)`. By
+            default the Inception network of torch-fidelity, with its resizing (torchmetrics' default is another).
+        weights (`str`, *optional*): file with Inception's weights in torch-fidelity's format. By default torch hub's
+            cache, where torch-fidelity puts them at the first use.
+
+    Returns:
+        The metric; with Inception its `weights_sha256` says which weights these are.
+
+    Raises:
+        FileNotFoundError: if `weights` does not exist.
+        ValueError: if `weights` are not those of this network.
+        MetricUnavailableError: if a library is missing, or the weights can be had neither from the cache nor from the
+            network. Random weights are never used.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"The Inception weights (`inception_weights`) must be a file, and there is none at {str(weights)!r}."
+        )
+    fid = require("torchmetrics.image.fid", "rFID")
+    if feature is not None:
+        metric = fid.FrechetInceptionDistance(feature=feature, normalize=True)
+    else:
+        metric = _inception_fid(fid, None if weights is None else Path(weights))
+    # Otherwise known only after an update, and a process may get no image.
+    metric.orig_dtype = torch.float32
+    return metric
+
+
+def _inception_fid(fid, path: Path | None) -> nn.Module:
+    url = require("torch_fidelity.feature_extractor_inceptionv3", "rFID").URL_INCEPTION_V3
+    if path is None:
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        if not path.is_file():
+            _download_inception(url, path)
+    try:
+        # torch-fidelity unpickles whatever the file holds, so look first, in PyTorch's safe mode.
+        torch.load(path, map_location="cpu", weights_only=True)
+        metric = fid.FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path), antialias=False)
+    except Exception as error:  # a file of another kind fails in many ways
+        raise ValueError(
+            f"{path} does not hold the weights of torch-fidelity's Inception network ({url}): {str(error)[:500]}"
+        ) from error
+    metric.weights_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return metric
+
+
+def _download_inception(url: str, path: Path) -> None:
+    reason = "HF_HUB_OFFLINE is set"
+    if not is_offline_mode():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=False)
+            return
+        except OSError as error:
+            reason = f"the download failed: {error}"
+    raise MetricUnavailableError(
+        f"rFID needs the Inception weights, and there are none at {path} ({reason}). Download {url} and give its path "
+        "as `inception_weights`."
+    )
+
+
+def lpips_metric(net: str = "vgg", weights: str | os.PathLike | None = None) -> nn.Module:
+    """
+    The LPIPS network of the tokenizer's training, see [`~transformers_dualtoken.training.perceptual.load_lpips`].
+
+    Raises:
+        FileNotFoundError: if `weights` does not exist.
+        MetricUnavailableError: if a library is missing, or the weights can be had neither from torchvision's cache
+            nor from the network. Random weights are never used.
+    """
+    perceptual = require("transformers_dualtoken.training.perceptual", "LPIPS", "perceptual,train")
+    try:
+        return perceptual.load_lpips(net, weights)
+    except FileNotFoundError:
+        raise
+    except ImportError as error:
+        raise MetricUnavailableError(f"LPIPS cannot be computed: {error}") from error
+    except OSError as error:
+        raise MetricUnavailableError(
+            f"LPIPS needs torchvision's ImageNet weights of {net!r}, which are not in its cache, and the download "
+            f"failed: {error}. Give the path of a file as `lpips_weights`."
+        ) from error
+
+
+class ReconstructionMetrics:
+    """
+    Running PSNR, SSIM, LPIPS and rFID of one pass over any number of images. The sums are kept on the images' device
+    in float64 and add up over the processes of `torch.distributed`; nothing grows with the number of images.
+
+    Args:
+        names (`tuple[str]`): of `RECONSTRUCTION_METRICS`.
+        lpips (`nn.Module`, *optional*): with `"lpips"`: two batches in [-1, 1] -> `(B, ...)`, as the package's.
+        fid (`nn.Module`, *optional*): with `"rfid"`: from [`fid_metric`].
+
+    Raises:
+        ValueError: for an unknown name, or one whose module is not given.
+        MetricUnavailableError: if torchmetrics is missing.
+    """
+
+    def __init__(self, names=("psnr", "ssim"), lpips: nn.Module | None = None, fid: nn.Module | None = None):
+        for name in names:
+            if name not in RECONSTRUCTION_METRICS:
+                raise ValueError(f"Unknown metric {name!r}; there are {', '.join(RECONSTRUCTION_METRICS)}.")
+        for name, module in (("lpips", lpips), ("rfid", fid)):
+            if name in names and module is None:
+                raise ValueError(f"The metric {name!r} needs its network, and none was given.")
+        self.names = tuple(names)
+        self.lpips = lpips.eval() if "lpips" in names else None
+        self.fid = fid if "rfid" in names else None
+        aggregation = require("torchmetrics.aggregation", "The evaluation of reconstructions") if names else None
+        self.means = {
+            name: aggregation.MeanMetric(nan_strategy="error").set_dtype(torch.float64)
+            for name in names
+            if name != "rfid"
+        }
+        if "psnr" in names:
+            self.means["exact_images"] = aggregation.SumMetric(nan_strategy="error").set_dtype(torch.float64)
+
+    def to(self, device) -> "ReconstructionMetrics":
+        for metric in (*self.means.values(), self.fid, self.lpips):
+            if metric is not None:
+                metric.to(device)
+        return self
+
+    @torch.no_grad()
+    def update(self, reconstruction: torch.Tensor, images: torch.Tensor) -> None:
+        """
+        Add images and their reconstructions, `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            ValueError: if the shapes differ, or a reconstruction holds NaN.
+        """
+        if reconstruction.shape != images.shape:
+            raise ValueError(
+                f"Images {tuple(images.shape)} and reconstructions {tuple(reconstruction.shape)} must have one shape."
+            )
+        if reconstruction.isnan().any():
+            raise ValueError("A reconstruction holds NaN: the model's weights or its dtype are at fault.")
+        made, given = to_unit_range(reconstruction), to_unit_range(images)
+        if "psnr" in self.means:
+            psnr = psnr_per_image(made, given)
+            exact = psnr.isinf()
+            self.means["exact_images"].update(exact.double())
+            self.means["psnr"].update(psnr.double().where(~exact, 0), (~exact).double())
+        if "ssim" in self.means:
+            self.means["ssim"].update(ssim_per_image(made, given))
+        if "lpips" in self.means:
+            distances = self.lpips(made * 2 - 1, given * 2 - 1)
+            self.means["lpips"].update(distances.double().flatten(1).mean(1))
+        if self.fid is not None:
+            for batch, real in ((given, True), (made, False)):
+                # torch-fidelity's Inception takes 8-bit images. torchmetrics would cut instead of rounding, which
+                # shifts the reconstructions by half a level but not the originals.
+                self.fid.update(batch if self.fid.used_custom_model else _to_uint8(batch), real=real)
+
+    def compute(self) -> dict[str, float]:
+        """
+        The metrics by name, over all processes, each of which must call it; with `psnr` also `exact_images`, the
+        number of images that were reproduced exactly and are left out of the mean PSNR.
+
+        Raises:
+            ValueError: if rFID is asked of fewer than two images.
+        """
+        values = {name: float(metric.compute()) for name, metric in self.means.items()}
+        if "exact_images" in values:
+            values["exact_images"] = int(values["exact_images"])
+        if self.fid is not None:
+            try:
+                values["rfid"] = float(self.fid.compute())
+            except RuntimeError as error:
+                raise ValueError(f"rFID cannot be computed: {error}") from error
+        return values
+
+
+def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] at the nearest of 256 levels, as in a PNG."""
+    return images.mul(255).round().to(torch.uint8)
+
+
+__all__ = [
+    "RECONSTRUCTION_METRICS",
+    "ReconstructionMetrics",
+    "fid_metric",
+    "lpips_metric",
+    "psnr_per_image",
+    "ssim_per_image",
+    "to_unit_range",
+]

@@ -1,0 +1,196 @@
+"""What an evaluation leaves behind: metrics.json, pictures, a Markdown report and a model card's metadata."""
+
+import json
+import math
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from .codebook_statistics import CodebookUsage
+from .evaluator import CONVENTIONS
+from .pictures import reconstruction_grid, usage_figure
+
+
+# name -> (title, unit or direction, the Hub's task, format)
+DESCRIPTIONS = {
+    "rfid": ("rFID", "lower is better", "image-to-image", "{:.3f}"),
+    "psnr": ("PSNR", "dB", "image-to-image", "{:.2f}"),
+    "ssim": ("SSIM", "0 to 1", "image-to-image", "{:.3f}"),
+    "lpips": ("LPIPS", "lower is better", "image-to-image", "{:.4f}"),
+    "zero_shot_top1": ("Zero-shot top-1", "share", "zero-shot-image-classification", "{:.4f}"),
+    "zero_shot_top5": ("Zero-shot top-5", "share", "zero-shot-image-classification", "{:.4f}"),
+    **{
+        f"{direction}_recall_at_{k}": (f"{title} R@{k}", "share", "image-text-retrieval", "{:.4f}")
+        for direction, title in (("image_to_text", "Image to text"), ("text_to_image", "Text to image"))
+        for k in (1, 5, 10)
+    },
+    **{
+        f"{kind}_codebook_{name}": (f"{kind.capitalize()} codebook {name}", unit, "image-feature-extraction", form)
+        for kind in ("pixel", "semantic")
+        for name, unit, form in (
+            ("usage", "share", "{:.4f}"),
+            ("perplexity", "codes", "{:.1f}"),
+            ("entropy", "bits", "{:.3f}"),
+        )
+    },
+}
+_LIBRARIES = (
+    "transformers-dualtoken",
+    "torch",
+    "transformers",
+    "datasets",
+    "torchmetrics",
+    "torch-fidelity",
+    "open_clip_torch",
+    "lpips",
+)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries the numbers come from, those that are installed."""
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def model_card_metadata(results: dict) -> ModelCardData:
+    """
+    The metadata block of a model card with every number, as the Hub shows them.
+
+    Args:
+        results (`dict`): what `write_report` gets.
+    """
+    data = results["data"]
+    source = str(data["source"])
+    # Nobody else has this machine's folders.
+    dataset = Path(source).name if Path(source).exists() else source
+    return ModelCardData(
+        library_name="transformers",
+        tags=["dualtoken", "vision-tokenizer"],
+        pipeline_tag="image-feature-extraction",
+        model_name=Path(str(results["model"])).name,
+        eval_results=[
+            EvalResult(
+                task_type=DESCRIPTIONS[name][2],
+                dataset_type=dataset,
+                dataset_name=dataset,
+                dataset_config=data.get("config"),
+                dataset_split=data.get("split"),
+                metric_type=name,
+                metric_name=DESCRIPTIONS[name][0],
+                metric_value=round(value, 6),
+            )
+            for name, value in results["metrics"].items()
+            if name in DESCRIPTIONS and math.isfinite(value)
+        ],
+    )
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown_report(results: dict, has_pictures: bool = True) -> str:
+    """The report as Markdown; the pictures lie beside it."""
+    metrics, data = results["metrics"], results["data"]
+    lines = [
+        f"# Evaluation of {Path(str(results['model'])).name}",
+        "",
+        f"{metrics['num_images']} images of `{data['source']}`"
+        + (f", split `{data['split']}`" if data.get("split") else "")
+        + ".",
+        "",
+        "| metric | value | |",
+        "| --- | ---: | --- |",
+    ]
+    for name, (title, unit, _, form) in DESCRIPTIONS.items():
+        if name in metrics:
+            lines.append(f"| {title} | {form.format(metrics[name])} | {unit} |")
+    if results.get("skipped"):
+        lines += ["", "## Not measured", ""]
+        lines += [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
+    if has_pictures:
+        lines += ["", "## Reconstructions", "", "Originals, and below each its reconstruction.", ""]
+        lines += ["![reconstructions](reconstructions.png)"]
+    if "per_depth" in metrics:
+        lines += ["", "## Codebooks", "", "![codebook usage](codebook_usage.png)", ""]
+        columns = list(metrics["per_depth"])
+        lines += ["| depth | " + " | ".join(name.replace("_codebook_", " ") for name in columns) + " |"]
+        lines += ["| ---: " * (len(columns) + 1) + "|"]
+        depth_rows = max(len(values) for values in metrics["per_depth"].values())
+        for depth in range(depth_rows):
+            cells = [
+                DESCRIPTIONS[name][3].format(values[depth]) if depth < len(values) else ""
+                for name, values in metrics["per_depth"].items()
+            ]
+            lines.append(f"| {depth + 1} | " + " | ".join(cells) + " |")
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {name}: {text}." for name, text in results["conventions"].items()]
+    lines += [f"- {name} {number}" for name, number in results["versions"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    output_dir: str | Path,
+    metrics: dict,
+    model: str,
+    data: dict,
+    shown: list[tuple[torch.Tensor, torch.Tensor]],
+    usages: dict[str, CodebookUsage] | None = None,
+    skipped: dict[str, str] | None = None,
+    settings: dict | None = None,
+) -> dict:
+    """
+    Write `metrics.json`, `report.md`, `reconstructions.png`, `codebook_usage.png` and `model_card_metadata.yaml`.
+
+    Args:
+        output_dir (`str` or `Path`): made if it does not exist; files of these names in it are replaced.
+        metrics (`dict`): from `TokenizerEvaluator.compute`.
+        model (`str`): its name or path.
+        data (`dict`): at least `source`, and what else describes the images, such as `split`.
+        shown: from `TokenizerEvaluator.shown`.
+        usages (*optional*): codebook name -> counts over all processes, `TokenizerEvaluator.total_usage`.
+        skipped (*optional*): metric -> why it was not measured.
+        settings (*optional*): anything else the numbers depend on.
+
+    Returns:
+        `dict`: the contents of `metrics.json`; a value that is not finite is `null` there.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    results = {
+        "model": str(model),
+        "data": data,
+        "metrics": metrics,
+        "skipped": skipped or {},
+        "settings": settings or {},
+        "conventions": {name: text for name, text in CONVENTIONS.items() if any(name in metric for metric in metrics)},
+        "versions": library_versions(),
+    }
+    (output_dir / "metrics.json").write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
+    if shown:
+        reconstruction_grid(*map(torch.stack, zip(*shown))).save(output_dir / "reconstructions.png")
+    if usages:
+        usage_figure(usages).savefig(output_dir / "codebook_usage.png", dpi=100)
+    (output_dir / "report.md").write_text(markdown_report(results, has_pictures=bool(shown)))
+    (output_dir / "model_card_metadata.yaml").write_text(model_card_metadata(results).to_yaml() + "\n")
+    return _finite(results)
+
+
+__all__ = [
+    "library_versions",
+    "markdown_report",
+    "model_card_metadata",
+    "write_report",
+]

@@ -1,0 +1,211 @@
+"""What the stages of tokenizer training teach: the terms of the loss with their weights, and what stands still."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from ..modeling_vision_tokenizer import DualTokenVisionTokenizer
+from .discriminator import DISCRIMINATOR_LOSSES
+
+
+SEMANTIC_TERMS = ("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine", "semantic_commitment")
+# Terms of the reconstructed image; their gradients meet at the image.
+IMAGE_TERMS = ("reconstruction_mse", "perceptual", "generator")
+PIXEL_TERMS = (*IMAGE_TERMS, "pixel_commitment")
+
+# Keys are the logged names. Code, stages 0 to 2; lambda_sem = 1 in all of them. `discriminator` is the weight of the
+# discriminator's own loss after the first epoch, in which it is 1; that loss is no part of the total.
+STAGE_LOSS_WEIGHTS = {
+    0: {
+        "semantic_mse": 0.0,
+        "semantic_cosine": 0.0,
+        "pooler_mse": 5.0,
+        "pooler_cosine": 5.0,
+        "reconstruction_mse": 5.0,
+        "perceptual": 1.0,
+        "generator": 0.0,
+        "pixel_commitment": 5.0,
+        "semantic_commitment": 5.0,
+        "discriminator": 0.75,
+    },
+    1: {
+        "semantic_mse": 5.0,
+        "semantic_cosine": 5.0,
+        "pooler_mse": 1.0,
+        "pooler_cosine": 1.0,
+        "reconstruction_mse": 5.0,
+        "perceptual": 1.0,
+        "generator": 0.75,
+        "pixel_commitment": 5.0,
+        "semantic_commitment": 5.0,
+        "discriminator": 0.75,
+    },
+    2: {
+        "semantic_mse": 0.0,
+        "semantic_cosine": 1.0,
+        "pooler_mse": 5.0,
+        "pooler_cosine": 5.0,
+        "reconstruction_mse": 0.0,
+        "perceptual": 0.0,
+        "generator": 0.0,
+        "pixel_commitment": 0.0,
+        "semantic_commitment": 5.0,
+        "discriminator": 0.75,
+    },
+}
+
+
+@dataclass
+class DualTokenVisionTokenizerRecipe:
+    """
+    How [`DualTokenVisionTokenizerTrainer`] trains, beyond `TrainingArguments`. Steps are optimizer steps throughout.
+
+    The defaults are the authors' code; None stands for what depends on the length of an epoch.
+    """
+
+    stage: int = field(
+        default=1,
+        metadata={
+            "help": "0: the new parts above a frozen encoder; 1: everything but the text tower; 2: the semantic branch "
+            "alone, what makes pixel codes and images stands still"
+        },
+    )
+    loss_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "changes to the stage's loss weights, a JSON object or the path of one, such as "
+            '{"perceptual": 0, "generator": 0}; a term of weight 0 is not computed'
+        },
+    )
+    perceptual_net: str = field(default="vgg", metadata={"help": "network of the perceptual term: vgg or alex"})
+    perceptual_weights: str | None = field(
+        default=None, metadata={"help": "file of that network's torchvision weights, instead of a download"}
+    )
+    steps_per_epoch: int | None = field(
+        default=None, metadata={"help": "length of an epoch, for streams, whose length is unknown"}
+    )
+    discriminator_start_step: int | None = field(
+        default=None, metadata={"help": "no adversary before this step (None: half of the first epoch)"}
+    )
+    discriminator_warmup_steps: int | None = field(
+        default=None, metadata={"help": "steps of linear warm-up of the discriminator's rate (None: half an epoch)"}
+    )
+    discriminator_learning_rate: float | None = field(
+        default=None, metadata={"help": "peak rate of the discriminator (None: --learning_rate)"}
+    )
+    discriminator_end_learning_rate: float = field(
+        default=4e-5, metadata={"help": "what the discriminator's rate falls to, along a cosine"}
+    )
+    discriminator_restart_steps: int | None = field(
+        default=None, metadata={"help": "draw a new discriminator every so many steps (None: never)"}
+    )
+    discriminator_loss: str = field(
+        default="leaky_hinge", metadata={"help": "leaky_hinge (the authors' code) or hinge (the usual one)"}
+    )
+    discriminator_channels: int = field(default=64, metadata={"help": "width of the discriminator's first layer"})
+    weight_average_decay: float | None = field(
+        default=None,
+        metadata={"help": "keep a moving average of the weights, evaluate and save that at the end; such as 0.9999"},
+    )
+    grid_steps: int | None = field(
+        default=None, metadata={"help": "write originals beside reconstructions every so many steps (None: never)"}
+    )
+    grid_images: int = field(default=8, metadata={"help": "how many images those pictures show"})
+
+    def __post_init__(self):
+        if self.stage not in STAGE_LOSS_WEIGHTS:
+            raise ValueError(f"`stage` must be one of {', '.join(map(str, STAGE_LOSS_WEIGHTS))}, got {self.stage!r}.")
+        given = _json_object(self.loss_weights, "loss_weights")
+        weights = STAGE_LOSS_WEIGHTS[self.stage]
+        unknown = sorted(set(given) - set(weights))
+        if unknown:
+            raise ValueError(f"No such loss terms: {', '.join(unknown)}; there are {', '.join(weights)}.")
+        for name, weight in given.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+                raise ValueError(f"The weight of a loss term must be a number of at least 0, got {name} = {weight!r}.")
+        self.loss_weights = {**weights, **given}
+        if not self.pixel_terms and not self.semantic_terms:
+            raise ValueError("All terms of the loss have weight 0, so there is nothing to train.")
+        if self.discriminator_loss not in DISCRIMINATOR_LOSSES:
+            raise ValueError(
+                f"`discriminator_loss` must be one of {', '.join(DISCRIMINATOR_LOSSES)}, got {self.discriminator_loss!r}."
+            )
+        if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
+            raise ValueError(f"`weight_average_decay` must lie between 0 and 1, got {self.weight_average_decay}.")
+        for name in ("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("discriminator_start_step", "discriminator_warmup_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+    @property
+    def pixel_terms(self) -> list[str]:
+        """Names of the terms with a weight that train what makes pixel codes and images."""
+        return [name for name in PIXEL_TERMS if self.loss_weights[name]]
+
+    @property
+    def semantic_terms(self) -> list[str]:
+        """Names of the terms with a weight that train what makes semantic codes and the image embedding."""
+        return [name for name in SEMANTIC_TERMS if self.loss_weights[name]]
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """The kinds of codes that the terms need."""
+        return ("pixel",) * bool(self.pixel_terms) + ("semantic",) * bool(self.semantic_terms)
+
+    @property
+    def is_adversarial(self) -> bool:
+        return self.loss_weights["generator"] > 0
+
+    def freeze(self, model: DualTokenVisionTokenizer) -> None:
+        """
+        Hold still what the stage does not train, and what no term reaches.
+
+        The text tower and the logit scale and bias always, so that text stays aligned. Stage 0: the encoder up to the
+        semantic layer. Stage 2: everything that makes the pixel codes and the image. (The authors' code freezes the
+        layers up to the shortcut's only, which would move the pixel codes under a frozen decoder.)
+        """
+        config, siglip = model.config, model.siglip
+        vision = siglip.vision_model
+        layers = vision.encoder.layers
+        pixel_depth = max(config.pixel_layer, config.shortcut_layer or 0)
+        pixel_parts = [model.pixel_down_proj, model.pixel_up_proj, model.post_quantizer_block, model.decoder]
+        if config.shortcut_layer is not None:
+            pixel_parts.append(model.shortcut_down_proj)
+        semantic_parts = [model.semantic_down_proj, model.semantic_up_proj, *layers[pixel_depth:]]
+        semantic_parts += [vision.post_layernorm, vision.head]
+
+        still: list[nn.Module | nn.Parameter] = [siglip.text_model, siglip.logit_scale, siglip.logit_bias]
+        if self.stage == 0:
+            still += [vision.embeddings, *layers[: config.semantic_layer]]
+        if self.stage == 2:
+            still += [vision.embeddings, *layers[:pixel_depth]]
+        if self.stage == 2 or "pixel" not in self.codes:
+            still += pixel_parts
+        if "semantic" not in self.codes:
+            still += semantic_parts
+        for part in still:
+            part.requires_grad_(False)
+        model.pixel_quantizer.frozen = self.stage == 2
+
+
+def _json_object(value: dict | str | None, name: str) -> dict:
+    """A dict as it is, or read from JSON text or from a `.json` file."""
+    if isinstance(value, str):
+        if value.endswith(".json"):
+            if not Path(value).is_file():
+                raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.")
+            value = Path(value).read_text()
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}: {error}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}.")
+    return value

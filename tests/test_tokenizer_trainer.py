@@ -1,0 +1,819 @@
+"""Training of the vision tokenizer: the step of every stage, the adversary, checkpoints, runs that are stopped."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from training_helpers import (
+    RUN,
+    TOKENIZER_FIELDS,
+    FixedItems,
+    assert_equal,
+    assert_same_run,
+    changed,
+    check_finished,
+    check_resume,
+    quiet,
+    state_of,
+    write_images,
+)
+from transformers import SiglipModel, SiglipVisionModel, TrainerCallback, TrainingArguments
+
+from transformers_dualtoken import DualTokenVisionTokenizer
+from transformers_dualtoken.training import (
+    STAGE_LOSS_WEIGHTS,
+    DualTokenVisionTokenizerRecipe,
+    DualTokenVisionTokenizerTrainer,
+    PatchDiscriminator,
+    collate_images,
+)
+from transformers_dualtoken.training.adversary import adaptive_weight
+from transformers_dualtoken.training.discriminator import discriminator_loss
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import run_tokenizer  # noqa: E402
+
+
+# LPIPS needs torchvision, which most test environments lack; a stand-in takes its place where the term is wanted.
+PLAIN = {"perceptual": 0, "generator": 0}
+ADVERSARIAL = {"perceptual": 0}
+ADVERSARY = {"discriminator_channels": 32, "discriminator_start_step": 0, "discriminator_warmup_steps": 2}
+
+
+def tokenizer_trainer(
+    folder, output_dir, loss_weights=None, dataset=None, config=None, recipe=None, stage=1, **overrides
+) -> DualTokenVisionTokenizerTrainer:
+    model = DualTokenVisionTokenizer.from_siglip_pretrained(folder, **{**TOKENIZER_FIELDS, **(config or {})})
+    arguments = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-3, **overrides}
+    return DualTokenVisionTokenizerTrainer(
+        model=model,
+        args=TrainingArguments(str(output_dir), **quiet(**arguments)),
+        teacher=SiglipModel.from_pretrained(folder).vision_model,
+        recipe=DualTokenVisionTokenizerRecipe(
+            stage=stage, loss_weights=PLAIN if loss_weights is None else loss_weights, **(recipe or {})
+        ),
+        train_dataset=dataset,
+        data_collator=collate_images,
+    )
+
+
+def adversarial_trainer(folder, output_dir, recipe=None, **kwargs) -> DualTokenVisionTokenizerTrainer:
+    return tokenizer_trainer(
+        folder, output_dir, loss_weights=ADVERSARIAL, recipe={**ADVERSARY, **(recipe or {})}, **kwargs
+    )
+
+
+def pixel_items(count=4) -> FixedItems:
+    values = torch.rand(count, 3, 24, 24, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    return FixedItems([{"pixel_values": value, "num_skipped": 0} for value in values])
+
+
+class SquaredDistance(torch.nn.Module):
+    """In the place of LPIPS: a distance per image that is not the squared error's mean."""
+
+    def forward(self, first, second):
+        return (first - second).square().square().mean((1, 2, 3), keepdim=True)
+
+
+# The terms
+
+
+@pytest.mark.parametrize(("latent_size", "reconstruction_size"), [(12, 24), (8, 16)])
+def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstruction_size):
+    weights = {**PLAIN, "pooler_mse": 2.5, "semantic_commitment": 0.0}
+    trainer = tokenizer_trainer(
+        siglip_folder, tmp_path, loss_weights=weights, config={"decoder_latent_size": latent_size}
+    )
+    model = trainer.model.eval()
+    for kind in ("pixel", "semantic"):
+        model.quantizer(kind).codebook.embeddings.normal_()
+    pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items])
+    with torch.no_grad():
+        total, output = trainer.compute_loss(model, {"pixel_values": pixel_values}, return_outputs=True)
+        target = trainer.target_images(pixel_values)
+        terms = trainer.feature_terms(output, pixel_values) | trainer.image_terms(
+            output.reconstruction, target, adversarial=False
+        )
+        # transformers' own forward of the teacher; its hidden states begin with the embeddings.
+        reference = SiglipVisionModel.from_pretrained(siglip_folder)(pixel_values, output_hidden_states=True)
+    hidden = reference.hidden_states[model.config.semantic_layer]
+
+    assert output.reconstruction.shape[-1] == reconstruction_size
+    resized = F.interpolate(pixel_values, size=(reconstruction_size,) * 2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(target, resized)
+
+    def cosine(x, y):
+        return ((x * y).sum(-1) / x.norm(dim=-1) / y.norm(dim=-1)).mean()
+
+    expected = {
+        "semantic_mse": (output.semantic_features - hidden).square().mean(),
+        "semantic_cosine": -cosine(output.semantic_features, hidden),
+        "pooler_mse": (output.pooler_output - reference.pooler_output).square().mean(),
+        "pooler_cosine": -cosine(output.pooler_output, reference.pooler_output),
+        "reconstruction_mse": (output.reconstruction - resized).square().mean(),
+        "pixel_commitment": output.pixel_commitment_loss,
+    }
+    # A term of weight 0 is not even computed.
+    assert terms.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-6)
+    by_hand = sum({**STAGE_LOSS_WEIGHTS[1], **weights}[name] * term for name, term in expected.items())
+    torch.testing.assert_close(total, by_hand, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeypatch, checkpointing):
+    """The naive step: one graph of everything, with the adaptive weight from two extra differentiations."""
+    trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items())
+    trainer.perceptual_loss, trainer.loss_weights["perceptual"] = SquaredDistance(), 1.5
+    trainer.create_scheduler(2, torch.optim.SGD(trainer.model.parameters(), 0.1))
+    trainer.adversary.discriminator.main[5].weight.data.mul_(10)  # so that the adaptive weight is not clamped
+    model = trainer.model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for kind in ("pixel", "semantic"):
+        model.quantizer(kind).codebook.embeddings.normal_()
+        model.quantizer(kind).frozen = True
+    pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items])
+
+    loss = trainer.compute_loss(model, {"pixel_values": pixel_values})
+    loss.backward()
+    fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    logged = {name: float(value) for name, value in trainer._term_sums.items()}
+    model.zero_grad()
+
+    output = model(pixel_values)
+    weights = trainer.loss_weights
+    terms = trainer.feature_terms(output, pixel_values)
+    terms |= trainer.image_terms(output.reconstruction, pixel_values, adversarial=True)
+    last = model.decoder.conv_out.weight
+    norms = [
+        torch.autograd.grad(part, last, retain_graph=True)[0].norm()
+        for part in (terms["reconstruction_mse"] + terms["perceptual"], terms["generator"])
+    ]
+    weight = norms[0] / (norms[1] + 1e-4)
+    assert 0.3 < weight < 10
+    total = sum(weights[name] * term for name, term in terms.items() if name != "generator")
+    total = total + weights["generator"] * weight.detach() * terms["generator"]
+    total.backward()
+
+    assert {*terms, "adaptive_weight", "adaptive_weight_unclamped"} == set(logged)
+    assert logged["adaptive_weight"] == pytest.approx(float(weight), rel=1e-4)
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-6)
+    slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert slow.keys() == fast.keys()
+    for name in slow:
+        # Many gradients of an untrained decoder are what is left of large numbers that cancel.
+        assert (fast[name] - slow[name]).norm() <= 1e-2 * slow[name].norm() + 1e-6, name
+    fast, slow = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (fast, slow))
+    assert (fast - slow).norm() <= 1e-5 * slow.norm()
+
+
+def test_adaptive_weight_is_clamped(siglip_folder, tmp_path):
+    trainer = tokenizer_trainer(siglip_folder, tmp_path)
+    layer = trainer.model.decoder.conv_out
+    inputs, gradient = torch.randn(2, layer.in_channels, 24, 24), torch.randn(2, 3, 24, 24)
+    for scale, expected in ((0.01, 0.3), (1.0, 1.0), (100.0, 10.0)):
+        clamped, unclamped = adaptive_weight(inputs, layer, scale * gradient, gradient, trainer.accelerator)
+        assert float(clamped) == pytest.approx(expected, rel=1e-4)
+        assert float(unclamped) == pytest.approx(scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_what_moves_in_each_stage(siglip_folder, tmp_path, stage):
+    weights = PLAIN if stage < 2 else {}
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, weights, pixel_items(), stage=stage, weight_decay=0.1)
+    model, teacher = trainer.model, trainer.teacher
+    before, teacher_before = state_of(model), state_of(teacher)
+    trainer.train()
+    moved = changed(before, state_of(model))
+    assert not changed(teacher_before, state_of(teacher)) and not teacher.training
+    vision = "siglip.vision_model."
+    still = ["siglip.text_model.", "siglip.logit_scale", "siglip.logit_bias"]
+    if stage == 0:  # the encoder up to the semantic layer, 3 of 4
+        still += [f"{vision}embeddings.", *(f"{vision}encoder.layers.{i}." for i in range(3))]
+    if stage == 2:  # what makes pixel codes and the image; the pixel layer is 2
+        still += [f"{vision}embeddings.", *(f"{vision}encoder.layers.{i}." for i in range(2)), "decoder."]
+        still += ["pixel_down_proj.", "shortcut_down_proj.", "pixel_up_proj.", "post_quantizer_block."]
+        still += ["pixel_quantizer."]
+    # Everything else moves, buffers of the codebooks included: no part is left out of the loss.
+    expected = {name for name in before if not name.startswith(tuple(still)) and "position_ids" not in name}
+    assert moved == expected
+
+
+def test_stage_2_leaves_the_pixel_codes_alone(siglip_folder, tmp_path):
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, {}, pixel_items(), stage=2, learning_rate=0.05)
+    pixel_values = pixel_items().items[0]["pixel_values"][None]
+    trainer.model.pixel_quantizer.codebook.embeddings.normal_()
+    with torch.no_grad():
+        before = trainer.model.eval()(pixel_values)
+    trainer.train()
+    with torch.no_grad():
+        after = trainer.model.eval()(pixel_values)
+    assert torch.equal(before.pixel_codes, after.pixel_codes)
+    assert torch.equal(before.reconstruction, after.reconstruction)
+    assert not torch.equal(before.pooler_output, after.pooler_output)
+
+
+@pytest.mark.parametrize(
+    ("weights", "codes"),
+    [
+        (dict.fromkeys(("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine", "semantic_commitment"), 0),
+         ("pixel",)),
+        ({"reconstruction_mse": 0, "pixel_commitment": 0}, ("semantic",)),
+    ],
+)  # fmt: skip
+def test_a_branch_without_weight_is_not_computed(siglip_folder, tmp_path, weights, codes):
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, {**PLAIN, **weights}, pixel_items())
+    before = state_of(trainer.model)
+    trainer.train()
+    moved = changed(before, state_of(trainer.model))
+    assert trainer.recipe.codes == codes
+    other = "semantic" if codes == ("pixel",) else "pixel"
+    assert any(name.startswith(f"{codes[0]}_down_proj") for name in moved)
+    assert not any(name.startswith(other) for name in moved)
+    assert f"{other}_codebook_usage" not in trainer.state.log_history[0]
+
+
+def test_vectors_are_not_decayed(siglip_folder, tmp_path):
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, weight_decay=0.1)
+    trainer.create_optimizer()
+    groups = {group["weight_decay"]: group["params"] for group in trainer.optimizer.param_groups}
+    assert groups.keys() == {0.0, 0.1}
+    assert all(parameter.ndim < 2 for parameter in groups[0.0]) and all(p.ndim >= 2 for p in groups[0.1])
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert len(trained) == len(groups[0.0]) + len(groups[0.1])
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stage": 3}, "`stage` must be one of 0, 1, 2, got 3"),
+        ({"loss_weights": {"perceptul": 1}}, "No such loss terms: perceptul; there are semantic_mse"),
+        ({"loss_weights": {"generator": -1}}, "at least 0, got generator = -1"),
+        ({"loss_weights": {"generator": math.nan}}, "at least 0, got generator = nan"),
+        ({"loss_weights": "{generator: 0}"}, "`loss_weights` must be a JSON object or the path of one"),
+        ({"loss_weights": "[1]"}, "`loss_weights` must be a JSON object or the path of one"),
+        ({"loss_weights": dict.fromkeys(STAGE_LOSS_WEIGHTS[1], 0)}, "so there is nothing to train"),
+        ({"discriminator_loss": "vanilla"}, "must be one of leaky_hinge, hinge, got 'vanilla'"),
+        ({"weight_average_decay": 1.0}, "`weight_average_decay` must lie between 0 and 1, got 1.0"),
+        ({"grid_steps": 0}, "`grid_steps` must be at least 1, got 0"),
+        ({"discriminator_start_step": -1}, "`discriminator_start_step` must be at least 0, got -1"),
+    ],
+)
+def test_recipes_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        DualTokenVisionTokenizerRecipe(**settings)
+
+
+def test_loss_weights_from_text_and_file(tmp_path):
+    (tmp_path / "weights.json").write_text('{"generator": 0.5}')
+    for value in ('{"generator": 0.5}', str(tmp_path / "weights.json"), {"generator": 0.5}):
+        recipe = DualTokenVisionTokenizerRecipe(loss_weights=value)
+        assert recipe.loss_weights == {**STAGE_LOSS_WEIGHTS[1], "generator": 0.5}
+    with pytest.raises(FileNotFoundError, match="no-such.json"):
+        DualTokenVisionTokenizerRecipe(loss_weights="no-such.json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fp16": True}, "use `bf16`"),
+        ({"fsdp": "full_shard"}, "trains with DDP"),
+        ({"deepspeed": {}}, "trains with DDP"),
+    ],
+)
+def test_unsuitable_arguments_are_refused(siglip_folder, tmp_path, arguments, message):
+    args = TrainingArguments(str(tmp_path), **quiet())
+    for name, value in arguments.items():
+        setattr(args, name, value)
+    model = DualTokenVisionTokenizer.from_siglip_pretrained(siglip_folder, **TOKENIZER_FIELDS)
+    with pytest.raises(ValueError, match=message):
+        DualTokenVisionTokenizerTrainer(model, args, recipe=DualTokenVisionTokenizerRecipe(loss_weights=PLAIN))
+
+
+def test_missing_teacher_is_named(siglip_folder, tmp_path):
+    model = DualTokenVisionTokenizer.from_siglip_pretrained(siglip_folder, **TOKENIZER_FIELDS)
+    recipe = DualTokenVisionTokenizerRecipe(loss_weights=PLAIN)
+    with pytest.raises(ValueError, match="semantic_mse.* compare with a teacher, but `teacher` is None"):
+        DualTokenVisionTokenizerTrainer(model, TrainingArguments(str(tmp_path), **quiet()), recipe=recipe)
+
+
+def test_missing_lpips_is_named(siglip_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(ImportError, match=r"transformers-dualtoken\[perceptual\].*set its loss weight to 0"):
+        tokenizer_trainer(siglip_folder, tmp_path, {"generator": 0})
+
+
+@pytest.mark.parametrize("term", ["reconstruction_mse", "semantic_mse", "pixel_commitment"])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(siglip_folder, tmp_path, term):
+    class Poison(TrainerCallback):
+        """After the checkpoint of step 2 the term's branch is broken."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                parts = {"semantic_mse": model.semantic_up_proj.proj, "pixel_commitment": model.pixel_down_proj.proj}
+                parts.get(term, model.decoder.conv_out).bias.data.fill_(math.nan)
+
+    trainer = tokenizer_trainer(
+        siglip_folder, tmp_path, dataset=pixel_items(), max_steps=6, save_strategy="steps", save_steps=2
+    )
+    trainer.add_callback(Poison())
+    with pytest.raises(FloatingPointError, match=f"stopped at step 3: the loss is not finite .*{term} = nan"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    weights = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_broken_weights_are_not_saved(siglip_folder, tmp_path):
+    class Poison(TrainerCallback):
+        """As if the optimizer's step had gone wrong right before a checkpoint."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 4:
+                model.decoder.conv_out.bias.data.fill_(math.inf)
+
+    trainer = tokenizer_trainer(
+        siglip_folder, tmp_path, dataset=pixel_items(), max_steps=6, save_strategy="steps", save_steps=2
+    )
+    trainer.add_callback(Poison())
+    with pytest.raises(
+        FloatingPointError, match="before its checkpoint was written: 1 weights.*decoder.conv_out.bias"
+    ):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# The discriminator
+
+
+def test_discriminator_has_the_recorded_shape():
+    """Code: 64, 128, 256, 512 channels, a logit for every 8 x 8 pixels."""
+    model = PatchDiscriminator()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim == 4}
+    assert shapes == {
+        "main.0.weight": (64, 3, 3, 3),
+        "main.2.conv1.weight": (128, 64, 3, 3),
+        "main.2.nin_shortcut.weight": (128, 64, 1, 1),
+        "main.3.conv1.weight": (256, 128, 3, 3),
+        "main.3.nin_shortcut.weight": (256, 128, 1, 1),
+        "main.4.conv1.weight": (512, 256, 3, 3),
+        "main.4.nin_shortcut.weight": (512, 256, 1, 1),
+        "main.5.weight": (1, 512, 3, 3),
+    }
+    assert model(torch.randn(2, 3, 48, 40)).shape == (2, 1, 6, 5)
+    assert model.main[2].conv1.weight.detach().std() == pytest.approx(0.02, rel=0.05)
+    with pytest.raises(ValueError, match="multiple of 32, got 48"):
+        PatchDiscriminator(48)
+
+
+def test_discriminator_losses_by_hand():
+    real, fake = torch.tensor([0.5, 3.0]), torch.tensor([-2.0, 0.25])
+    # 1 - real = 0.5, -2; 1 + fake = -1, 1.25
+    assert float(discriminator_loss(real, fake, "hinge")) == pytest.approx(0.5 * (0.25 + 0.625))
+    leaky = 0.5 * ((0.5 - 0.02) / 2 + (-0.01 + 1.25) / 2)
+    assert float(discriminator_loss(real, fake, "leaky_hinge")) == pytest.approx(leaky)
+
+
+def test_discriminator_learns_and_the_generator_leaves_it_alone(siglip_folder, tmp_path):
+    trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items(), max_steps=1)
+    trainer.create_scheduler(1, torch.optim.SGD(trainer.model.parameters(), 0.1))
+    trainer.compute_loss(trainer.model.train(), {"pixel_values": torch.zeros(2, 3, 24, 24)}).backward()
+    assert all(p.grad is None for p in trainer.adversary.discriminator.parameters())
+    before = state_of(trainer.adversary.discriminator)
+    trainer.train()
+    # A new adversary, of the same seed, that has learned.
+    moved = changed(before, state_of(trainer.adversary.discriminator))
+    assert {name for name in before if name.endswith("weight")} <= moved
+
+
+def test_start_weight_and_rate_of_the_adversary(siglip_folder, tmp_path):
+    """Eight images in batches of two: an epoch of four steps; the adversary begins with the third."""
+    recipe = {"discriminator_start_step": None, "discriminator_warmup_steps": None}
+    trainer = adversarial_trainer(
+        siglip_folder, tmp_path, recipe=recipe, dataset=pixel_items(8), max_steps=8, learning_rate=1e-3
+    )
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["adaptive_weight"] > 0 for log in logs] == [False] * 2 + [True] * 6
+    assert [log["discriminator"] > 0 for log in logs] == [False] * 2 + [True] * 6
+    # Warm-up over half an epoch of its own steps, then a cosine to 4e-5 at the end.
+    peak, end = 1e-3, 4e-5
+    cosine = [end + (peak - end) * 0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(5)]
+    # The rate of the step to come is what is logged.
+    expected = [peak / 2, peak / 2, peak, *cosine]
+    assert [log["discriminator_learning_rate"] for log in logs] == pytest.approx(expected)
+
+
+def test_discriminator_is_drawn_anew(siglip_folder, tmp_path):
+    recipe = {"discriminator_restart_steps": 2, "discriminator_start_step": 1}
+    seen = []
+
+    class Record(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append((trainer.adversary.restarts, trainer.adversary.scheduler.last_epoch))
+
+    trainer = adversarial_trainer(siglip_folder, tmp_path, recipe=recipe, dataset=pixel_items(8), max_steps=6)
+    trainer.add_callback(Record())
+    trainer.train()
+    # Before the steps 0 to 5: how often it was drawn anew, and how many steps it has made since.
+    assert seen == [(0, 0), (0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+def test_a_stream_needs_the_length_of_an_epoch(siglip_folder, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(pixel_items().items)
+
+    recipe = {"discriminator_start_step": None}
+    trainer = adversarial_trainer(siglip_folder, tmp_path, recipe=recipe, dataset=Stream())
+    with pytest.raises(ValueError, match="the length of a stream is unknown: give `steps_per_epoch`"):
+        trainer.train()
+
+
+# Accumulation, logs, evaluation, averaged weights, pictures
+
+
+def test_accumulation_does_not_change_the_step(siglip_folder, tmp_path, monkeypatch):
+    """With codebooks at rest and one adaptive weight, which else belongs to a micro-batch, 2 x 2 images are 1 x 4."""
+    monkeypatch.setattr("transformers_dualtoken.training.adversary.ADAPTIVE_WEIGHT_RANGE", (0.5, 0.5))
+
+    def run(batch_size, accumulation):
+        config = {
+            f"{kind}_quantizer_config": {**TOKENIZER_FIELDS[f"{kind}_quantizer_config"], "restart_unused_codes": False}
+            for kind in ("pixel", "semantic")
+        }
+        torch.manual_seed(3)
+        trainer = adversarial_trainer(
+            siglip_folder,
+            tmp_path,
+            config=config,
+            dataset=pixel_items(),
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0,
+            lr_scheduler_type="constant",
+            recipe={"discriminator_learning_rate": 1e-3},
+        )
+        for kind in ("pixel", "semantic"):
+            trainer.model.quantizer(kind).codebook.embeddings.normal_(generator=torch.Generator().manual_seed(1))
+            trainer.model.quantizer(kind).frozen = True
+        trainer.train()
+        return trainer
+
+    one, two = run(4, 1), run(2, 2)
+    logs = [trainer.state.log_history[0] for trainer in (one, two)]
+    for name in ("loss", "discriminator", "reconstruction_mse", "semantic_mse"):
+        assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
+    for (name, p), q in zip(one.model.named_parameters(), two.model.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    # Adam's first step is about the sign of a gradient alone, which rounding turns where it is next to nothing.
+    states = [trainer.adversary.discriminator.state_dict() for trainer in (one, two)]
+    for name in states[0]:
+        if name.endswith("weight"):
+            assert (states[0][name] - states[1][name]).abs().gt(1e-5).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(2, 1), (1, 2)])
+def test_logged_terms_add_up(siglip_folder, tmp_path, batch_size, accumulation):
+    trainer = tokenizer_trainer(
+        siglip_folder,
+        tmp_path,
+        dataset=pixel_items(),
+        logging_steps=2,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    total = sum(weight * log[name] for name, weight in trainer.loss_weights.items() if name in log)
+    assert log["loss"] == pytest.approx(total, rel=1e-4)
+
+
+def test_logged_codebooks_and_skipped_images(siglip_folder, tmp_path):
+    items = pixel_items()
+    items.items[1]["num_skipped"] = 3
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=items, logging_steps=2, max_steps=4)
+    seen = []
+    forward = trainer.model.encode
+
+    def encode(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        seen.append(output.semantic_codes)
+        return output
+
+    trainer.model.encode = encode
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["images_skipped"] for log in logs] == [3, 6]
+    for window, log in enumerate(logs):
+        codes = torch.cat([codes.flatten() for codes in seen[2 * window : 2 * window + 2]])
+        share = codes.bincount(minlength=24) / len(codes)
+        assert log["semantic_codebook_usage"] == pytest.approx(float((share > 0).float().mean()))
+        perplexity = math.exp(-sum(p * math.log(p) for p in share.tolist() if p))
+        assert log["semantic_codebook_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+        assert log["images_per_second"] > 0
+
+
+def test_evaluation_reports_every_term(siglip_folder, tmp_path):
+    trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items(), per_device_eval_batch_size=2)
+    before = state_of(trainer.model)
+    metrics = trainer.evaluate(pixel_items(3))
+    assert not changed(before, state_of(trainer.model))
+    with torch.no_grad():
+        batches = [
+            trainer.compute_loss(trainer.model.eval(), collate_images(pixel_items(3).items[part])).item()
+            for part in (slice(0, 2), slice(2, 3))
+        ]
+    names = [name for name in trainer.loss_weights if f"eval_{name}" in metrics]
+    assert names == [name for name, weight in trainer.loss_weights.items()
+                     if weight and name not in ("generator", "discriminator")]  # fmt: skip
+    total = sum(trainer.loss_weights[name] * metrics[f"eval_{name}"] for name in names)
+    assert total == pytest.approx((2 * batches[0] + batches[1]) / 3, rel=1e-4)
+
+
+def test_averaged_weights_are_evaluated_and_saved(siglip_folder, tmp_path):
+    trainer = tokenizer_trainer(
+        siglip_folder,
+        tmp_path,
+        dataset=pixel_items(),
+        recipe={"weight_average_decay": 0.5},
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+    )
+    seen = []
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.decoder.conv_out.weight.detach().clone())
+
+    trainer.add_callback(Record())
+    start = trainer.model.decoder.conv_out.weight.detach().clone()
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    average = start
+    for step, weight in enumerate(seen):
+        # diffusers' decay grows from 1 / 10 on until it reaches what was asked for.
+        decay = min(0.5, (1 + step) / (10 + step)) if step else 0.0
+        average = decay * average + (1 - decay) * weight
+    name = "decoder.conv_out.weight"
+    torch.testing.assert_close(load_file(tmp_path / "final" / "model.safetensors")[name], average)
+    assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], seen[-1])
+    assert torch.equal(trainer.model.decoder.conv_out.weight, seen[-1])
+
+
+def test_pictures_of_reconstructions(siglip_folder, tmp_path):
+    from PIL import Image
+
+    trainer = tokenizer_trainer(
+        siglip_folder, tmp_path, dataset=pixel_items(), recipe={"grid_steps": 2, "grid_images": 3}, max_steps=4
+    )
+    trainer.train()
+    pictures = sorted((tmp_path / "grids").glob("*.png"))
+    assert [path.name for path in pictures] == ["step-00000002.png", "step-00000004.png"]
+    picture = Image.open(pictures[1])
+    assert picture.size == (8 * 24, 2 * 24)
+    first = ((pixel_items().items[0]["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
+    assert picture.crop((0, 0, 24, 24)).tobytes() == first.permute(1, 2, 0).contiguous().numpy().tobytes()
+    with torch.no_grad():
+        image = trainer.model.eval()(pixel_items().items[2]["pixel_values"][None]).reconstruction[0]
+    drawn = torch.tensor(list(picture.crop((48, 24, 72, 48)).tobytes())).view(24, 24, 3) / 127.5 - 1
+    torch.testing.assert_close(drawn, image.clamp(-1, 1).permute(1, 2, 0), atol=0.005, rtol=0)
+    assert picture.getpixel((8 * 24 - 1, 2 * 24 - 1)) == (255, 255, 255)
+
+
+def test_bf16_and_checkpointing_train(siglip_folder, tmp_path):
+    """On a CPU too: autocast with float32 weights; the loss is near the float32 one."""
+    losses = {}
+    for name, settings in (("plain", {}), ("bf16", {"bf16": True, "gradient_checkpointing": True})):
+        torch.manual_seed(0)
+        trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items(), max_steps=2, **settings)
+        trainer.train()
+        losses[name] = trainer.state.log_history[0]
+        assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    for term in ("semantic_mse", "reconstruction_mse", "discriminator", "pixel_commitment"):
+        assert losses["bf16"][term] == pytest.approx(losses["plain"][term], rel=0.05)
+        assert losses["bf16"][term] != losses["plain"][term]
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same(siglip_folder, tmp_path):
+    logs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        trainer = adversarial_trainer(
+            siglip_folder, tmp_path, dataset=pixel_items(), max_steps=2, torch_compile=compiled
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history[:2])
+    # Rounding turns the sign of next to nothing, which Adam makes a whole step of: the second step is near only.
+    for plain, compiled, tolerance in zip(*logs, (1e-4, 2e-2)):
+        for term in ("loss", "reconstruction_mse", "semantic_mse", "generator", "adaptive_weight", "discriminator"):
+            assert compiled[term] == pytest.approx(plain[term], rel=tolerance)
+
+
+# The epoch reaches the data set, also within an epoch that a resumed run takes up
+
+
+class EpochRecorder(FixedItems):
+    epoch = None
+
+    def __init__(self, items):
+        super().__init__(items)
+        self.seen = []
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __getitem__(self, index):
+        self.seen.append((self.epoch, index))
+        return super().__getitem__(index)
+
+
+def test_epoch_reaches_the_dataset(siglip_folder, tmp_path):
+    def run(resume=None, **overrides):
+        dataset = EpochRecorder(pixel_items(6).items)
+        arguments = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4, **overrides}
+        trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=dataset, **arguments)
+        trainer.train(resume_from_checkpoint=resume)
+        return dataset.seen
+
+    whole = run()
+    assert [epoch for epoch, _ in whole] == [0] * 6 + [1] * 6 + [2] * 6
+    resumed = run(resume=str(tmp_path / "checkpoint-4"))
+    assert resumed == whole[8:]
+
+
+def test_epoch_reaches_the_dataset_when_ranks_share_it(siglip_folder, tmp_path):
+    """On several ranks accelerate wraps the batch sampler, and leaves the data set alone."""
+    from accelerate.data_loader import prepare_data_loader
+
+    dataset = EpochRecorder(pixel_items(8).items)
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=dataset, num_train_epochs=3, max_steps=-1)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=collate_images)
+    trainer.get_train_dataloader = lambda: prepare_data_loader(
+        loader, num_processes=2, process_index=1, rng_types=[], use_seedable_sampler=True
+    )
+    trainer.train()
+    assert [epoch for epoch, _ in dataset.seen] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+# Runs of the script, stopped and started again
+
+
+@pytest.fixture
+def no_dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run_arguments(siglip_folder, tmp_path, images=6) -> list[str]:
+    write_images(tmp_path / "images", images)
+    return [
+        *RUN,
+        *("--siglip_model_name_or_path", str(siglip_folder), "--train_dataset", str(tmp_path / "images")),
+        *("--config_overrides", json.dumps(TOKENIZER_FIELDS), "--loss_weights", json.dumps(ADVERSARIAL)),
+        *("--discriminator_channels", "32", "--weight_average_decay", "0.9"),
+    ]
+
+
+def assert_same_adversary(one: Path, other: Path) -> None:
+    first, second = (load_file(path / "checkpoint-6" / "discriminator.safetensors") for path in (one, other))
+    assert not changed(first, second)
+    for name in ("discriminator_optimizer.pt", "weight_average.pt"):
+        first, second = (torch.load(path / "checkpoint-6" / name, weights_only=True) for path in (one, other))
+        assert_equal(first, second, name)
+
+
+@pytest.mark.parametrize(
+    ("images", "extra"),
+    [(4, []), (6, []), (6, ["--streaming", "1", "--shuffle_buffer_size", "4", "--steps_per_epoch", "3"])],
+    ids=["within an epoch", "between two epochs", "stream"],
+)
+def test_run_goes_on_where_it_was_stopped(siglip_folder, tmp_path, no_dataset_cache, images, extra):
+    arguments = [*run_arguments(siglip_folder, tmp_path, images), *extra]
+    folder = check_resume(run_tokenizer.main, arguments, tmp_path)
+    assert_same_adversary(folder, tmp_path / "stopped")
+    check_finished(run_tokenizer.main, arguments, folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
+def test_killed_run_goes_on(siglip_folder, tmp_path, streaming):
+    """SIGKILL at some moment after the first checkpoint, then the same command: bit-identical to a run left alone."""
+    arguments = run_arguments(siglip_folder, tmp_path, images=12)
+    if streaming:
+        arguments += ["--streaming", "1", "--shuffle_buffer_size", "5", "--steps_per_epoch", "6"]
+        arguments += ["--dataloader_num_workers", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+
+    def start(folder):
+        command = [sys.executable, run_tokenizer.__file__, *arguments, "--output_dir", str(folder)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(whole)
+    assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
+    process = start(killed)
+    deadline = time.monotonic() + 300
+    while not (killed / "checkpoint-3" / "trainer_state.json").is_file() and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "checkpoint-6" / "trainer_state.json").exists()
+    process = start(killed)
+    assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
+    assert_same_run(whole, killed)
+    assert_same_adversary(whole, killed)
+
+
+def test_stages_follow_each_other_and_streams_go_on(siglip_folder, tmp_path, no_dataset_cache):
+    common = run_arguments(siglip_folder, tmp_path)[:-6]
+    common = [a for a in common if a not in ("--config_overrides", json.dumps(TOKENIZER_FIELDS))]
+    plain = ["--loss_weights", json.dumps(PLAIN), "--max_steps", "2"]
+    folders = [tmp_path / f"stage{stage}" for stage in range(3)]
+    for stage, folder in enumerate(folders):
+        start = ["--config_overrides", json.dumps(TOKENIZER_FIELDS)]
+        if stage:
+            start = ["--model_name_or_path", str(folders[stage - 1])]
+        weights = plain if stage < 2 else plain[2:]
+        run_tokenizer.main([*common, *start, *weights, "--stage", str(stage), "--output_dir", str(folder)])
+    states = [load_file(folder / "model.safetensors") for folder in folders]
+    assert any(name.startswith("decoder.") for name in changed(states[0], states[1]))
+    assert not any(name.startswith("decoder.") for name in changed(states[1], states[2]))
+
+
+def test_run_from_a_tokenizer_that_does_not_fit_its_teacher(siglip_folder, tmp_path, make_tokenizer):
+    make_tokenizer(vision_config={**_vision_fields(), "num_hidden_layers": 5}).save_pretrained(tmp_path / "deeper")
+    arguments = ["--siglip_model_name_or_path", str(siglip_folder), "--model_name_or_path", str(tmp_path / "deeper")]
+    with pytest.raises(ValueError, match="num_hidden_layers is 5 in the one and 4 in the other"):
+        run_tokenizer.main([*arguments, "--train_dataset", "images", "--output_dir", str(tmp_path), "--use_cpu", "1"])
+
+
+def _vision_fields() -> dict:
+    from tiny_models import tiny_tokenizer_config
+
+    return {
+        name: getattr(tiny_tokenizer_config().vision_config, name)
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads", "image_size", "patch_size")
+    }
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(siglip_folder, tmp_path, no_dataset_cache):
+    """
+    Codebook statistics, gradients, the adaptive weight and the discriminator are those of the whole batch.
+
+    Codes restart at vectors of rank 0, so restarts are off here; test_quantization.py has those of two ranks.
+    """
+    arguments = run_arguments(siglip_folder, tmp_path, images=16)
+    quantizers = {
+        name: {**TOKENIZER_FIELDS[name], "restart_unused_codes": False}
+        for name in ("pixel_quantizer_config", "semantic_quantizer_config")
+    }
+    arguments += ["--config_overrides", json.dumps({**TOKENIZER_FIELDS, **quantizers})]
+    arguments += ["--max_steps", "4", "--save_steps", "4", "--max_grad_norm", "0", "--discriminator_start_step", "0"]
+    arguments += ["--discriminator_warmup_steps", "2", "--optim", "sgd"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    runs = [
+        ([sys.executable], ["--output_dir", str(one), "--per_device_train_batch_size", "4"]),
+        (launch, ["--output_dir", str(two), "--ddp_backend", "gloo"]),
+    ]
+    for command, extra in runs:
+        result = subprocess.run(
+            [*command, run_tokenizer.__file__, *arguments, *extra], capture_output=True, text=True, env=environment
+        )
+        assert result.returncode == 0, result.stderr[-4000:]
+    first, second = (load_file(folder / "checkpoint-4" / "model.safetensors") for folder in (one, two))
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], rtol=1e-3, atol=1e-4, msg=lambda m, k=key: f"{k}: {m}")
+    # Where a gradient is next to nothing, rounding turns its sign, which is all that Adam's first steps look at.
+    first, second = (load_file(folder / "checkpoint-4" / "discriminator.safetensors") for folder in (one, two))
+    for key in first:
+        if key.endswith("weight"):
+            assert (first[key] - second[key]).abs().gt(1e-4).float().mean() < 0.01, key
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"][:4] for folder in (one, two)]
+    for name in ("loss", "reconstruction_mse", "adaptive_weight", "discriminator", "pixel_codebook_perplexity"):
+        for first, second in zip(*logs):
+            assert first[name] == pytest.approx(second[name], rel=1e-3), name

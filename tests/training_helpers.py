@@ -1,0 +1,145 @@
+"""What the tests of both trainers share: short runs on the CPU, and runs that are stopped and go on."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config
+from transformers import TrainerCallback
+
+
+TOKENIZER_FIELDS = {
+    name: getattr(tiny_tokenizer_config(), name)
+    for name in (
+        "pixel_layer",
+        "semantic_layer",
+        "shortcut_layer",
+        "decoder_block_out_channels",
+        "decoder_in_channels",
+        "decoder_norm_num_groups",
+        "decoder_latent_size",
+    )
+} | {f"{kind}_quantizer_config": tiny_quantizer_fields() for kind in ("pixel", "semantic")}
+
+
+def quiet(**overrides) -> dict:
+    """Training arguments of a short run on the CPU that leaves nothing but its checkpoints."""
+    return {
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **overrides,
+    }
+
+
+def noise(seed: int, size=(24, 24)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def state_of(module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(before: dict, after: dict) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+class FixedItems(torch.utils.data.Dataset):
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stop(TrainerCallback):
+    """As if the process had ended after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Stopped
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for index in range(count):
+        noise(index, size=(30, 26)).save(folder / f"{index}.png")
+
+
+RUN = [
+    *("--use_cpu", "1", "--disable_tqdm", "1", "--logging_steps", "1", "--learning_rate", "1e-3"),
+    *("--per_device_train_batch_size", "2", "--max_steps", "6", "--save_steps", "3"),
+]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, buffers, optimizer, schedule, random states and logs are bit-identical."""
+    for folder in ("", "checkpoint-6"):
+        first, second = (load_file(path / folder / "model.safetensors") for path in (one, other))
+        assert not changed(first, second)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        first, second = (torch.load(path / "checkpoint-6" / name, weights_only=False) for path in (one, other))
+        assert_equal(first, second, name)
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (one, other)]
+    assert len(logs[0]) == 7  # six steps and the summary, whose times differ
+    for log in (*logs[0], *logs[1]):
+        log.pop("images_per_second", None)
+    assert logs[0][:6] == logs[1][:6]
+
+
+def assert_equal(first, second, where):
+    if isinstance(first, dict):
+        assert first.keys() == second.keys(), where
+        for key in first:
+            assert_equal(first[key], second[key], f"{where}/{key}")
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second), where
+        for index, pair in enumerate(zip(first, second)):
+            assert_equal(*pair, f"{where}/{index}")
+    elif isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where
+    elif isinstance(first, np.ndarray):
+        assert np.array_equal(first, second), where
+    else:
+        assert first == second, where
+
+
+def check_resume(main, arguments, tmp_path):
+    """Runs without a stop, and with one in the step after the checkpoint of step 3."""
+    whole, stopped = tmp_path / "new" / "whole", tmp_path / "stopped"
+    stopped.mkdir()
+    main([*arguments, "--output_dir", str(whole)])
+    with pytest.raises(Stopped):
+        main([*arguments, "--output_dir", str(stopped)], callbacks=[Stop(4)])
+    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-3"]
+    # What a run leaves that was stopped while it wrote a checkpoint.
+    (stopped / "checkpoint-5").mkdir()
+    (stopped / "checkpoint-5" / "model.safetensors").write_bytes(b"")
+    main([*arguments, "--output_dir", str(stopped)])
+    assert_same_run(whole, stopped)
+    return whole
+
+
+def check_finished(main, arguments, folder):
+    before = load_file(folder / "model.safetensors")
+    main([*arguments, "--output_dir", str(folder)])
+    assert not changed(before, load_file(folder / "model.safetensors"))
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
