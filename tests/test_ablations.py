@@ -100,7 +100,7 @@ def test_one_codebook_serves_both_branches(folder):
 
 def test_one_codebook_agrees_with_the_dual_forward(folder):
     """With equal weights in both branches, the dual tokenizer computes what the one with a single codebook does."""
-    one, dual = build(folder, "one-4").eval(), build(folder, "dual-7").eval()
+    one, dual = build(folder, "one-2").eval(), build(folder, "dual-7").eval()
     dual.load_state_dict(one.state_dict())
     pixel_values = teacher.to_pixels(np.load(folder / "scenes.npz")["heldout_images"][:4])
     with torch.no_grad():

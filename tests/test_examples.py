@@ -56,7 +56,7 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("run_tokenizer.py", "required: --siglip_model_name_or_path"),
+        ("run_tokenizer.py", "required: --train_dataset"),
         ("run_unified.py", "required: --train_file"),
         ("digits/data.py", "required: --output_dir"),
         ("digits/train_siglip.py", "required: --data_dir"),
@@ -79,12 +79,21 @@ def test_demo_leaves_other_folders_alone(as_script, capsys, tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "the only copy"
 
 
-@pytest.mark.parametrize("images", [[], ["--train_dir", "images", "--dataset_name", "someone/images"]])
-def test_tokenizer_needs_one_source_of_images(load, tmp_path, images):
-    # Before anything is loaded: there is no such SigLIP.
-    arguments = ["--siglip_model_name_or_path", "no-such-folder", "--output_dir", str(tmp_path), "--use_cpu", "1"]
-    with pytest.raises(ValueError, match="exactly one of --train_dir and --dataset_name"):
-        load("run_tokenizer").main([*arguments, *images])
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ([], "give --siglip_model_name_or_path"),
+        (
+            ["--siglip_model_name_or_path", "a", "--model_name_or_path", "b", "--config_overrides", "{}"],
+            "is for a new",
+        ),
+        (["--siglip_model_name_or_path", "a", "--streaming", "1"], "--streaming needs --max_steps"),
+    ],
+)
+def test_tokenizer_needs_one_start(load, tmp_path, start, message):
+    arguments = ["--train_dataset", "images", "--output_dir", str(tmp_path), "--use_cpu", "1"]
+    with pytest.raises(ValueError, match=message):
+        load("run_tokenizer").main([*arguments, *start])
 
 
 @pytest.mark.parametrize(
@@ -104,7 +113,11 @@ def test_unified_needs_one_start(load, tmp_path, models, message):
 @pytest.mark.parametrize(
     ("script", "function", "settings"),
     [
-        ("run_tokenizer", "load_images", {"siglip_model_name_or_path": "a", "train_dir": "b", "image_column": "c"}),
+        (
+            "run_tokenizer",
+            "load_model",
+            {"siglip_model_name_or_path": "a", "model_name_or_path": "b", "train_dataset": "c"},
+        ),
         ("run_unified", "load_model", {"train_file": "a", "model_name_or_path": "b", "train_parts": ["heads"]}),
     ],
 )

@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from training_helpers import (
     RUN,
@@ -30,6 +31,7 @@ from training_helpers import (
 from transformers import SiglipModel, SiglipVisionModel, TrainerCallback, TrainingArguments
 
 from transformers_dualtoken import DualTokenVisionTokenizer
+from transformers_dualtoken.evaluation.pictures import reconstruction_grid
 from transformers_dualtoken.training import (
     STAGE_LOSS_WEIGHTS,
     DualTokenVisionTokenizerRecipe,
@@ -134,18 +136,23 @@ def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstru
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeypatch, checkpointing):
-    """The naive step: one graph of everything, with the adaptive weight from two extra differentiations."""
+    """
+    The naive step: one graph of everything, with the adaptive weight from two extra differentiations. In float64: many
+    gradients of an untrained decoder are what is left of large numbers that cancel.
+    """
     trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items())
     trainer.perceptual_loss, trainer.loss_weights["perceptual"] = SquaredDistance(), 1.5
     trainer.create_scheduler(2, torch.optim.SGD(trainer.model.parameters(), 0.1))
-    trainer.adversary.discriminator.main[5].weight.data.mul_(10)  # so that the adaptive weight is not clamped
+    trainer.adversary.discriminator.main[5].weight.data.mul_(2)  # so that the adaptive weight is not clamped
+    for module in (trainer.model, trainer.teacher, trainer.adversary.discriminator):
+        module.double()
     model = trainer.model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for kind in ("pixel", "semantic"):
-        model.quantizer(kind).codebook.embeddings.normal_()
+        model.quantizer(kind).codebook.embeddings.normal_(generator=torch.Generator().manual_seed(0))
         model.quantizer(kind).frozen = True
-    pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items])
+    pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items]).double()
 
     loss = trainer.compute_loss(model, {"pixel_values": pixel_values})
     loss.backward()
@@ -163,7 +170,7 @@ def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeyp
         for part in (terms["reconstruction_mse"] + terms["perceptual"], terms["generator"])
     ]
     weight = norms[0] / (norms[1] + 1e-4)
-    assert 0.3 < weight < 10
+    assert 0.31 < weight < 9.9
     total = sum(weights[name] * term for name, term in terms.items() if name != "generator")
     total = total + weights["generator"] * weight.detach() * terms["generator"]
     total.backward()
@@ -174,8 +181,7 @@ def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeyp
     slow = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert slow.keys() == fast.keys()
     for name in slow:
-        # Many gradients of an untrained decoder are what is left of large numbers that cancel.
-        assert (fast[name] - slow[name]).norm() <= 1e-2 * slow[name].norm() + 1e-6, name
+        assert (fast[name] - slow[name]).norm() <= 1e-4 * slow[name].norm() + 1e-8, name
     fast, slow = (torch.cat([g.flatten() for g in gradients.values()]) for gradients in (fast, slow))
     assert (fast - slow).norm() <= 1e-5 * slow.norm()
 
@@ -567,14 +573,11 @@ def test_averaged_weights_are_evaluated_and_saved(siglip_folder, tmp_path):
             seen.append(model.decoder.conv_out.weight.detach().clone())
 
     trainer.add_callback(Record())
-    start = trainer.model.decoder.conv_out.weight.detach().clone()
     trainer.train()
     trainer.save_model(tmp_path / "final")
-    average = start
-    for step, weight in enumerate(seen):
-        # diffusers' decay grows from 1 / 10 on until it reaches what was asked for.
-        decay = min(0.5, (1 + step) / (10 + step)) if step else 0.0
-        average = decay * average + (1 - decay) * weight
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.5 * average + 0.5 * weight
     name = "decoder.conv_out.weight"
     torch.testing.assert_close(load_file(tmp_path / "final" / "model.safetensors")[name], average)
     assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], seen[-1])
@@ -582,23 +585,36 @@ def test_averaged_weights_are_evaluated_and_saved(siglip_folder, tmp_path):
 
 
 def test_pictures_of_reconstructions(siglip_folder, tmp_path):
-    from PIL import Image
-
     trainer = tokenizer_trainer(
         siglip_folder, tmp_path, dataset=pixel_items(), recipe={"grid_steps": 2, "grid_images": 3}, max_steps=4
     )
     trainer.train()
     pictures = sorted((tmp_path / "grids").glob("*.png"))
     assert [path.name for path in pictures] == ["step-00000002.png", "step-00000004.png"]
-    picture = Image.open(pictures[1])
-    assert picture.size == (8 * 24, 2 * 24)
-    first = ((pixel_items().items[0]["pixel_values"] + 1) * 127.5).round().to(torch.uint8)
-    assert picture.crop((0, 0, 24, 24)).tobytes() == first.permute(1, 2, 0).contiguous().numpy().tobytes()
+    images = torch.stack([item["pixel_values"] for item in pixel_items().items[:3]])
     with torch.no_grad():
-        image = trainer.model.eval()(pixel_items().items[2]["pixel_values"][None]).reconstruction[0]
-    drawn = torch.tensor(list(picture.crop((48, 24, 72, 48)).tobytes())).view(24, 24, 3) / 127.5 - 1
-    torch.testing.assert_close(drawn, image.clamp(-1, 1).permute(1, 2, 0), atol=0.005, rtol=0)
-    assert picture.getpixel((8 * 24 - 1, 2 * 24 - 1)) == (255, 255, 255)
+        expected = reconstruction_grid(images, trainer.model.eval()(images).reconstruction)
+    with Image.open(pictures[1]) as picture:
+        assert picture.size == expected.size and picture.tobytes() == expected.tobytes()
+
+
+def test_pictures_reach_the_tracker(siglip_folder, tmp_path):
+    sent = []
+
+    class TensorBoardCallback(TrainerCallback):
+        """As transformers' own, which is recognised by its name; tensorboard itself is not installed for the tests."""
+
+        class tb_writer:
+            @staticmethod
+            def add_image(name, array, step, dataformats):
+                sent.append((name, array.shape, step, dataformats))
+
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, dataset=pixel_items(), recipe={"grid_steps": 1}, max_steps=2)
+    trainer.add_callback(TensorBoardCallback())
+    trainer.train()
+    with Image.open(tmp_path / "grids" / "step-00000001.png") as picture:
+        shape = (picture.height, picture.width, 3)
+    assert sent == [("reconstructions", shape, 1, "HWC"), ("reconstructions", shape, 2, "HWC")]
 
 
 def test_bf16_and_checkpointing_train(siglip_folder, tmp_path):
@@ -817,3 +833,33 @@ def test_two_ranks_train_as_one(siglip_folder, tmp_path, no_dataset_cache):
     for name in ("loss", "reconstruction_mse", "adaptive_weight", "discriminator", "pixel_codebook_perplexity"):
         for first, second in zip(*logs):
             assert first[name] == pytest.approx(second[name], rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_ranks_that_start_unequal_become_equal(siglip_folder, tmp_path):
+    """Without restarts a new codebook is random; every rank here draws its own, and sees other images."""
+    script = tmp_path / "train.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import torch
+from pathlib import Path
+from test_tokenizer_trainer import TOKENIZER_FIELDS, tokenizer_trainer, pixel_items
+rank = int(os.environ["RANK"])
+torch.manual_seed(rank)
+fields = {{f"{{kind}}_quantizer_config": {{**TOKENIZER_FIELDS[f"{{kind}}_quantizer_config"],
+          "restart_unused_codes": kind == "pixel"}} for kind in ("pixel", "semantic")}}
+trainer = tokenizer_trainer(Path({str(siglip_folder)!r}), {str(tmp_path / "out")!r}, dataset=pixel_items(), config=fields,
+                            ddp_backend="gloo")
+torch.save(trainer.model.semantic_quantizer.codebook.embeddings, {str(tmp_path)!r} + f"/start-{{rank}}.pt")
+trainer.train()
+torch.save(trainer.model.state_dict(), {str(tmp_path)!r} + f"/end-{{rank}}.pt")
+torch.distributed.barrier(); torch.distributed.destroy_process_group()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-4000:]
+    starts = [torch.load(tmp_path / f"start-{rank}.pt") for rank in range(2)]
+    assert not torch.equal(*starts)
+    assert not changed(*(torch.load(tmp_path / f"end-{rank}.pt") for rank in range(2)))

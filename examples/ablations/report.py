@@ -29,18 +29,18 @@ METRICS = {
     "zero_shot": ("zero-shot top-1, %", 1, True),
     "psnr": ("PSNR, dB", 2, True),
     "ssim": ("SSIM", 3, True),
-    "frechet": ("Fréchet distance", 2, False),
+    "frechet": ("Fréchet distance", 1, False),
 }
 
 
 @dataclass
 class Variant:
-    """A row: the run's name, its title, and the paper's numbers (PSNR, SSIM; the Fréchet distance is its rFID)."""
+    """A row: the run's name, its title, and the paper's numbers as printed; its Fréchet distance is its rFID."""
 
     run: str
     title: str
     paper_title: str | None = None
-    paper: dict[str, float] | None = None
+    paper: dict[str, str] | None = None
 
 
 @dataclass
@@ -61,26 +61,26 @@ EXPERIMENTS = {
                 "one-2",
                 "one deep codebook, both losses",
                 "one deep codebook, both losses",
-                {"zero_shot": 72.3, "frechet": 3.86, "psnr": 12.64, "ssim": 0.574},
+                {"zero_shot": "72.3", "frechet": "3.86", "psnr": "12.64", "ssim": "0.574"},
             ),
             Variant("one-4", "the same, twice the depths"),
             Variant(
                 "reconstruction-7",
                 "reconstruction only, deep",
                 "reconstruction only, deep",
-                {"frechet": 0.27, "psnr": 27.88, "ssim": 0.722},
+                {"frechet": "0.27", "psnr": "27.88", "ssim": "0.722"},
             ),
             Variant(
                 "reconstruction-2",
                 "reconstruction only, shallow",
                 "reconstruction only, shallow",
-                {"frechet": 0.29, "psnr": 28.12, "ssim": 0.745},
+                {"frechet": "0.29", "psnr": "28.12", "ssim": "0.745"},
             ),
             Variant(
                 "dual-2",
                 "dual: shallow pixels, deep semantics",
                 "dual: shallow pixels, deep semantics",
-                {"zero_shot": 82.0, "frechet": 0.25, "psnr": 28.69, "ssim": 0.744},
+                {"zero_shot": "82.0", "frechet": "0.25", "psnr": "28.69", "ssim": "0.744"},
             ),
         ],
     ),
@@ -88,9 +88,9 @@ EXPERIMENTS = {
         "The layer of the pixel codes",
         "dual-2",
         [
-            Variant("dual-2", "layer 2 of 8", "layer 6 of 24", {"zero_shot": 80.4, "frechet": 0.72}),
-            Variant("dual-4", "layer 4 of 8", "layer 12 of 24", {"zero_shot": 77.6, "frechet": 1.09}),
-            Variant("dual-6", "layer 6 of 8", "layer 18 of 24", {"zero_shot": 72.9, "frechet": 2.93}),
+            Variant("dual-2", "layer 2 of 8", "layer 6 of 24", {"zero_shot": "80.4", "frechet": "0.72"}),
+            Variant("dual-4", "layer 4 of 8", "layer 12 of 24", {"zero_shot": "77.6", "frechet": "1.09"}),
+            Variant("dual-6", "layer 6 of 8", "layer 18 of 24", {"zero_shot": "72.9", "frechet": "2.93"}),
         ],
     ),
 }
@@ -186,7 +186,7 @@ def write_tables(output_dir: Path, experiment: Experiment) -> str:
             ]
             differences.append([variant.title, *compared])
     paper = [
-        [variant.paper_title, *(f"{variant.paper[name]:g}" if name in variant.paper else "–" for name in METRICS)]
+        [variant.paper_title, *(variant.paper.get(name, "–") for name in METRICS)]
         for variant in experiment.variants
         if variant.paper
     ]
@@ -197,7 +197,8 @@ def write_tables(output_dir: Path, experiment: Experiment) -> str:
             "Ours, mean ± standard deviation over the seeds:",
             markdown_table(["", "bits a position", "seeds", *shown], ours),
             f"The teachers themselves, unquantised, reach {teachers} % zero-shot.",
-            f"Less “{reference_title}” of the same seed, mean (lowest to highest); bold where all seeds agree in sign:",
+            f"The difference from “{reference_title}” of the same seed, mean (lowest to highest), bold where all seeds "
+            "agree in sign:",
             markdown_table(["", *shown], differences),
             "The paper's (ImageNet; rFID on Inception features):",
             markdown_table(["", *shown[:-1], "rFID"], paper),
@@ -222,7 +223,7 @@ def plot(output_dir: Path, experiment: Experiment) -> Figure:
                 top.errorbar(np.mean(values), row, xerr=spread, fmt="o", color="C0", capsize=3)
         for row, variant in enumerate(papers):
             if name in variant.paper:
-                bottom.plot(variant.paper[name], row, "s", color="C1")
+                bottom.plot(float(variant.paper[name]), row, "s", color="C1")
         top.set_title(f"{title} {'→' if more_is_better else '←'} better", fontsize=9)
         bottom.set_title("rFID" if name == "frechet" else title, fontsize=9)
         for axis, rows in ((top, own), (bottom, papers)):

@@ -3,9 +3,9 @@ scikit-learn's handwritten digits as a data set for every stage: 1,797 real 8 x 
 
     python examples/digits/data.py --output_dir digits-data
 
-writes PNG files, `captions.jsonl` (for SigLIP) and `chat.jsonl` (for the unified model) of the training scans. 20 % of
-all scans, stratified and always the same, are held out and used for nothing but the final numbers; with `--validation`
-a fifth of the rest stands in for them, for choosing settings.
+writes PNG files (`train/`), `captions.jsonl` (for SigLIP) and `chat.jsonl` (for the unified model) of the training scans,
+and PNG files of the others (`test/`): 20 % of all scans, stratified and always the same, are held out and used for
+nothing but the final numbers; with `--validation` a fifth of the rest stands in for them, for choosing settings.
 """
 
 import argparse
@@ -106,9 +106,10 @@ def write_data(output_dir: str | Path, variants: int = 4, validation: bool = Fal
         seed (`int`, defaults to 0): of the copies and the wording, not of the split.
     """
     output_dir, rng = Path(output_dir), random.Random(seed)
-    (train_scans, train_digits), _ = split_scans(validation)
+    (train_scans, train_digits), (heldout_scans, _) = split_scans(validation)
     captions, chats = [], []
-    (output_dir / "train").mkdir(parents=True, exist_ok=True)
+    for split in ("train", "test"):
+        (output_dir / split).mkdir(parents=True, exist_ok=True)
 
     def save(image: Image.Image, name: str) -> str:
         image.save(output_dir / name)
@@ -125,6 +126,8 @@ def write_data(output_dir: str | Path, variants: int = 4, validation: bool = Fal
                 inverted = save(ImageChops.invert(varied), f"train/{index:04d}-{variant}-inverted.png")
             captions += [{"image": path, "digit": int(digit)} for path in (plain, inverted) if path]
             chats += conversations(plain, inverted, int(digit), rng)
+    for index, scan in enumerate(heldout_scans):
+        save(scan_to_image(scan), f"test/{index:04d}.png")
     for name, rows in (("captions", captions), ("chat", chats)):
         (output_dir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 

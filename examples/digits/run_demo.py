@@ -43,20 +43,8 @@ KEPT_CHECKPOINT = Path(__file__).parent / "checkpoint"
 # Says that a folder is a demo's.
 MARKER = ".dualtoken-demo"
 
-# Chosen on validation scans.
-TOKENIZER_CONFIG = {
-    "pixel_layer": 2,
-    "shortcut_layer": 1,
-    "semantic_layer": 5,
-    "pixel_quantizer_config": {"codebook_size": 128, "code_dim": 16, "num_depths": 4, "ema_decay": 0.97},
-    "semantic_quantizer_config": {"codebook_size": 128, "code_dim": 16, "num_depths": 4, "ema_decay": 0.97},
-    "decoder_in_channels": 64,
-    "decoder_block_out_channels": [8, 16, 48, 64],
-    "decoder_num_res_blocks": 1,
-    "decoder_norm_num_groups": 8,
-}
-# A scan of 8 x 8 has no texture that the perceptual and the adversarial term could bring out.
-LOSS_WEIGHTS = {"reconstruction_mse": 20, "perceptual": 0, "generator": 0}
+# Chosen on validation scans. The same settings, as a file for run_tokenizer.py alone.
+TOKENIZER_SETTINGS = json.loads((Path(__file__).parent / "tokenizer.json").read_text())
 UNIFIED_CONFIG = {
     "depth_head_config": {
         "hidden_size": 96,
@@ -154,8 +142,14 @@ def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -
     progress.start("tokenizer")
     run_tokenizer.main(
         ["--siglip_model_name_or_path", folders["siglip"], "--train_dataset", f"{folders['data']}/train"]
-        + ["--config_overrides", json.dumps(TOKENIZER_CONFIG), "--output_dir", folders["tokenizer"], *common]
-        + ["--loss_weights", json.dumps(LOSS_WEIGHTS), "--crop_scale", "1", "1"]
+        + [
+            "--config_overrides",
+            json.dumps(TOKENIZER_SETTINGS["config_overrides"]),
+            "--output_dir",
+            folders["tokenizer"],
+            *common,
+        ]
+        + ["--loss_weights", json.dumps(TOKENIZER_SETTINGS["loss_weights"]), "--crop_scale", "1", "1"]
         + ["--learning_rate", "1.5e-3", "--adam_beta1", "0.9", "--adam_beta2", "0.95"]
         + ["--per_device_train_batch_size", "64", "--max_steps", str(arguments.tokenizer_steps)],
         callbacks=[ProgressCallback(progress)],

@@ -24,7 +24,7 @@ _SEARCH_BLOCK = 128
 
 
 def _products_may_be_rounded(device: torch.device) -> bool:
-    """Whether a float32 matrix product on `device` may be in TF32, a setting of the user's ."""
+    """Whether a float32 matrix product on `device` may be in TF32: a setting of the user's."""
     return device.type != "cpu"
 
 

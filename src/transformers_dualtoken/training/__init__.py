@@ -6,7 +6,6 @@ from .image_data import DualTokenImageDataset, collate_images, load_image_datase
 from .image_stream import DualTokenImageStream
 from .perceptual import load_lpips
 from .recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
-from .reconstruction_grid import reconstruction_grid
 from .reference_step import reference_step
 from .resume import find_checkpoint
 from .unified_trainer import DualTokenTrainer, set_trainable
@@ -28,7 +27,6 @@ __all__ = [
     "find_checkpoint",
     "load_image_dataset",
     "load_lpips",
-    "reconstruction_grid",
     "reference_step",
     "set_trainable",
 ]

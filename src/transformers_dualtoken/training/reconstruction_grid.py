@@ -7,23 +7,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-
-def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor, images_per_row: int = 8) -> Image.Image:
-    """
-    Originals in one row, their reconstructions in the row below.
-
-    Args:
-        images, reconstructions (`torch.Tensor` of shape `(B, 3, S, S)`): in [-1, 1]; what lies beyond is clamped.
-        images_per_row (`int`, defaults to 8).
-    """
-    rows = []
-    for start in range(0, len(images), images_per_row):
-        for batch in (images, reconstructions):
-            row = batch[start : start + images_per_row].detach().float().cpu()
-            pixels = ((row.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            blank = torch.full((images_per_row - len(row), *pixels.shape[1:]), 255, dtype=torch.uint8)
-            rows.append(torch.cat(list(torch.cat([pixels, blank])), dim=-1))
-    return Image.fromarray(np.ascontiguousarray(torch.cat(rows, dim=-2).permute(1, 2, 0).numpy()))
+from ..evaluation.pictures import reconstruction_grid
 
 
 class ReconstructionGridCallback(TrainerCallback):

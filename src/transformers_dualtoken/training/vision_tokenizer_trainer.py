@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -192,7 +193,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         Each term is differentiated once, as far as the image: there the adaptive weight needs the gradients one by
         one, and LPIPS and the discriminator have let go of their activations before the tokenizer's backward begins.
         """
-        image = reconstruction.detach().float().requires_grad_()
+        dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+        image = reconstruction.detach().to(dtype).requires_grad_()
         with torch.enable_grad():
             terms = self.image_terms(image, target, adversarial)
         gradients = {name: torch.autograd.grad(term, image)[0] for name, term in terms.items()}
@@ -285,7 +287,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Also makes the adversary, whose schedule hangs on the same number of steps."""
+        """The last that is made before a checkpoint is loaded, and the first to know how long the training is."""
+        self._begin_training(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _begin_training(self, num_training_steps: int) -> None:
         if self.recipe.is_adversarial:
             self.adversary = Adversary(
                 self.recipe,
@@ -298,8 +304,12 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 steps_per_epoch=self._steps_per_epoch(),
                 seed=self.args.seed,
             )
+        if self.args.world_size > 1:
+            # DDP makes the parameters equal on all ranks, but buffers only where it sends them before each forward.
+            for kind in self.recipe.codes:
+                for buffer in self.model.quantizer(kind).codebook.buffers():
+                    dist.broadcast(buffer, 0)
         self._images_seen, self._logged_at = 0, time.perf_counter()
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def _steps_per_epoch(self) -> int | None:
         if self.is_stream or self.train_dataset is None:
