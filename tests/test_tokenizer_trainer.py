@@ -104,9 +104,8 @@ def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstru
     with torch.no_grad():
         total, output = trainer.compute_loss(model, {"pixel_values": pixel_values}, return_outputs=True)
         target = trainer.target_images(pixel_values)
-        terms = trainer.feature_terms(output, pixel_values) | trainer.image_terms(
-            output.reconstruction, target, adversarial=False
-        )
+        terms = trainer.feature_terms(output, pixel_values)
+        terms["reconstruction_mse"] = trainer.image_term("reconstruction_mse", output.reconstruction, target)
         # transformers' own forward of the teacher; its hidden states begin with the embeddings.
         reference = SiglipVisionModel.from_pretrained(siglip_folder)(pixel_values, output_hidden_states=True)
     hidden = reference.hidden_states[model.config.semantic_layer]
@@ -126,7 +125,8 @@ def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstru
         "reconstruction_mse": (output.reconstruction - resized).square().mean(),
         "pixel_commitment": output.pixel_commitment_loss,
     }
-    # A term of weight 0 is not even computed.
+    # A term of weight 0 is not even computed: neither this one, nor the two that are off.
+    assert "semantic_commitment" not in terms and trainer._image_term_names(False) == ["reconstruction_mse"]
     assert terms.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-6)
@@ -163,7 +163,8 @@ def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeyp
     output = model(pixel_values)
     weights = trainer.loss_weights
     terms = trainer.feature_terms(output, pixel_values)
-    terms |= trainer.image_terms(output.reconstruction, pixel_values, adversarial=True)
+    for name in ("reconstruction_mse", "perceptual", "generator"):
+        terms[name] = trainer.image_term(name, output.reconstruction, pixel_values)
     last = model.decoder.conv_out.weight
     norms = [
         torch.autograd.grad(part, last, retain_graph=True)[0].norm()
@@ -275,6 +276,7 @@ def test_vectors_are_not_decayed(siglip_folder, tmp_path):
         ({"loss_weights": "{generator: 0}"}, "`loss_weights` must be a JSON object or the path of one"),
         ({"loss_weights": "[1]"}, "`loss_weights` must be a JSON object or the path of one"),
         ({"loss_weights": dict.fromkeys(STAGE_LOSS_WEIGHTS[1], 0)}, "so there is nothing to train"),
+        ({"loss_weights": {"reconstruction_mse": 0, "perceptual": 0}}, "give one of them a weight"),
         ({"discriminator_loss": "vanilla"}, "must be one of leaky_hinge, hinge, got 'vanilla'"),
         ({"weight_average_decay": 1.0}, "`weight_average_decay` must lie between 0 and 1, got 1.0"),
         ({"grid_steps": 0}, "`grid_steps` must be at least 1, got 0"),

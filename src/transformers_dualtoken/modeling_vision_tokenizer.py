@@ -518,7 +518,9 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             image_embeds = F.normalize(encoded.pooler_output, dim=-1)
         if input_ids is not None:
             if image_embeds is None:
-                raise ValueError(f"Similarities to `input_ids` need semantic codes, but `codes` asks for {codes} only.")
+                raise ValueError(
+                    f"Similarities to `input_ids` need semantic codes, but `codes` asks for {codes} only."
+                )
             text = self.get_text_features(input_ids, attention_mask=attention_mask, return_dict=True)
             text_embeds = F.normalize(text.pooler_output, dim=-1)
             similarity = text_embeds @ image_embeds.t()

@@ -129,6 +129,11 @@ class DualTokenVisionTokenizerRecipe:
         self.loss_weights = {**weights, **given}
         if not self.pixel_terms and not self.semantic_terms:
             raise ValueError("All terms of the loss have weight 0, so there is nothing to train.")
+        if self.is_adversarial and not (self.loss_weights["reconstruction_mse"] or self.loss_weights["perceptual"]):
+            raise ValueError(
+                "The adaptive weight of `generator` compares it with `reconstruction_mse` and `perceptual`, which both "
+                "have weight 0: give one of them a weight, or set `generator` to 0 too."
+            )
         if self.discriminator_loss not in DISCRIMINATOR_LOSSES:
             raise ValueError(
                 f"`discriminator_loss` must be one of {', '.join(DISCRIMINATOR_LOSSES)}, got {self.discriminator_loss!r}."

@@ -172,17 +172,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             terms["pixel_commitment"] = output.pixel_commitment_loss
         return {name: term for name, term in terms.items() if self.loss_weights[name]}
 
-    def image_terms(self, image: torch.Tensor, target: torch.Tensor, adversarial: bool) -> dict[str, torch.Tensor]:
-        """The terms of a reconstructed image `(B, 3, S', S')`, before weighting, by their logged names."""
-        terms = {}
-        if self.loss_weights["reconstruction_mse"]:
-            terms["reconstruction_mse"] = F.mse_loss(image, target)
-        if self.loss_weights["perceptual"]:
+    def image_term(self, name: str, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """One of `IMAGE_TERMS` of a reconstructed image `(B, 3, S', S')`, before weighting."""
+        if name == "reconstruction_mse":
+            return F.mse_loss(image, target)
+        if name == "perceptual":
             with self.accelerator.autocast():
-                terms["perceptual"] = self.perceptual_loss(image, target).float().mean()
-        if adversarial:
-            terms["generator"] = self.adversary.generator_loss(image)
-        return terms
+                return self.perceptual_loss(image, target).float().mean()
+        return self.adversary.generator_loss(image)
 
     def image_loss(
         self, reconstruction: torch.Tensor, target: torch.Tensor, adversarial: bool
@@ -191,14 +188,17 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         The weighted sum of the image terms with its gradient, and the terms.
 
         Each term is differentiated once, as far as the image: there the adaptive weight needs the gradients one by
-        one, and LPIPS and the discriminator have let go of their activations before the tokenizer's backward begins.
+        one, and LPIPS and the discriminator let go of their activations, one after the other, before the tokenizer's
+        backward begins.
         """
         dtype = torch.promote_types(reconstruction.dtype, torch.float32)
         image = reconstruction.detach().to(dtype).requires_grad_()
-        with torch.enable_grad():
-            terms = self.image_terms(image, target, adversarial)
-        gradients = {name: torch.autograd.grad(term, image)[0] for name, term in terms.items()}
-        terms = {name: term.detach() for name, term in terms.items()}
+        terms, gradients = {}, {}
+        for name in self._image_term_names(adversarial):
+            with torch.enable_grad():
+                term = self.image_term(name, image, target)
+            gradients[name] = torch.autograd.grad(term, image)[0]
+            terms[name] = term.detach()
         weights = {name: self.loss_weights[name] for name in terms}
         if adversarial:
             # Of the plain sum of the terms that compare with the target.
@@ -218,6 +218,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         gradient = sum(weight * gradients[name] for name, weight in weights.items())
         return _KnownGradient.apply(reconstruction, gradient, value), terms
 
+    def _image_term_names(self, adversarial: bool) -> list[str]:
+        return [name for name in IMAGE_TERMS if self.loss_weights[name] and (adversarial or name != "generator")]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixel_values = inputs["pixel_values"]
         training = model.training
@@ -230,7 +233,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             if training:
                 image_loss, image_terms = self.image_loss(output.reconstruction, target, adversarial)
             else:
-                image_terms = self.image_terms(output.reconstruction, target, adversarial=False)
+                names = self._image_term_names(adversarial=False)
+                image_terms = {name: self.image_term(name, output.reconstruction, target) for name in names}
                 image_loss = sum(self.loss_weights[name] * term for name, term in image_terms.items())
             loss, terms = loss + image_loss, terms | image_terms
             if adversarial:
