@@ -53,6 +53,7 @@ from transformers_dualtoken.evaluation import (
     write_report,
     zero_shot_classifier,
 )
+from transformers_dualtoken.evaluation.optional_libraries import require
 
 
 METRICS = (*RECONSTRUCTION_METRICS, "zero_shot", "retrieval", "codebook")
@@ -63,7 +64,11 @@ class EvaluationArguments:
     model_name_or_path: str = field(
         metadata={"help": "a vision tokenizer, a unified model, or a folder in the authors' format"}
     )
-    dataset: str = field(metadata={"help": "folder of images, data files, or a data set of the Hub"})
+    dataset: str = field(
+        metadata={
+            "help": "folder of images or of data files, pattern of files, saved data set, or a data set of the Hub"
+        }
+    )
     output_dir: str = field(metadata={"help": "where metrics.json, the report and the pictures go"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
     split: str = field(
@@ -81,7 +86,12 @@ class EvaluationArguments:
     caption_column: str | None = field(
         default=None, metadata={"help": "column of captions, a text or a list of texts, for retrieval"}
     )
-    num_samples: int | None = field(default=None, metadata={"help": "evaluate the first rows only"})
+    num_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "evaluate the first rows only, of a stream as they come: of files sorted by class, the first classes"
+        },
+    )
     metrics: list[str] | None = field(
         default=None,
         metadata={"help": f"which of {', '.join(METRICS)}; by default all that the data and this machine allow"},
@@ -126,26 +136,19 @@ def check(arguments: EvaluationArguments) -> None:
 
 
 def load_rows(arguments: EvaluationArguments):
-    """The data set: images alone from any source, or with labels and captions as `datasets` finds them."""
+    """The data set: its images, undecoded, and the columns of labels and captions."""
     # After `--help`: the extra `train`, which `eval` brings along.
-    import datasets
+    from transformers_dualtoken.training import load_image_dataset
 
-    from transformers_dualtoken.training.image_data import load_image_dataset
-
-    source = arguments.dataset
-    settings = {"name": arguments.dataset_config_name, "split": arguments.split, "streaming": arguments.streaming}
-    if arguments.label_column is None and arguments.caption_column is None:
-        return load_image_dataset(source, image_column=arguments.image_column, **settings)
-    if Path(source, "state.json").is_file():
-        return datasets.load_from_disk(source)
-    if Path(source, "dataset_dict.json").is_file():
-        return datasets.load_from_disk(source)[arguments.split]
-    try:
-        return datasets.load_dataset(source, **settings)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"--dataset must be a folder that `datasets` can read or a data set of the Hub, got {source!r}: {error}"
-        ) from error
+    columns = (arguments.label_column, arguments.caption_column)
+    return load_image_dataset(
+        arguments.dataset,
+        name=arguments.dataset_config_name,
+        split=arguments.split,
+        streaming=arguments.streaming,
+        image_column=arguments.image_column,
+        keep_columns=[column for column in columns if column is not None],
+    )
 
 
 def load_model(arguments: EvaluationArguments):
@@ -217,8 +220,11 @@ class Chosen:
             return None
 
 
-def build_evaluator(arguments: EvaluationArguments, model, tokenize, dataset) -> tuple[TokenizerEvaluator, dict]:
-    """The evaluator, and why metrics that nobody asked for are left out."""
+def find_parts(arguments: EvaluationArguments, tokenize, dataset) -> tuple[dict, dict[str, str]]:
+    """
+    What every metric is made of, `None` if it is left out, and why metrics that nobody asked for are. Libraries and
+    networks are looked up, and downloaded; no process waits for another.
+    """
     chosen = Chosen(arguments)
 
     def check_texts(column: str) -> None:
@@ -229,34 +235,40 @@ def build_evaluator(arguments: EvaluationArguments, model, tokenize, dataset) ->
                 "The model's folder has no tokenizer of its texts: give --text_tokenizer_name_or_path."
             )
 
-    def zero_shot():
+    def zero_shot() -> list[str]:
         check_texts("label_column")
-        return ZeroShotAccuracy(zero_shot_classifier(model, tokenize, read_class_names(arguments, dataset)))
+        for library in ("open_clip", "torchmetrics.classification"):
+            require(library, "Zero-shot classification")
+        return read_class_names(arguments, dataset)
 
-    def retrieval():
+    def retrieval() -> RetrievalRecall:
         check_texts("caption_column")
         return RetrievalRecall()
 
-    def without_network(name: str):
-        return lambda: ReconstructionMetrics((name,))
-
     parts = {
-        "psnr": chosen.make("psnr", without_network("psnr")),
-        "ssim": chosen.make("ssim", without_network("ssim")),
+        "psnr": chosen.make("psnr", lambda: ReconstructionMetrics(("psnr",))),
+        "ssim": chosen.make("ssim", lambda: ReconstructionMetrics(("ssim",))),
         "lpips": chosen.make("lpips", lambda: lpips_metric(arguments.lpips_net, arguments.lpips_weights)),
         "rfid": chosen.make("rfid", lambda: fid_metric(weights=arguments.inception_weights)),
+        "zero_shot": chosen.make("zero_shot", zero_shot),
+        "retrieval": chosen.make("retrieval", retrieval),
+        "codebook": chosen.make("codebook", lambda: True),
     }
-    names = [name for name, part in parts.items() if part is not None]
-    reconstruction = ReconstructionMetrics(names, lpips=parts["lpips"], fid=parts["rfid"]) if names else None
-    evaluator = TokenizerEvaluator(
+    return parts, chosen.skipped
+
+
+def build_evaluator(model, tokenize, parts: dict, num_shown: int) -> TokenizerEvaluator:
+    """The evaluator from `find_parts`, by all processes together: they share the classes of zero-shot classification."""
+    names = [name for name in RECONSTRUCTION_METRICS if parts[name] is not None]
+    class_names = parts["zero_shot"]
+    return TokenizerEvaluator(
         model,
-        reconstruction,
-        chosen.make("zero_shot", zero_shot),
-        chosen.make("retrieval", retrieval),
-        codebooks=chosen.make("codebook", lambda: True) is not None,
-        num_shown=arguments.num_shown,
+        ReconstructionMetrics(names, lpips=parts["lpips"], fid=parts["rfid"]) if names else None,
+        ZeroShotAccuracy(zero_shot_classifier(model, tokenize, class_names)) if class_names is not None else None,
+        parts["retrieval"],
+        codebooks=parts["codebook"] is not None,
+        num_shown=num_shown,
     )
-    return evaluator, chosen.skipped
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -282,12 +294,13 @@ def main(argv: list[str] | None = None) -> dict:
         tokenize = text_tokenizer(tokenizer, model.config.text_config.max_position_embeddings)
     # One process of a machine downloads what is missing, the others find it.
     with state.local_main_process_first():
-        evaluator, skipped = build_evaluator(arguments, model, tokenize, dataset)
+        parts, skipped = find_parts(arguments, tokenize, dataset)
     if len(set(gather_object([tuple(skipped)]))) > 1:
         raise RuntimeError(
             f"The machines do not have the same libraries and weights: this one cannot measure {sorted(skipped)}, "
             "another one can. Mend that, or name the --metrics."
         )
+    evaluator = build_evaluator(model, tokenize, parts, arguments.num_shown)
     batches = ImageBatches(
         dataset,
         image_processor,

@@ -16,10 +16,8 @@ Images: a folder, parquet files, webdataset shards, or a data set of the Hub; wi
 training. A run that was stopped goes on from its last checkpoint when started again with the same command.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, HfArgumentParser, SiglipModel, SiglipVisionModel, TrainingArguments, set_seed
@@ -35,10 +33,12 @@ from transformers_dualtoken.training import (
     DualTokenImageStream,
     DualTokenVisionTokenizerRecipe,
     DualTokenVisionTokenizerTrainer,
+    DualTokenVisionTokenizerTrainingArguments,
     collate_images,
     find_checkpoint,
     load_image_dataset,
 )
+from transformers_dualtoken.training.recipe import json_object
 
 
 @dataclass
@@ -82,25 +82,6 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None)
 
 
-@dataclass
-class TokenizerTrainingArguments(TrainingArguments):
-    output_dir: str = field(default="tokenizer")
-    learning_rate: float = field(default=7.2e-5)
-    adam_beta1: float = field(default=0.5)
-    adam_beta2: float = field(default=0.9)
-    weight_decay: float = field(default=1e-4)
-    lr_scheduler_type: str = field(default="cosine")
-    logging_steps: int = field(default=50)
-    report_to: str = field(default="none")
-    remove_unused_columns: bool = field(default=False)
-
-
-def _json(value: dict | str | None) -> dict:
-    if isinstance(value, str):
-        return json.loads(Path(value).read_text() if value.endswith(".json") else value)
-    return value or {}
-
-
 def load_model(
     arguments: ModelArguments,
 ) -> tuple[DualTokenVisionTokenizer, SiglipVisionModel, DualTokenVisionTokenizerProcessor]:
@@ -114,7 +95,9 @@ def load_model(
     if start is not None and arguments.config_overrides is not None:
         raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
     if start is None:
-        model = DualTokenVisionTokenizer.from_siglip_pretrained(siglip, **_json(arguments.config_overrides))
+        model = DualTokenVisionTokenizer.from_siglip_pretrained(
+            siglip, **json_object(arguments.config_overrides, "config_overrides")
+        )
     elif is_official:
         model = load_official_tokenizer(start)
     else:
@@ -166,7 +149,9 @@ def load_eval_images(data: DataArguments, image_processor):
         data.eval_dataset, name=data.dataset_config_name, split=data.eval_split, image_column=data.image_column
     )
     images = _first(images, data.max_eval_samples)
-    return DualTokenImageDataset(images, image_processor, image_column=data.image_column, crop_scale=(1, 1))
+    return DualTokenImageDataset(
+        images, image_processor, image_column=data.image_column, crop_scale=(1, 1), reducing_gap=None
+    )
 
 
 def _first(images, count: int | None):
@@ -175,7 +160,7 @@ def _first(images, count: int | None):
 
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, DualTokenVisionTokenizerRecipe, TokenizerTrainingArguments)
+        (ModelArguments, DataArguments, DualTokenVisionTokenizerRecipe, DualTokenVisionTokenizerTrainingArguments)
     )
     argv = sys.argv[1:] if argv is None else argv
     if len(argv) == 1 and argv[0].endswith(".json"):
@@ -195,14 +180,15 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         train_dataset=load_train_images(data_arguments, processor.image_processor, training_arguments),
         eval_dataset=load_eval_images(data_arguments, processor.image_processor),
         data_collator=collate_images,
+        processing_class=processor,
         callbacks=callbacks,
     )
     result = trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        processor.save_pretrained(training_arguments.output_dir)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
 
 
 if __name__ == "__main__":

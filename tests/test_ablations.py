@@ -84,11 +84,11 @@ def test_one_codebook_serves_both_branches(folder):
     assert not any(name.startswith("semantic_down_proj") for name, _ in model.named_parameters())
     assert not any(name.startswith("semantic_quantizer") for name, _ in model.named_buffers())
     # One forward moves the codebook once: the counts of one look-up, by hand.
-    counts = torch.zeros(128)
+    counts = torch.zeros(256)
     decay = model.pixel_quantizer.config.ema_decay
     fresh = build(folder, "one-4").pixel_quantizer.codebook
     for depth in range(4):
-        new = torch.bincount(output.pixel_codes[..., depth].flatten(), minlength=128).float()
+        new = torch.bincount(output.pixel_codes[..., depth].flatten(), minlength=256).float()
         counts = torch.where((mean := decay * counts + (1 - decay) * new) < 1, torch.ones(()), mean)
     torch.testing.assert_close(model.pixel_quantizer.codebook.cluster_size[0], counts)
     assert not torch.equal(model.pixel_quantizer.codebook.embeddings, fresh.embeddings)
@@ -100,7 +100,7 @@ def test_one_codebook_serves_both_branches(folder):
 
 def test_one_codebook_agrees_with_the_dual_forward(folder):
     """With equal weights in both branches, the dual tokenizer computes what the one with a single codebook does."""
-    one, dual = build(folder, "one-2").eval(), build(folder, "dual-7").eval()
+    one, dual = build(folder, "one-4").eval(), build(folder, "dual-7").eval()
     dual.load_state_dict(one.state_dict())
     pixel_values = teacher.to_pixels(np.load(folder / "scenes.npz")["heldout_images"][:4])
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_tables_and_page(tmp_path):
     for seed in range(3):
         common = {"ssim": 0.5, "frechet": 1.0, "teacher_zero_shot": 0.9}
         write_run(tmp_path, "dual-2", seed, zero_shot=0.8 + seed / 10, psnr=20.0 + seed, **common)
-        write_run(tmp_path, "one-2", seed, zero_shot=0.8, psnr=18.0 + seed, **common)
+        write_run(tmp_path, "one-4", seed, zero_shot=0.8, psnr=18.0 + seed, **common)
         write_run(tmp_path, "reconstruction-2", seed, psnr=20.0, **common)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- objectives -->\nstale\n<!-- end of objectives -->\nafter\n")

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import yaml
 from official_format import write_golden_folder
 from PIL import Image
+from transformers import AutoTokenizer
 
 from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.evaluation import (
@@ -25,6 +27,7 @@ from transformers_dualtoken.evaluation import (
     TokenizerEvaluator,
     fid_metric,
     reconstruction_grid,
+    text_tokenizer,
     write_report,
 )
 from transformers_dualtoken.evaluation.optional_libraries import require
@@ -186,6 +189,57 @@ def test_evaluator_counts_both_codebooks_and_retrieves(tokenizer, images):
     torch.testing.assert_close(made, output.reconstruction[:4], atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture
+def calls(tokenizer, monkeypatch) -> list:
+    """What the tokenizer is asked to make: (number of images, codes, features), or (number of images,) decoded."""
+    made, encode, decode = [], tokenizer.encode, tokenizer.decode
+
+    def count_encoded(pixel_values, codes, features):
+        made.append((len(pixel_values), *codes, features))
+        return encode(pixel_values, codes=codes, features=features)
+
+    def count_decoded(pixel_codes):
+        made.append((len(pixel_codes),))
+        return decode(pixel_codes=pixel_codes)
+
+    monkeypatch.setattr(tokenizer, "encode", count_encoded)
+    monkeypatch.setattr(tokenizer, "decode", count_decoded)
+    return made
+
+
+def test_codebooks_alone_need_no_features(tokenizer, images, calls):
+    evaluator = TokenizerEvaluator(tokenizer, num_shown=5)
+    assert evaluator.total_usage == {}
+    evaluator.run({"pixel_values": batch} for batch in images.split(4))
+    both = ("pixel", "semantic", False)
+    assert calls == [(4, *both), (4,), (4, *both), (1,), (2, *both)]
+    assert len(evaluator.shown) == 5 and set(evaluator.total_usage) == {"pixel", "semantic"}
+
+
+def test_retrieval_alone_needs_no_pixel_codes(tokenizer, images, calls):
+    captions = {"input_ids": torch.randint(3, 64, (4, 8)), "captions_per_image": [1] * 4}
+    batches = [{"pixel_values": images[:4], **captions}, {"pixel_values": images[4:8], **captions}]
+    evaluator = TokenizerEvaluator(tokenizer, retrieval=RetrievalRecall(ks=(1,)), codebooks=False, num_shown=3)
+    metrics = evaluator.run(batches)
+    assert calls == [(4, "pixel", "semantic", True), (3,), (4, "semantic", True)]
+    assert set(metrics) == {"num_images", "image_to_text_recall_at_1", "text_to_image_recall_at_1"}
+    assert evaluator.total_usage == {}
+    calls.clear()
+    assert TokenizerEvaluator(tokenizer, codebooks=False, num_shown=0).run(batches[:1]) == {"num_images": 4}
+    assert calls == []
+
+
+def test_images_are_resized_bilinearly_to_the_reconstructions(make_tokenizer, images):
+    tokenizer = make_tokenizer(decoder_latent_size=18)
+    evaluator = TokenizerEvaluator(tokenizer, num_shown=2)
+    evaluator.update(images)
+    for image, (shown, made) in zip(images, evaluator.shown):
+        assert made.shape == (3, 36, 36)
+        # Enlarging, PIL's triangle is bilinear interpolation.
+        planes = [np.asarray(Image.fromarray(plane.numpy()).resize((36, 36), Image.BILINEAR)) for plane in image]
+        np.testing.assert_allclose(shown, np.stack(planes), atol=1e-5)
+
+
 def test_evaluator_says_what_is_missing(tokenizer, images):
     with pytest.raises(ValueError, match="RetrievalRecall needs `captions_per_image` with every batch"):
         TokenizerEvaluator(tokenizer, retrieval=RetrievalRecall()).update(images, input_ids=torch.ones(1, 8))
@@ -257,10 +311,28 @@ def test_labels_captions_and_damaged_images():
     assert batch["input_ids"].flatten().tolist() == [ord("a"), ord("b"), ord("d")]
 
 
+def test_other_columns_are_left_alone_and_images_may_be_bytes(tmp_path):
+    table = image_table(2)
+    files = [row["bytes"] for row in table.cast_column("image", datasets.Image(decode=False))["image"]]
+    damaged = [{"bytes": b"none", "path": None}] * 2
+    table = table.add_column("mask", damaged, feature=datasets.Image()).add_column("file", files)
+    assert numbers(ImageBatches(table, PROCESSOR)) == [0, 1]
+    assert numbers(ImageBatches(table, PROCESSOR, image_column="file")) == [0, 1]
+    assert numbers(ImageBatches(table.to_iterable_dataset(), PROCESSOR)) == [0, 1]
+
+
+def test_batches_can_be_sent_to_spawned_workers(siglip_folder):
+    tokenize = text_tokenizer(AutoTokenizer.from_pretrained(siglip_folder), 5)
+    table = image_table(2, text=["a", "a a"])
+    batches = ImageBatches(table, PROCESSOR, caption_column="text", tokenize=tokenize)
+    (batch,) = pickle.loads(pickle.dumps(batches))
+    assert batch["input_ids"].tolist() == [[3, 0, 0, 0, 0], [3, 3, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        ({}, {"label_column": "class"}, "no column 'class'; it has image"),
+        ({}, {"label_column": "class"}, r"no column 'class'; it has \['image'\]"),
         ({}, {"num_samples": 0}, "`num_samples` must be at least 1, got 0"),
         ({}, {"caption_column": "image"}, "`caption_column` needs `tokenize`"),
         ({"label": ["cat"] * 2}, {"label_column": "label"}, "must be integers.*'label' holds 'cat'"),
@@ -280,7 +352,8 @@ def test_report(tmp_path, images):
     pytest.importorskip("matplotlib")
     usage = CodebookUsage(2, 8, shared_codebook=False)
     usage.update(torch.randint(0, 8, (30, 2)))
-    metrics = {"num_images": 10, "psnr": float("inf"), "ssim": 0.5, "text_to_image_recall_at_5": 0.25}
+    metrics = {"num_images": 10, "psnr": float("nan"), "exact_images": 10, "ssim": 0.5}
+    metrics["text_to_image_recall_at_5"] = 0.25
     metrics |= {f"pixel_codebook_{name}": value for name, value in usage.compute().items()}
     metrics["per_depth"] = {f"pixel_codebook_{name}": value for name, value in usage.compute_per_depth().items()}
     shown = list(zip(images[:3], images[:3] * 2))
@@ -300,16 +373,36 @@ def test_report(tmp_path, images):
     assert written["versions"]["torch"] == importlib.metadata.version("torch")
     report = (tmp_path / "out" / "report.md").read_text()
     assert "| SSIM | 0.500 |" in report and "- rfid: no weights" in report and "(codebook_usage.png)" in report
+    assert "| Images reproduced exactly | 10 | left out of PSNR |" in report
     card = yaml.safe_load((tmp_path / "out" / "model_card_metadata.yaml").read_text())
     found = {
         metric["type"]: (result["task"]["type"], metric["value"])
         for result in card["model-index"][0]["results"]
         for metric in result["metrics"]
     }
-    assert found["ssim"] == ("image-to-image", 0.5) and "psnr" not in found
+    assert found["ssim"] == ("image-to-image", 0.5) and not {"psnr", "exact_images"} & set(found)
     assert found["text_to_image_recall_at_5"] == ("image-text-retrieval", 0.25)
     assert card["model-index"][0]["name"] == "tokenizer"
     assert Image.open(tmp_path / "out" / "codebook_usage.png").width > 300
+
+
+def test_report_without_matplotlib(tmp_path, images, monkeypatch):
+    for name in ("matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))):
+        monkeypatch.setitem(sys.modules, name, None)
+    usage = CodebookUsage(1, 4)
+    usage.update(torch.tensor([[1], [2]]))
+    (tmp_path / "codebook_usage.png").write_text("of an earlier run")
+    metrics = {"num_images": 1, "pixel_codebook_usage": 0.5, "per_depth": {"pixel_codebook_usage": [0.5]}}
+    arguments = {"model": "tokenizer", "data": {"source": "pictures"}, "shown": [(images[0], images[1])]}
+    results = write_report(tmp_path, metrics, usages={"pixel": usage}, **arguments)
+    assert "picture of codebook usage needs 'matplotlib'" in results["skipped"]["codebook_usage.png"]
+    assert results["metrics"]["pixel_codebook_usage"] == 0.5
+    # Only what was measured is explained.
+    assert set(results["conventions"]) == {"images", "codebook"}
+    report = (tmp_path / "report.md").read_text()
+    assert "(codebook_usage.png)" not in report and "| 1 | 0.5000 |" in report and "matplotlib" in report
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"metrics.json", "report.md", "model_card_metadata.yaml", "reconstructions.png"}
 
 
 def test_grid_holds_the_pixels_themselves(images):
@@ -385,6 +478,39 @@ def test_script_measures_what_it_can(script, folder, tmp_path, monkeypatch):
     }
     with pytest.raises(MetricUnavailableError, match="PSNR|reconstructions"):
         script.main([*common, "--metrics", "psnr"])
+
+
+def test_script_reads_labels_from_any_source(script, folder, tmp_path, monkeypatch):
+    def load(source, split="train", streaming=False, column="label"):
+        arguments = script.EvaluationArguments("m", str(source), "o", label_column=column, split=split)
+        arguments.streaming = streaming
+        return script.load_rows(arguments)
+
+    for number in range(5):
+        name = "even" if number % 2 == 0 else "odd"
+        (tmp_path / "classes" / name).mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").rename(tmp_path / "classes" / name / f"{number}.png")
+    table = image_table(3, label=[1, 0, 1]).cast_column("label", datasets.ClassLabel(names=["even", "odd"]))
+    table.to_parquet(tmp_path / "table.parquet")
+    datasets.DatasetDict({"test": table}).save_to_disk(tmp_path / "saved")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source, split, labels in (
+        ("~/classes", "train", [0, 0, 0, 1, 1]),
+        (tmp_path / "classes" / "*" / "*.png", "train", [0, 0, 0, 1, 1]),
+        (tmp_path / "table.parquet", "train", [1, 0, 1]),
+        (tmp_path / "saved", "test", [1, 0, 1]),
+    ):
+        for streaming in (False, True):
+            rows = load(source, split, streaming)
+            assert isinstance(rows, datasets.IterableDataset) == streaming
+            assert sorted(rows.column_names) == ["image", "label"]
+            assert rows.features["label"].names == ["even", "odd"]
+            assert [row["label"] for row in rows] == labels
+            assert len(numbers(ImageBatches(rows, PROCESSOR, label_column="label"))) == len(labels)
+    with pytest.raises(ValueError, match="has no split 'train'; it has .*'test'"):
+        load(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no column 'class'"):
+        load(tmp_path / "table.parquet", column="class")
 
 
 def test_script_reads_class_names(script, tmp_path):

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import tiny_tokenizer_config
 from torch import nn
 
+from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.evaluation import (
     MetricUnavailableError,
     ReconstructionMetrics,
@@ -205,15 +207,27 @@ def test_inception_from_the_usual_cache_only(inception_weights, monkeypatch, tmp
     assert metric.weights_sha256 == hashlib.sha256(inception_weights.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("content", ["text", "tensors"])
+@pytest.mark.parametrize("content", ["text", "nothing", "tensors", "list", "cut off"])
 def test_inception_weights_that_are_none(tmp_path, content):
     path = tmp_path / "weights.pth"
+    torch.save([torch.zeros(2)] if content == "list" else {"weight": torch.zeros(2)}, path)
     if content == "text":
         path.write_text("an error page")
-    else:
-        torch.save({"weight": torch.zeros(2)}, path)
+    elif content == "nothing":
+        path.write_bytes(b"")
+    elif content == "cut off":
+        path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="weights.pth does not hold the weights of torch-fidelity's Inception"):
         fid_metric(weights=path)
+
+
+def test_other_failures_are_not_blamed_on_the_weights(inception_weights, monkeypatch):
+    def fail(*args, **kwargs):
+        raise MemoryError("too little")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(MemoryError, match="too little"):
+        fid_metric(weights=inception_weights)
 
 
 def test_lpips_is_the_packages(tmp_path):
@@ -256,8 +270,11 @@ def tokenize(texts: list[str]) -> torch.LongTensor:
     return torch.tensor([[3 + (sum(map(ord, text)) * (place + 1)) % 61 for place in range(8)] for text in texts])
 
 
+NAMES = ["cat", "dog", "a long name", "tree", "house", "sea"]
+
+
 def test_classifier_is_the_mean_of_80_templates(tokenizer):
-    names = ["cat", "dog", "a long name", "tree"]
+    names = NAMES[:4]
     assert len(open_clip.OPENAI_IMAGENET_TEMPLATES) == 80
     classifier = zero_shot_classifier(tokenizer, tokenize, names, classes_per_batch=3)
     for index, name in enumerate(names):
@@ -305,9 +322,16 @@ def load_metric(name: str):
 
 def test_image_modules(tmp_path, monkeypatch):
     images, made = pictures(4, 24, 20), disturbed(pictures(4, 24, 20))
-    for name, function in (("psnr", psnr_per_image), ("ssim", ssim_per_image)):
-        result = load_metric(name).compute(predictions=made, references=images)
-        assert result == {name: pytest.approx(float(function(made, images).mean()))}
+    # What the evaluator measures: clamped, and without an image that is exact.
+    made[1] = images[1]
+    beyond = made.where(made < 1, 3)
+    result = load_metric("psnr").compute(predictions=beyond, references=images)
+    assert result == {
+        "psnr": pytest.approx(float(psnr_per_image(made, images)[[0, 2, 3]].mean())),
+        "exact_images": 1,
+    }
+    result = load_metric("ssim").compute(predictions=beyond, references=images)
+    assert result == {"ssim": pytest.approx(float(ssim_per_image(made, images).mean()))}
     distance = nn.PairwiseDistance()
     result = load_metric("lpips").compute(predictions=made, references=images, network=distance)
     assert result["lpips"] == pytest.approx(float(2 * distance(made, images).mean()), rel=1e-4)
@@ -319,10 +343,30 @@ def test_image_modules(tmp_path, monkeypatch):
     assert module.compute(feature=Features())["rfid"] == pytest.approx(metrics.compute()["rfid"], abs=1e-4)
 
 
+def test_image_modules_go_through_their_images_in_batches(monkeypatch):
+    sizes, update = [], ReconstructionMetrics.update
+
+    def count(self, reconstruction, images):
+        sizes.append(len(images))
+        update(self, reconstruction, images)
+
+    monkeypatch.setattr(ReconstructionMetrics, "update", count)
+    images = pictures(70, 12, 11)
+    result = load_metric("ssim").compute(predictions=disturbed(images), references=images)
+    assert sizes == [32, 32, 6]
+    assert result == {"ssim": pytest.approx(float(ssim_per_image(disturbed(images), images).mean()))}
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]; a reference goes from 0.0 to 255.0"):
+        load_metric("psnr").compute(predictions=images[:1], references=255 * images[:1].round())
+    with pytest.raises(ValueError, match="`predictions` and `references` are empty"):
+        load_metric("psnr").compute(predictions=[], references=[])
+
+
 def test_other_modules():
     codes = torch.tensor([[[[0, 1], [0, 2]]], [[[3, 1], [0, 1]]]])
     result = load_metric("codebook_usage").compute(predictions=codes, codebook_size=8)
     assert result["usage"] == 0.5 and result["per_depth"]["usage"] == [0.25, 0.25]
+    with pytest.raises(ValueError, match="`predictions` is empty"):
+        load_metric("codebook_usage").compute(predictions=[], codebook_size=8)
     embeds = torch.eye(4)
     result = load_metric("retrieval_recall").compute(
         predictions=3 * embeds, references=[embeds[[0, 1]], embeds[[2]], embeds[[2]], embeds[[3]]], ks=[1]
@@ -389,16 +433,21 @@ WORKER = """
 import json, sys, torch, torchvision_shim
 import torch.distributed as dist
 from pathlib import Path
-from test_evaluation_extras import Features, disturbed, pictures
-from transformers_dualtoken.evaluation import CodebookUsage, ReconstructionMetrics, RetrievalRecall, fid_metric
+from test_evaluation_extras import NAMES, Features, disturbed, pictures, tokenize
+from tiny_models import tiny_tokenizer_config
+from transformers_dualtoken import DualTokenVisionTokenizer
+from transformers_dualtoken.evaluation import (
+    CodebookUsage, ReconstructionMetrics, RetrievalRecall, fid_metric, zero_shot_classifier
+)
 
 dist.init_process_group("gloo")
 rank, results = dist.get_rank(), []
 images, made = pictures(9) * 2 - 1, disturbed(pictures(9)) * 2 - 1
 codes = torch.arange(9 * 8).view(9, 4, 2) % 13
 embeds = torch.nn.functional.normalize(images.flatten(1), dim=-1), torch.nn.functional.normalize(made.flatten(1), dim=-1)
-# Uneven shares, everything on one process, and all of it once more on the other.
-for own in ([0, 1, 2, 3, 4, 5] if rank == 0 else [6, 7, 8]), (list(range(9)) if rank == 0 else []):
+# Uneven shares, then everything on one process.
+for shares in ([0, 1, 2, 3, 4, 5], [6, 7, 8], []), (list(range(9)), [], []):
+    own = shares[rank]
     reconstruction = ReconstructionMetrics(("psnr", "ssim", "rfid"), fid=fid_metric(Features()))
     usage, recall = CodebookUsage(2, 16), RetrievalRecall(ks=(1, 3))
     if own:
@@ -406,7 +455,14 @@ for own in ([0, 1, 2, 3, 4, 5] if rank == 0 else [6, 7, 8]), (list(range(9)) if 
         usage.update(codes[own])
         recall.update(embeds[0][own], embeds[1][own], [1] * len(own))
     results.append({**reconstruction.compute(), **usage.reduce().compute(), **recall.compute()})
-Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(results))
+torch.manual_seed(0)
+model, seen = DualTokenVisionTokenizer(tiny_tokenizer_config()).eval(), []
+# As many classes for everyone, unequally many, and fewer classes than processes.
+classifiers = [
+    zero_shot_classifier(model, lambda texts: seen.append(len(texts)) or tokenize(texts), NAMES[:count]).tolist()
+    for count in (6, 5, 2)
+]
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps([results, classifiers, seen]))
 dist.barrier()
 dist.destroy_process_group()
 """
@@ -415,16 +471,23 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_metrics_add_up_over_processes(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
     subprocess.run([*command, str(tmp_path / "worker.py"), str(tmp_path)], env=environment, check=True, timeout=300)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    uneven, alone = first
+    results, classifiers, seen = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)))
+    assert results[0] == results[1] == results[2] and classifiers[0] == classifiers[1] == classifiers[2]
+    # Of 80 sentences a class, nobody embeds another's.
+    assert seen == ([160, 160, 80], [160, 160, 80], [160, 80])
+    torch.manual_seed(0)
+    model = DualTokenVisionTokenizer(tiny_tokenizer_config()).eval()
+    for count, classifier in zip((6, 5, 2), classifiers[0]):
+        expected = zero_shot_classifier(model, tokenize, NAMES[:count])
+        torch.testing.assert_close(torch.tensor(classifier), expected, atol=1e-5, rtol=1e-4)
+    uneven, alone = results[0]
     assert uneven == pytest.approx(alone, rel=1e-4)
     images, made = pictures(9) * 2 - 1, disturbed(pictures(9)) * 2 - 1
     here = ReconstructionMetrics(("psnr", "ssim", "rfid"), fid=fid_metric(Features()))

@@ -4,23 +4,28 @@ import io
 import json
 import random
 import tarfile
+import threading
 import warnings
 import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import Mock
 
+import aiohttp
 import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import EpsImagePlugin, Image, ImageFile
 from torch.utils.data import DataLoader
 
 from transformers_dualtoken import DualTokenImageProcessorPil
-from transformers_dualtoken.training import image_reading
-from transformers_dualtoken.training.image_data import DualTokenImageDataset, collate_images, load_image_dataset
+from transformers_dualtoken.training import image_reading, image_sources
+from transformers_dualtoken.training.image_data import DualTokenImageDataset, collate_images
 from transformers_dualtoken.training.image_reading import ImagePreparation, UnreadableImageError, read_image
+from transformers_dualtoken.training.image_sources import load_image_dataset, undecoded
 from transformers_dualtoken.training.image_stream import DualTokenImageStream, StreamProgress
 
 
@@ -193,6 +198,7 @@ def unreadable_images() -> dict[str, tuple]:
         "bomb": (of_size(60_000), "too many pixels"),
         "large": (of_size(10_000), "too many pixels"),
         "nothing": (None, "no image"),
+        "postscript": (encoded(noise(0), "EPS"), "PostScript"),
     }
 
 
@@ -270,6 +276,64 @@ def test_reduced_decoding_is_seen_as_the_full_image():
     assert torch.equal(exact, processor(images=read_image(value), return_tensors="pt").pixel_values[0])
 
 
+def test_postscript_is_never_run(monkeypatch):
+    def start(*arguments, **options):
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", start)
+    data = encoded(noise(0), "EPS")
+    for value in ({"bytes": data, "path": "photograph.jpg"}, Image.open(io.BytesIO(data))):
+        with pytest.raises(UnreadableImageError, match="it is PostScript, a program and no image"):
+            read_image(value, 8, 2.0)
+
+
+def test_faults_of_the_network_are_not_the_images(image_processor):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status = {"/good.png": 200, "/gone.png": 404}.get(self.path, 500)
+            data = flat(7) if status == 200 else b"an error page"
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        rows = datasets.Dataset.from_dict({"image": [f"{address}/{name}.png" for name in ("good", "gone", "fault")]})
+        images = DualTokenImageDataset(rows, image_processor)
+        assert numbers(images[0]["pixel_values"][None]) == [7]
+        with pytest.raises(UnreadableImageError, match="no file at this URL .*/gone.png"):
+            read_image(f"{address}/gone.png")
+        with pytest.raises(aiohttp.ClientResponseError, match="500"):
+            images[2]
+        server.shutdown()
+    with pytest.raises(aiohttp.ClientConnectionError):  # nobody listens any more
+        images[0]
+
+
+@pytest.mark.parametrize("resize_mode", ["center_crop", "pad"])
+def test_crop_of_a_large_picture_is_seen_as_at_full_size(resize_mode):
+    photograph = noise(0, (12, 9)).resize((640, 480), Image.Resampling.BICUBIC)
+    processor = DualTokenImageProcessorPil(size=32, resize_mode=resize_mode)
+    sizes = []
+
+    def processed(images, **options):
+        sizes.append(images.size)
+        return processor(images=images, **options)
+
+    reduced, full = (ImagePreparation(processor, reducing_gap=gap) for gap in (2.0, None))
+    for preparation in (reduced, full):
+        preparation.image_processor = Mock(side_effect=processed, resize_mode=resize_mode)
+    difference = (reduced(photograph, "seed") - full(photograph, "seed")).abs()
+    assert sizes == [(86, 64), (640, 480)] and difference.mean() < 0.01
+
+
 # The table
 
 
@@ -285,7 +349,7 @@ def test_unreadable_images_are_replaced_counted_and_logged_once(image_processor,
         images.set_epoch(epoch)
         batch = collate_images([images[index] for index in range(len(images))])
         assert numbers(batch["pixel_values"]) == [10] + [20] * (len(broken) + 1) + [10]
-        assert batch["num_skipped"].tolist() == [sum(range(len(broken) + 1)) + 1]
+        assert batch["num_skipped"].tolist() == [len(broken) + 1]
         assert batch["num_skipped"].dtype == torch.int64 and "stream_position" not in batch
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(set(messages)) == len(broken) + 1
@@ -330,6 +394,21 @@ def test_paths_bytes_formats_and_transforms(image_processor, tmp_path):
             {"label": [0]}, features=datasets.Features({"label": datasets.ClassLabel(names=["a"])})
         )
         DualTokenImageDataset(labels, image_processor, image_column="label")
+
+
+@pytest.mark.parametrize("keep", [(), ("text", "image")])
+def test_other_columns_are_dropped_before_they_are_decoded(keep):
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "other": datasets.Image()}
+    )
+    rows = datasets.Dataset.from_dict({"other": [b"no image"], "text": ["a"], "image": [flat(1)]}, features=features)
+    for dataset in (rows, rows.to_iterable_dataset()):
+        dataset = undecoded(dataset, "image", keep)
+        assert dataset.column_names == ["image", *keep[:1]]
+        (row,) = dataset
+        assert row == {"image": {"bytes": flat(1), "path": None}, **({"text": "a"} if keep else {})}
+    with pytest.raises(ValueError, match=r"no column 'label'; it has \['other', 'text', 'image'\]"):
+        undecoded(rows, "image", ["label"])
 
 
 # Sources
@@ -384,6 +463,138 @@ def test_key_of_a_webdataset_can_be_chosen(tmp_path):
     assert {read_image(row["seg.png"]).getpixel((0, 0))[0] for row in dataset} == {255}
 
 
+def test_sample_of_a_webdataset_with_two_images_needs_a_choice(tmp_path):
+    files = {"0.png": flat(1), "1.jpg": flat(2), "1.png": flat(3)}
+    path = write_tar(tmp_path / "a.tar", files)
+    message = r"sample '1' of the webdataset shard .*a.tar' has 2 images, with the keys \['jpg', 'png'\]. Say which"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            list(load_image_dataset(path, streaming=streaming))
+    chosen = load_image_dataset(path, image_column="png")
+    assert [read_image(row["png"]).getpixel((0, 0))[0] for row in chosen] == [1, 3]
+
+
+def test_columns_to_keep(tmp_path):
+    """With what `datasets` makes of the same files."""
+    for label, number in (("cat", 1), ("dog", 2)):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        (tmp_path / "images" / label / "0.png").write_bytes(flat(number))
+    write_tar(tmp_path / "tars" / "0.tar", {"0.png": flat(1), "0.cls": b"0", "1.png": flat(2), "1.cls": b"1"})
+    values = [{"bytes": flat(number), "path": None} for number in (1, 2)]
+    (tmp_path / "parquet").mkdir()
+    pq.write_table(pa.table({"label": [0, 1], "more": [0, 0], "image": values}), tmp_path / "parquet" / "0.parquet")
+    datasets.Dataset.from_parquet(str(tmp_path / "parquet" / "0.parquet")).save_to_disk(tmp_path / "saved")
+    for source in ("images", "tars", "tars/*.tar", "parquet", "parquet/0.parquet", "saved"):
+        column = "cls" if source.startswith("tars") else "label"
+        for streaming in (False, True):
+            dataset = load_image_dataset(f"{tmp_path}/{source}", streaming=streaming, keep_columns=[column])
+            assert dataset.column_names == ["image", column] and dataset.features["image"].decode is False
+            rows = [(read_image(row["image"]).getpixel((0, 0))[0], int(row[column])) for row in dataset]
+            assert rows == [(1, 0), (2, 1)], (source, streaming)
+    with pytest.raises(ValueError, match="no column 'caption'; it has"):
+        load_image_dataset(tmp_path / "images", keep_columns=["caption"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="nothing at .*empty' that `datasets` can read"):
+        load_image_dataset(tmp_path / "empty", keep_columns=["label"])
+
+
+@pytest.mark.parametrize("values", [[1, 2], [[1, 2], [3]], [{"a": 1}], [{"bytes": 1}], [{"path": {"bytes": b""}}]])
+def test_parquet_column_of_another_type(tmp_path, values):
+    pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="'image' of the parquet file .*a.parquet' must hold images .*, got "):
+            load_image_dataset(tmp_path, streaming=streaming)
+
+
+def test_parquet_columns_that_hold_images(tmp_path):
+    (tmp_path / "a.png").write_bytes(flat(1))
+    path, data = str(tmp_path / "a.png"), flat(1)
+    columns = [[path], [data], [{"path": path}], [{"bytes": data}], pa.array([data], pa.large_binary())]
+    for values in columns:
+        pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
+        for streaming in (False, True):
+            assert loaded_numbers(load_image_dataset(tmp_path / "a.parquet", streaming=streaming)) == [1]
+    table(Image.open(path)).to_parquet(tmp_path / "a.parquet")  # which writes down that it is an image
+    assert loaded_numbers(load_image_dataset(tmp_path / "a.parquet")) == [1]
+
+
+def test_links_in_a_circle_do_not_multiply_images(tmp_path):
+    for name, number in (("b", 1), ("c", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(flat(number))
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "c" / "again").symlink_to(tmp_path / "c")
+    elsewhere = tmp_path.parent / f"{tmp_path.name} elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "0.png").write_bytes(flat(3))
+    (tmp_path / "d").symlink_to(elsewhere)
+    dataset = load_image_dataset(tmp_path)
+    assert [row["image"]["path"] for row in dataset] == [str(tmp_path / name / "0.png") for name in "bcd"]
+
+
+def bomb(kind: str, path: Path) -> Path:
+    """A small shard whose second image would take more memory than it has bytes, or than it may."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(3):
+            member = tarfile.TarInfo(f"{number}.png")
+            data = encoded(noise(0)) if number == 1 else flat(number)
+            member.size = len(data)
+            if number == 1 and kind == "sparse":
+                # The size of the real file stands behind the map of its parts, of which there is none.
+                member.type, member.size = tarfile.GNUTYPE_SPARSE, 0
+                header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+                header[483:495] = tarfile.itn(2**20, 12, tarfile.GNU_FORMAT)
+                header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]
+                tar.fileobj.write(header)
+                tar.offset += len(header)
+                continue
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["sparse", "large"])
+def test_tar_bomb_is_an_unreadable_image(tmp_path, monkeypatch, caplog, kind):
+    path = bomb(kind, tmp_path / "a.tar")
+    if kind == "large":
+        monkeypatch.setattr(image_sources, "MAX_FILE_BYTES", len(encoded(noise(0))) - 1)
+    rows = list(load_image_dataset(path, streaming=True))
+    assert [row["image"]["path"] for row in rows] == [f"{path}/{number}.png" for number in range(3)]
+    assert [bool(row["image"]["bytes"]) for row in rows] == [True, False, True]
+    size = 2**20 if kind == "sparse" else len(encoded(noise(0)))
+    kind = "sparse file" if kind == "sparse" else "file"
+    assert f"a.tar/1.png is a {kind} of {size:,} bytes and counts as an empty one" in caplog.text
+
+
+def test_hard_links_of_a_shard_are_images(tmp_path):
+    def link(name, target):
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname = tarfile.LNKTYPE, target
+        return member
+
+    path = write_tar(tmp_path / "a.tar", {"0.png": flat(1), "1.png": flat(2)})
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link("2.png", "0.png"))
+        tar.addfile(link("3.png", "1.png"))
+    assert loaded_numbers(load_image_dataset(path)) == loaded_numbers(load_image_dataset(path, streaming=True))
+    assert loaded_numbers(load_image_dataset(path)) == [1, 1, 2, 2]
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(link("4.png", "gone.png"))
+    with pytest.raises(ValueError, match="a.tar' cannot be read, .*'4.png' is a link to 'gone.png', which is not in"):
+        load_image_dataset(path)
+
+
+def test_streamed_folder_does_not_begin_with_one_class(tmp_path):
+    """A stream shuffles within blocks only."""
+    for number in range(40):
+        path = tmp_path / f"class {number // 10}" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(flat(number))
+    orders = [[row["image"]["path"] for row in load_image_dataset(tmp_path, streaming=True)] for _ in range(2)]
+    assert orders[0] == orders[1] != sorted(orders[0]) and len(set(orders[0])) == 40
+    assert len({Path(path).parent for path in orders[0][:10]}) > 1
+    assert [row["image"]["path"] for row in load_image_dataset(tmp_path)] == sorted(orders[0])
+
+
 def test_changed_shards_are_read_again(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"0.png": flat(1)})
     assert loaded_numbers(load_image_dataset(path)) == [1]
@@ -400,7 +611,7 @@ def test_file_in_the_working_folder_is_not_taken_for_an_image_of_a_shard(tmp_pat
         assert loaded_numbers(load_image_dataset(tmp_path / name, streaming=True)) == [1]
 
 
-def test_splits_of_a_folder(tmp_path):
+def test_splits_of_a_folder(tmp_path, caplog):
     for place, number in (("train/0.png", 1), ("val/test/0.png", 2), ("0.png", 3), ("bus/test.png", 4)):
         path = tmp_path / "images" / place
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -412,6 +623,12 @@ def test_splits_of_a_folder(tmp_path):
     for folder, splits in expected.items():
         for split, values in splits.items():
             assert loaded_numbers(load_image_dataset(tmp_path / folder, split=split, streaming=True)) == values
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 6  # one for each
+    assert f"3 files of '{tmp_path}/images' are taken as the split 'train'; left out: 1 of the split" in messages[0]
+    assert messages[3].endswith("split 'train'; left out: 1 of the split 'test', 1 of the split 'validation'.")
+    load_image_dataset(f"{tmp_path}/shards/*.tar")  # taken whole
+    assert len(caplog.records) == 6
     with pytest.raises(ValueError, match=r"no split 'test'; its files belong to \['train', 'validation'\]"):
         load_image_dataset(tmp_path / "images", split="test")
 
@@ -567,6 +784,41 @@ def test_epochs_differ_in_order_and_crop(tmp_path, image_processor):
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
+def shards_of(images, num_shards) -> datasets.IterableDataset:
+    return datasets.Dataset.from_dict({"image": images}).to_iterable_dataset(num_shards=num_shards)
+
+
+def test_epochs_differ_in_the_order_of_shards(image_processor):
+    """Without the shuffling within blocks; by the seed, too."""
+    orders = []
+    for seed in (0, 1):
+        dataset = shards_of([flat(n) for n in range(16)], 8)
+        stream = iter(stream_of(dataset, image_processor, seed=seed, shuffle_buffer_size=1))
+        shown = numbers(torch.stack([next(stream)["pixel_values"] for _ in range(48)]))
+        for start in (0, 16, 32):
+            pairs = list(zip(shown[start : start + 16 : 2], shown[start + 1 : start + 16 : 2]))
+            assert sorted(pairs) == [(n, n + 1) for n in range(0, 16, 2)]  # shards are read as they are
+            orders.append(tuple(pairs))
+    assert len(set(orders)) == 6
+
+
+@pytest.mark.parametrize("num_shards", [1, 3, 9])
+def test_reader_gets_other_images_in_the_next_epoch(image_processor, num_shards):
+    dataset = shards_of([flat(n) for n in range(18)], num_shards)
+    parts = {}
+    for rank in range(2):
+        options = {"rank": rank, "world_size": 2, "repeat": True}
+        for sample in stream_of(dataset, image_processor, **options):
+            epoch = sample["stream_position"]["epoch"]
+            if epoch == 2:
+                break
+            parts.setdefault((rank, epoch), []).extend(numbers(sample["pixel_values"][None]))
+    for epoch in range(2):
+        assert sorted(parts[0, epoch] + parts[1, epoch]) == list(range(18))
+    for rank in range(2):
+        assert set(parts[rank, 0]) != set(parts[rank, 1])
+
+
 def test_stream_leaves_the_global_generators_alone(tmp_path, image_processor):
     stream = iter(stream_of(sources(tmp_path)["five tars"], image_processor))
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
@@ -673,6 +925,8 @@ def test_position_of_another_stream_is_refused(tmp_path, image_processor):
     for name, value in (("seed", 1), ("shuffle_buffer_size", 5), ("world_size", 2)):
         with pytest.raises(ValueError, match=f"saved with {name} = . and cannot go on with {name} = {value}"):
             stream_of(dataset, image_processor, **{name: value}).load_state_dict(state)
+    with pytest.raises(ValueError, match="saved with num_shards = 5 and .* = 3. Resume .*, and with the same data"):
+        stream_of(sources(tmp_path)["three arrow shards"], image_processor).load_state_dict(state)
     with pytest.raises(ValueError, match="saved with rank = 0 and cannot go on with rank = 1"):
         stream = stream_of(dataset, image_processor, rank=1, world_size=2)
         stream.load_state_dict({**state, "positions": {"0": {**state["positions"]["0"], "world_size": 2}}})
@@ -691,3 +945,27 @@ def test_missing_column_of_a_stream_is_named(image_processor):
     mapped = table(noise(0)).to_iterable_dataset().map(lambda row: {**row, "more": 1})
     with pytest.raises(ValueError, match=r"no column 'picture'; it has \['image', 'more'\]"):
         stream_of(mapped, image_processor, image_column="picture")
+
+
+def test_mapped_stream_without_features(image_processor):
+    """`datasets` does not know what a function returns; here decoded images."""
+    dataset = table(*[Image.open(io.BytesIO(flat(n))) for n in range(8)]).to_iterable_dataset(num_shards=2)
+    mapped = dataset.map(lambda row: {**row, "more": 1})
+    assert mapped.features is None
+    stream = stream_of(mapped, image_processor, repeat=False)
+    assert sorted(numbers(torch.stack([sample["pixel_values"] for sample in stream]))) == list(range(8))
+    (row, *_) = undecoded(mapped, "image", ["more"])
+    assert set(row) == {"image", "more"}
+
+
+def test_workers_that_live_on_see_the_new_epoch():
+    dataset = DualTokenImageDataset(
+        table(*(noise(index, (40, 30)) for index in range(4))), DualTokenImageProcessorPil(size=24)
+    )
+    loader = DataLoader(dataset, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=collate_images)
+    epochs = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        epochs.append([batch["pixel_values"] for batch in loader])
+    expected = torch.stack([dataset[index]["pixel_values"] for index in range(4)])
+    assert torch.equal(torch.cat(epochs[1]), expected) and not torch.equal(torch.cat(epochs[0]), expected)

@@ -111,7 +111,7 @@ def test_layouts_against_a_plain_step(tmp_path, layout, semantic_weight):
     for name, wanted in expected.items():
         # Most gradients of an untrained decoder are what is left of large numbers that cancel.
         limit = 2e-2 if name.startswith(("grad/", "after/")) else 1e-3 if "after" in name else 1e-4
-        assert distance(actual[name], wanted) < limit or (actual[name] - wanted).norm() < 1e-5, name
+        assert distance(actual[name], wanted) < limit or (actual[name] - wanted).norm() < 1e-4, name
     for kind in ("grad", "after"):
         names = [name for name in expected if name.startswith(f"{kind}/")]
         whole = [torch.cat([tensors[name].flatten() for name in names]) for tensors in (actual, expected)]

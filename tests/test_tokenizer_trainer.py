@@ -135,7 +135,7 @@ def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstru
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeypatch, checkpointing):
+def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, checkpointing):
     """
     The naive step: one graph of everything, with the adaptive weight from two extra differentiations. In float64: many
     gradients of an untrained decoder are what is left of large numbers that cancel.
@@ -154,10 +154,11 @@ def test_gradients_are_those_of_the_plain_total(siglip_folder, tmp_path, monkeyp
         model.quantizer(kind).frozen = True
     pixel_values = torch.stack([item["pixel_values"] for item in pixel_items().items]).double()
 
-    loss = trainer.compute_loss(model, {"pixel_values": pixel_values})
+    with trainer._watch_last_layer():
+        loss = trainer.compute_loss(model, {"pixel_values": pixel_values})
     loss.backward()
     fast = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    logged = {name: float(value) for name, value in trainer._term_sums.items()}
+    logged = {name: float(value) for name, value in trainer._terms.items()}
     model.zero_grad()
 
     output = model(pixel_values)
@@ -279,6 +280,7 @@ def test_vectors_are_not_decayed(siglip_folder, tmp_path):
         ({"loss_weights": {"reconstruction_mse": 0, "perceptual": 0}}, "give one of them a weight"),
         ({"discriminator_loss": "vanilla"}, "must be one of leaky_hinge, hinge, got 'vanilla'"),
         ({"weight_average_decay": 1.0}, "`weight_average_decay` must lie between 0 and 1, got 1.0"),
+        ({"discriminator_learning_rate": 0.0}, "`discriminator_learning_rate` must be above 0, got 0.0"),
         ({"grid_steps": 0}, "`grid_steps` must be at least 1, got 0"),
         ({"discriminator_start_step": -1}, "`discriminator_start_step` must be at least 0, got -1"),
     ],
@@ -298,20 +300,36 @@ def test_loss_weights_from_text_and_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("setting", "value", "message"),
     [
-        ({"fp16": True}, "use `bf16`"),
-        ({"fsdp": "full_shard"}, "trains with DDP"),
-        ({"deepspeed": {}}, "trains with DDP"),
+        ("is_fsdp_enabled", True, "trains with DDP"),
+        ("is_deepspeed_enabled", True, "trains with DDP"),
+        ("accelerator.state._mixed_precision", "fp16", "use `bf16`"),
     ],
 )
-def test_unsuitable_arguments_are_refused(siglip_folder, tmp_path, arguments, message):
-    args = TrainingArguments(str(tmp_path), **quiet())
-    for name, value in arguments.items():
-        setattr(args, name, value)
-    model = DualTokenVisionTokenizer.from_siglip_pretrained(siglip_folder, **TOKENIZER_FIELDS)
-    with pytest.raises(ValueError, match=message):
-        DualTokenVisionTokenizerTrainer(model, args, recipe=DualTokenVisionTokenizerRecipe(loss_weights=PLAIN))
+def test_unsuitable_engines_are_refused(siglip_folder, tmp_path, setting, value, message):
+    """Whoever asked for them: `TrainingArguments` or the settings of `accelerate launch`."""
+    trainer = tokenizer_trainer(siglip_folder, tmp_path)
+    *path, name = setting.split(".")
+    holder = trainer
+    for part in path:
+        holder = getattr(holder, part)
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        with pytest.raises(ValueError, match=message):
+            trainer._check_engine()
+    finally:
+        setattr(holder, name, before)
+
+
+def test_foreign_streams_are_refused(siglip_folder, tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(pixel_items().items)
+
+    with pytest.raises(ValueError, match="must be a DualTokenImageStream.*got Stream"):
+        tokenizer_trainer(siglip_folder, tmp_path, dataset=Stream())
 
 
 def test_missing_teacher_is_named(siglip_folder, tmp_path):
@@ -323,7 +341,9 @@ def test_missing_teacher_is_named(siglip_folder, tmp_path):
 
 def test_missing_lpips_is_named(siglip_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(ImportError, match=r"transformers-dualtoken\[perceptual\].*set its loss weight to 0"):
+    with pytest.raises(
+        ImportError, match=r"transformers-dualtoken\[perceptual\].*set the weight of the perceptual term to 0"
+    ):
         tokenizer_trainer(siglip_folder, tmp_path, {"generator": 0})
 
 
@@ -348,23 +368,59 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(siglip_fo
     assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
-def test_broken_weights_are_not_saved(siglip_folder, tmp_path):
+@pytest.mark.parametrize("part", ["decoder.conv_out", "discriminator.main.5"])
+def test_broken_weights_are_not_saved(siglip_folder, tmp_path, part):
     class Poison(TrainerCallback):
         """As if the optimizer's step had gone wrong right before a checkpoint."""
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 4:
-                model.decoder.conv_out.bias.data.fill_(math.inf)
+                broken = trainer.adversary.discriminator.main[5] if "discriminator" in part else model.decoder.conv_out
+                broken.bias.data.fill_(math.inf)
 
-    trainer = tokenizer_trainer(
+    trainer = adversarial_trainer(
         siglip_folder, tmp_path, dataset=pixel_items(), max_steps=6, save_strategy="steps", save_steps=2
     )
     trainer.add_callback(Poison())
-    with pytest.raises(
-        FloatingPointError, match="before its checkpoint was written: 1 weights.*decoder.conv_out.bias"
-    ):
+    with pytest.raises(FloatingPointError, match=f"before its checkpoint was written: 1 weights.*{part}.bias"):
         trainer.train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_stages_on_one_model(siglip_folder, tmp_path):
+    """What an earlier stage held still moves again; no hook and no trainer stays behind on the model."""
+    first = tokenizer_trainer(siglip_folder, tmp_path, {}, pixel_items(), stage=2)
+    first.train()
+    second = DualTokenVisionTokenizerTrainer(
+        first.model,
+        TrainingArguments(str(tmp_path), **quiet(max_steps=1, per_device_train_batch_size=2)),
+        teacher=first.teacher,
+        recipe=DualTokenVisionTokenizerRecipe(loss_weights=ADVERSARIAL, **ADVERSARY),
+        train_dataset=pixel_items(),
+        data_collator=collate_images,
+    )
+    before = state_of(second.model)
+    second.train()
+    moved = changed(before, state_of(second.model))
+    assert {"decoder.conv_out.weight", "pixel_quantizer.codebook.embeddings"} <= moved
+    assert not second.model.decoder.conv_out._forward_pre_hooks and second._last_input is None
+
+
+@pytest.mark.parametrize(
+    ("off", "still"),
+    [
+        (("pooler_mse", "pooler_cosine"), ("siglip.vision_model.encoder.layers.3.", "siglip.vision_model.head.")),
+        (("reconstruction_mse",), ("decoder.", "pixel_up_proj.", "post_quantizer_block.")),
+        (("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine"), ("semantic_up_proj.",)),
+    ],
+)
+def test_every_trained_parameter_is_reached(siglip_folder, tmp_path, off, still):
+    """DDP is told so in the recipes at full size, and would fail at the second step otherwise."""
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, {**PLAIN, **dict.fromkeys(off, 0)}, pixel_items())
+    trainer.compute_loss(trainer.model.train(), collate_images(pixel_items(2).items)).backward()
+    for name, parameter in trainer.model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert not (name.startswith(still) and parameter.requires_grad), name
 
 
 # The discriminator
@@ -401,7 +457,8 @@ def test_discriminator_losses_by_hand():
 def test_discriminator_learns_and_the_generator_leaves_it_alone(siglip_folder, tmp_path):
     trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items(), max_steps=1)
     trainer.create_scheduler(1, torch.optim.SGD(trainer.model.parameters(), 0.1))
-    trainer.compute_loss(trainer.model.train(), {"pixel_values": torch.zeros(2, 3, 24, 24)}).backward()
+    with trainer._watch_last_layer():
+        trainer.compute_loss(trainer.model.train(), {"pixel_values": torch.zeros(2, 3, 24, 24)}).backward()
     assert all(p.grad is None for p in trainer.adversary.discriminator.parameters())
     before = state_of(trainer.adversary.discriminator)
     trainer.train()
@@ -443,15 +500,10 @@ def test_discriminator_is_drawn_anew(siglip_folder, tmp_path):
     assert seen == [(0, 0), (0, 0), (0, 1), (0, 2), (1, 1), (1, 2)]
 
 
-def test_a_stream_needs_the_length_of_an_epoch(siglip_folder, tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(pixel_items().items)
-
-    recipe = {"discriminator_start_step": None}
-    trainer = adversarial_trainer(siglip_folder, tmp_path, recipe=recipe, dataset=Stream())
+def test_a_stream_needs_the_length_of_an_epoch(siglip_folder, tmp_path, no_dataset_cache):
+    arguments = run_arguments(siglip_folder, tmp_path)
     with pytest.raises(ValueError, match="the length of a stream is unknown: give `steps_per_epoch`"):
-        trainer.train()
+        run_tokenizer.main([*arguments, "--streaming", "1", "--output_dir", str(tmp_path / "run")])
 
 
 # Accumulation, logs, evaluation, averaged weights, pictures
@@ -546,6 +598,7 @@ def test_evaluation_reports_every_term(siglip_folder, tmp_path):
     before = state_of(trainer.model)
     metrics = trainer.evaluate(pixel_items(3))
     assert not changed(before, state_of(trainer.model))
+    trainer.model.eval()
     with torch.no_grad():
         batches = [
             trainer.compute_loss(trainer.model.eval(), collate_images(pixel_items(3).items[part])).item()
@@ -554,6 +607,7 @@ def test_evaluation_reports_every_term(siglip_folder, tmp_path):
     names = [name for name in trainer.loss_weights if f"eval_{name}" in metrics]
     assert names == [name for name, weight in trainer.loss_weights.items()
                      if weight and name not in ("generator", "discriminator")]  # fmt: skip
+    assert metrics["eval_loss"] == pytest.approx((2 * batches[0] + batches[1]) / 3, rel=1e-4)
     total = sum(trainer.loss_weights[name] * metrics[f"eval_{name}"] for name in names)
     assert total == pytest.approx((2 * batches[0] + batches[1]) / 3, rel=1e-4)
 
@@ -584,6 +638,54 @@ def test_averaged_weights_are_evaluated_and_saved(siglip_folder, tmp_path):
     torch.testing.assert_close(load_file(tmp_path / "final" / "model.safetensors")[name], average)
     assert torch.equal(load_file(tmp_path / "checkpoint-3" / "model.safetensors")[name], seen[-1])
     assert torch.equal(trainer.model.decoder.conv_out.weight, seen[-1])
+
+
+def test_the_best_model_is_evaluated_and_saved(siglip_folder, tmp_path):
+    class WorseLater(DualTokenVisionTokenizerTrainer):
+        """The first evaluation counts as the best."""
+
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            metrics["eval_made_up"] = float(self.state.global_step)
+            return metrics
+
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "made_up", "greater_is_better": False}
+    trainer = WorseLater(
+        DualTokenVisionTokenizer.from_siglip_pretrained(siglip_folder, **TOKENIZER_FIELDS),
+        TrainingArguments(str(tmp_path), per_device_train_batch_size=2, **quiet(**settings, **best)),
+        teacher=SiglipModel.from_pretrained(siglip_folder).vision_model,
+        recipe=DualTokenVisionTokenizerRecipe(loss_weights=PLAIN, weight_average_decay=0.5),
+        train_dataset=pixel_items(),
+        eval_dataset=pixel_items(3),
+        data_collator=collate_images,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    logged = next(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(logged, rel=1e-6)
+    average = torch.load(tmp_path / "checkpoint-2" / "weight_average.pt", weights_only=True)
+    trainer.save_model(tmp_path / "best")
+    weight = load_file(tmp_path / "best" / "model.safetensors")["decoder.conv_out.weight"]
+    assert any(torch.equal(weight, value) for value in average.values())
+
+
+def test_evaluation_leaves_the_training_alone(siglip_folder, tmp_path):
+    """With evaluations in between, and with the averaged weights lent to the model for them."""
+    states = []
+    for name, settings in (("plain", {}), ("evaluated", {"eval_strategy": "steps", "eval_steps": 1})):
+        torch.manual_seed(0)
+        trainer = tokenizer_trainer(
+            siglip_folder, tmp_path / name, dataset=pixel_items(), recipe={"weight_average_decay": 0.5}, max_steps=4
+        )
+        for key, value in settings.items():
+            setattr(trainer.args, key, value)
+        trainer.state.compute_steps(trainer.args, 4)
+        trainer.eval_dataset = pixel_items(3)
+        trainer.train()
+        states.append(state_of(trainer.model))
+    assert not changed(*states)
+    assert sum("eval_loss" in log for log in trainer.state.log_history) == 4
 
 
 def test_pictures_of_reconstructions(siglip_folder, tmp_path):
@@ -764,7 +866,7 @@ def test_killed_run_goes_on(siglip_folder, tmp_path, streaming):
     assert_same_adversary(whole, killed)
 
 
-def test_stages_follow_each_other_and_streams_go_on(siglip_folder, tmp_path, no_dataset_cache):
+def test_stages_follow_each_other(siglip_folder, tmp_path, no_dataset_cache):
     common = run_arguments(siglip_folder, tmp_path)[:-6]
     common = [a for a in common if a not in ("--config_overrides", json.dumps(TOKENIZER_FIELDS))]
     plain = ["--loss_weights", json.dumps(PLAIN), "--max_steps", "2"]

@@ -58,12 +58,12 @@ EXPERIMENTS = {
         "dual-2",
         [
             Variant(
-                "one-2",
+                "one-4",
                 "one deep codebook, both losses",
                 "one deep codebook, both losses",
                 {"zero_shot": "72.3", "frechet": "3.86", "psnr": "12.64", "ssim": "0.574"},
             ),
-            Variant("one-4", "the same, twice the depths"),
+            Variant("one-8", "the same, twice the depths"),
             Variant(
                 "reconstruction-7",
                 "reconstruction only, deep",

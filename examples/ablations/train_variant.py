@@ -40,21 +40,23 @@ from teacher import (  # noqa: E402
 
 SEMANTIC_LAYER = 7
 STEPS = 800
-BATCH_SIZE = 64
-NUM_DEPTHS = 2
-QUANTIZER = {"codebook_size": 128, "code_dim": 16, "num_depths": NUM_DEPTHS, "ema_decay": 0.97}
+BATCH_SIZE = 32
+NUM_DEPTHS = 4
+QUANTIZER = {"codebook_size": 256, "code_dim": 16, "num_depths": NUM_DEPTHS, "ema_decay": 0.97}
 SIZES = {
     "semantic_layer": SEMANTIC_LAYER,
     "shortcut_layer": None,
     "semantic_quantizer_config": QUANTIZER,
-    "decoder_in_channels": 48,
-    "decoder_block_out_channels": [8, 16, 32, 48],
-    "decoder_num_res_blocks": 0,
+    # A latent twice as fine as the grid: with one level less to upsample, the decoder learns much faster.
+    "decoder_latent_size": 8,
+    "decoder_in_channels": 64,
+    "decoder_block_out_channels": [16, 32, 64],
+    "decoder_num_res_blocks": 1,
     "decoder_norm_num_groups": 8,
 }
-# The networks of the perceptual and the adversarial term would have to be downloaded or trained; the squared error speaks
-# for them.
-LOSS_WEIGHTS = {"reconstruction_mse": 200.0, "perceptual": 0.0, "generator": 0.0}
+# The networks of the perceptual and the adversarial term would have to be downloaded or trained. The semantic terms are
+# large here (the teacher's features are): with a weight of 200 they decide alone what a single codebook keeps.
+LOSS_WEIGHTS = {"reconstruction_mse": 1000.0, "perceptual": 0.0, "generator": 0.0}
 NO_SEMANTICS = dict.fromkeys(
     ("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine", "semantic_commitment"), 0.0
 )

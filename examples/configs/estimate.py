@@ -1,6 +1,6 @@
 """Expected memory and speed of the recipes in this folder on one of their GPUs: computed, not measured.
 
-    python examples/configs/estimate.py                      # every recipe; two minutes, no GPU, no download
+    python examples/configs/estimate.py                      # every recipe; a minute, no GPU, no download
     python examples/configs/estimate.py examples/configs/tokenizer_l_256.json --micro_batch 8 16 32
 
 A training step of stage 1 with its adversary runs at full size on the meta device, where tensors have shapes but no

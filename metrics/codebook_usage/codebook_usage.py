@@ -33,6 +33,8 @@ class CodebookUsageMetric(evaluate.Metric):
         Returns:
             `usage` in 0..1, `perplexity`, `entropy`, and the same as lists over the depths in `per_depth`.
         """
+        if len(predictions) == 0:
+            raise ValueError("There are no codes to count: `predictions` is empty.")
         usage = None
         for codes in predictions:
             codes = torch.as_tensor(codes)

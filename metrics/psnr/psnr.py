@@ -3,38 +3,20 @@
 evaluate.load("metrics/psnr").compute(predictions=images, references=originals)
 """
 
-import datasets
-import evaluate
-import torch
-
-from transformers_dualtoken.evaluation import psnr_per_image
+from transformers_dualtoken.evaluation import ReconstructionMetrics, metric_modules
 
 
-# A picture (3, H, W).
-IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-
-
-def _batch(images) -> torch.Tensor:
-    return torch.stack([torch.as_tensor(image) for image in images])
-
-
-class Psnr(evaluate.Metric):
+class Psnr(metric_modules.ImageMetric):
     """Mean over images of the PSNR in dB, over all pixels and channels of an image, data range 1."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=self._compute.__doc__,
-            features=datasets.Features({"predictions": IMAGE, "references": IMAGE}),
-        )
 
     def _compute(self, predictions, references):
         """
+        All images are held in memory: of large sets, TokenizerEvaluator measures the same in one pass.
+
         Args:
-            predictions, references: images `(3, H, W)` in [0, 1], of one size.
+            predictions, references: images `(3, H, W)` in [0, 1], of one size; predictions are clamped.
 
         Returns:
-            `psnr`: in dB; infinite if an image is reproduced exactly.
+            `psnr`: in dB, of the images that are not reproduced exactly; NaN if all are. `exact_images`: how many are.
         """
-        return {"psnr": float(psnr_per_image(_batch(predictions), _batch(references)).mean())}
+        return self.measure(ReconstructionMetrics(("psnr",)), predictions, references)

@@ -3,43 +3,24 @@
 evaluate.load("metrics/rfid").compute(predictions=images, references=originals)
 """
 
-import datasets
-import evaluate
-import torch
-
-from transformers_dualtoken.evaluation import ReconstructionMetrics, fid_metric
+from transformers_dualtoken.evaluation import ReconstructionMetrics, fid_metric, metric_modules
 
 
-# A picture (3, H, W).
-IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-
-
-def _batch(images) -> torch.Tensor:
-    return torch.stack([torch.as_tensor(image) for image in images])
-
-
-class Rfid(evaluate.Metric):
+class Rfid(metric_modules.ImageMetric):
     """Frechet distance between the Inception features of reconstructions and of their originals, as torch-fidelity's."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=self._compute.__doc__,
-            features=datasets.Features({"predictions": IMAGE, "references": IMAGE}),
-        )
 
     def _compute(self, predictions, references, weights=None, feature=None):
         """
+        All images are held in memory: of large sets, TokenizerEvaluator measures the same in one pass.
+
         Args:
-            predictions, references: images `(3, H, W)` in [0, 1], of one size.
+            predictions, references: images `(3, H, W)` in [0, 1], of one size; predictions are clamped.
             weights: path of torch-fidelity's Inception weights; by default torch hub's cache.
             feature: a module to use instead, images `(B, 3, H, W)` in [0, 1] -> `(B, F)`.
 
         Returns:
-            `rfid`: 0 for equal sets.
+            `rfid`: 0 for equal sets, up to rounding (see `fid_metric`).
         """
-        metric = ReconstructionMetrics(("rfid",), fid=fid_metric(feature, weights))
-        for prediction, reference in zip(_batch(predictions).split(32), _batch(references).split(32)):
-            metric.update(prediction * 2 - 1, reference * 2 - 1)
-        return metric.compute()
+        return self.measure(
+            ReconstructionMetrics(("rfid",), fid=fid_metric(feature, weights)), predictions, references
+        )

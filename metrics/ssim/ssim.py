@@ -3,38 +3,20 @@
 evaluate.load("metrics/ssim").compute(predictions=images, references=originals)
 """
 
-import datasets
-import evaluate
-import torch
-
-from transformers_dualtoken.evaluation import ssim_per_image
+from transformers_dualtoken.evaluation import ReconstructionMetrics, metric_modules
 
 
-# A picture (3, H, W).
-IMAGE = datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32"))))
-
-
-def _batch(images) -> torch.Tensor:
-    return torch.stack([torch.as_tensor(image) for image in images])
-
-
-class Ssim(evaluate.Metric):
+class Ssim(metric_modules.ImageMetric):
     """Mean over images of the SSIM: Gaussian window of sigma 1.5 (11 x 11) within the image, data range 1."""
-
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description=self._compute.__doc__,
-            features=datasets.Features({"predictions": IMAGE, "references": IMAGE}),
-        )
 
     def _compute(self, predictions, references):
         """
+        All images are held in memory: of large sets, TokenizerEvaluator measures the same in one pass.
+
         Args:
-            predictions, references: images `(3, H, W)` in [0, 1], of one size.
+            predictions, references: images `(3, H, W)` in [0, 1], of one size; predictions are clamped.
 
         Returns:
             `ssim`: at most 1.
         """
-        return {"ssim": float(ssim_per_image(_batch(predictions), _batch(references)).mean())}
+        return self.measure(ReconstructionMetrics(("ssim",)), predictions, references)

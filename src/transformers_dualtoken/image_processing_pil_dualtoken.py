@@ -77,6 +77,9 @@ def open_image(source) -> Image.Image:
 
 def decode_image(image: Image.Image) -> Image.Image:
     """Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation."""
+    if image.format == "EPS":
+        # Whatever the file is called; PIL would run Ghostscript on it.
+        raise ValueError("An EPS file is a program and no image; convert it to PNG or JPEG first.")
     try:
         image.load()
     except _DECODE_ERRORS as error:

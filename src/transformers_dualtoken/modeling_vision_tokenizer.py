@@ -361,7 +361,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             raise ValueError(f"{expected}, got {pixel_values.dtype}. The image processor rescales and normalises.")
         if not torch.compiler.is_compiling() and pixel_values.numel():
             # A margin for resampling overshoot and noise; 0..255 and other mistakes lie far outside.
-            low, high = (bound.item() for bound in pixel_values.detach().aminmax())
+            low, high = torch.stack(pixel_values.detach().aminmax()).tolist()
             if not (low >= -1.1 and high <= 1.1):
                 raise ValueError(f"{expected}, got values from {low:.4g} to {high:.4g}.")
 

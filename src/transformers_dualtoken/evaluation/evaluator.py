@@ -13,7 +13,7 @@ from .retrieval import RetrievalRecall
 from .zero_shot import ZeroShotAccuracy, embed_texts
 
 
-# How the numbers are made whose names contain the key; written beside them.
+# How the numbers are made, by the families that `report.DESCRIPTIONS` names; written beside them.
 CONVENTIONS = {
     "images": "as the checkpoint's image processor resizes them, and bilinearly to the reconstruction's size where that is "
     "another; reconstructions are decoded from the codes; compared as float32 tensors, clamped, no file format between",
@@ -22,7 +22,8 @@ CONVENTIONS = {
     "ssim": "mean over images, RGB channels and inner positions; Gaussian window of sigma 1.5 (11 x 11), data range 1",
     "lpips": "mean over images, in [-1, 1], network given as lpips_net",
     "rfid": "Frechet distance of torch-fidelity's Inception features (2048), images at the nearest of 256 levels and "
-    "resized as torch-fidelity does; of the evaluated images against their reconstructions",
+    "resized as torch-fidelity does; of the evaluated images against their reconstructions; of equal sets 0 up to "
+    "rounding, which may be negative",
     "zero_shot": "share of images whose class is first (top1) or among the first five (top5) by the mean of open_clip's "
     "80 templates; embeddings of length 1",
     "recall": "share of images with one of their captions (image_to_text), and of captions with their image "
@@ -62,6 +63,8 @@ class TokenizerEvaluator:
         for kind in CODE_KINDS if codebooks else ():
             config = model.quantizer(kind).config
             self.usage[kind] = CodebookUsage(config.num_depths, config.codebook_size, config.shared_codebook)
+        # Counts over all processes, after `compute`.
+        self.total_usage = {}
         self.num_images, self.num_shown, self.shown = 0, num_shown, []
 
     @torch.no_grad()
@@ -92,22 +95,24 @@ class TokenizerEvaluator:
             if metric is not None and value is None:
                 raise ValueError(f"{type(metric).__name__} needs `{name}` with every batch, and got none.")
         pixel_values = pixel_values.to(self.model.device)
-        needs_semantic = "semantic" in self.usage or self.zero_shot is not None or self.retrieval is not None
-        encoded = self.model.encode(
-            pixel_values.to(self.model.dtype), codes=CODE_KINDS if needs_semantic else ("pixel",)
-        )
+        room = max(0, self.num_shown - len(self.shown))
+        num_decoded = len(pixel_values) if self.reconstruction is not None else min(room, len(pixel_values))
+        needs_embeds = self.zero_shot is not None or self.retrieval is not None
+        needed = {"pixel": num_decoded > 0, "semantic": needs_embeds}
+        codes = [kind for kind in CODE_KINDS if needed[kind] or kind in self.usage]
+        if codes:
+            encoded = self.model.encode(pixel_values.to(self.model.dtype), codes=codes, features=needs_embeds)
         for kind, usage in self.usage.items():
             usage.update(encoded[f"{kind}_codes"])
-        if self.reconstruction is not None or len(self.shown) < self.num_shown:
-            decoded = self.model.decode(pixel_codes=encoded.pixel_codes).reconstruction.float()
-            images = pixel_values.float()
+        if num_decoded:
+            images = pixel_values[:num_decoded].float()
+            decoded = self.model.decode(pixel_codes=encoded.pixel_codes[:num_decoded]).reconstruction.float()
             if images.shape[-2:] != decoded.shape[-2:]:
                 images = F.interpolate(images, size=decoded.shape[-2:], mode="bilinear", align_corners=False)
             if self.reconstruction is not None:
                 self.reconstruction.update(decoded, images)
-            room = self.num_shown - len(self.shown)
             self.shown += list(zip(images[:room].cpu(), decoded[:room].cpu()))
-        if self.zero_shot is not None or self.retrieval is not None:
+        if needs_embeds:
             image_embeds = F.normalize(encoded.pooler_output.float(), dim=-1)
         if self.zero_shot is not None:
             self.zero_shot.update(image_embeds, labels)

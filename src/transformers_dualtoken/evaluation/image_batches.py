@@ -5,10 +5,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from transformers.utils import logging
-
-
-logger = logging.get_logger(__name__)
 
 
 class _Samples(IterableDataset):
@@ -47,23 +43,24 @@ class ImageBatches:
     `(B, 3, S, S)`, and `labels`, `input_ids`, `captions_per_image` where their columns are named.
 
     No image comes twice and none is left out, whatever the number of processes; the last batches may be smaller, and
-    a process may get none. Images that cannot be read are skipped, logged and counted in `num_skipped`.
+    a process may get none. Images that cannot be read are skipped, logged once and counted in `num_skipped`.
 
     Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`)
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): its images decoded or not, or bytes or paths of files.
         image_processor: makes `pixel_values` of a PIL image.
         batch_size (`int`, defaults to 32)
         image_column (`str`, defaults to `"image"`)
         label_column (`str`, *optional*): column of class indices.
         caption_column (`str`, *optional*): column of texts, or of lists of texts.
         tokenize (`Callable`, *optional*): texts -> ids `(T, L)`; with `caption_column`.
-        num_samples (`int`, *optional*): only the first rows; by default all.
+        num_samples (`int`, *optional*): only the first rows, as they lie or come; by default all.
         num_workers (`int`, defaults to 0): processes that read and resize images; a cut stream is read without.
         rank, num_processes (`int`, *optional*): which share of the data set this process takes; by default what
             `torch.distributed` says.
 
     Raises:
-        ValueError: if a column is missing, or `num_samples` is below 1; while iterating for a row without caption.
+        ValueError: if a column is missing, `image_column` holds no images, or `num_samples` is below 1; while
+            iterating for a row without caption.
     """
 
     def __init__(
@@ -80,23 +77,21 @@ class ImageBatches:
         rank: int | None = None,
         num_processes: int | None = None,
     ):
+        # With `datasets`, which the core does not need.
         import datasets
+
+        from ..training.image_reading import ImagePreparation
+        from ..training.image_sources import undecoded
 
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
         if caption_column is not None and tokenize is None:
             raise ValueError("`caption_column` needs `tokenize`, and none was given.")
         self.is_stream = isinstance(dataset, datasets.IterableDataset)
-        columns = dataset.column_names
-        if columns is None:  # a stream that does not say
-            columns = list(next(iter(dataset), {}))
-        for column in (image_column, label_column, caption_column):
-            if column is not None and columns and column not in columns:
-                raise ValueError(f"The data set has no column {column!r}; it has {', '.join(columns)}.")
-        if dataset.features is not None and isinstance(dataset.features.get(image_column), datasets.Image):
-            # Undecoded: a damaged image is then one row's matter.
-            dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-        self.dataset, self.image_processor, self.batch_size = dataset, image_processor, batch_size
+        # Undecoded: a damaged image is then one row's matter, and other columns of images nobody's.
+        others = [column for column in (label_column, caption_column) if column is not None]
+        self.dataset, self.batch_size = undecoded(dataset, image_column, keep=others), batch_size
+        self.prepare_image = ImagePreparation(image_processor, crop_scale=(1, 1), reducing_gap=None)
         self.image_column, self.label_column, self.caption_column = image_column, label_column, caption_column
         self.tokenize, self.num_samples = tokenize, num_samples
         is_distributed = dist.is_available() and dist.is_initialized()
@@ -110,17 +105,15 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> dict | None:
         """A row of the data set as tensors and texts; `None` if its image cannot be read."""
-        from ..training.image_reading import UnreadableImageError, image_name, read_image
+        from ..training.image_reading import UnreadableImageError, image_name, report_skipped
 
         value = row[self.image_column]
-        processor = self.image_processor
-        min_size = max(processor.size["height"], processor.size["width"]) if processor.do_resize else None
+        name = image_name(value) or "(without a name)"
         try:
-            image = read_image(value, min_size=min_size)
+            sample = {"pixel_values": self.prepare_image(value, seed="")}
         except UnreadableImageError as error:
-            logger.warning(f"Skipped the image {image_name(value) or '(without a name)'}: {error}.")
+            report_skipped(name, error)
             return None
-        sample = {"pixel_values": processor(images=image, return_tensors="pt").pixel_values[0]}
         if self.label_column is not None:
             sample["label"] = row[self.label_column]
             if not isinstance(sample["label"], int):
@@ -134,7 +127,7 @@ class ImageBatches:
             if not captions or not all(isinstance(caption, str) and caption.strip() for caption in captions):
                 raise ValueError(
                     f"Every image needs at least one caption, and no empty one; column {self.caption_column!r} holds "
-                    f"{row[self.caption_column]!r} for the image {image_name(value) or '(without a name)'}."
+                    f"{row[self.caption_column]!r} for the image {name}."
                 )
             sample["captions"] = captions
         return sample

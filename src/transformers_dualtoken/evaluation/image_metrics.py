@@ -5,6 +5,7 @@ Images come in [-1, 1] and are clamped; no file format lies between the decoder 
 
 import hashlib
 import os
+import pickle
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from .optional_libraries import MetricUnavailableError, require
 
 
 RECONSTRUCTION_METRICS = ("psnr", "ssim", "lpips", "rfid")
+# What a file of another kind ends in: it cannot be unpickled, or holds no tensors, or others.
+_NO_WEIGHTS = (pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError, ValueError)
 # Gaussian window of sigma 1.5: 11 x 11.
 _SSIM_BORDER = 5
 
@@ -73,7 +76,9 @@ def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | No
             cache, where torch-fidelity puts them at the first use.
 
     Returns:
-        The metric; with Inception its `weights_sha256` says which weights these are.
+        The metric; with Inception its `weights_sha256` says which weights these are. Of equal sets its value is 0 up
+        to rounding, and may be slightly negative, as torch-fidelity's: it is the difference of nearly equal sums. It
+        is not cut off at 0, so that it can be seen how far it can be trusted.
 
     Raises:
         FileNotFoundError: if `weights` does not exist.
@@ -105,7 +110,7 @@ def _inception_fid(fid, path: Path | None) -> nn.Module:
         # torch-fidelity unpickles whatever the file holds, so look first, in PyTorch's safe mode.
         torch.load(path, map_location="cpu", weights_only=True)
         metric = fid.FrechetInceptionDistance(feature=2048, feature_extractor_weights_path=str(path), antialias=False)
-    except Exception as error:  # a file of another kind fails in many ways
+    except _NO_WEIGHTS as error:
         raise ValueError(
             f"{path} does not hold the weights of torch-fidelity's Inception network ({url}): {str(error)[:500]}"
         ) from error

@@ -41,7 +41,7 @@ def usage_figure(usages: dict[str, CodebookUsage]):
     A matplotlib figure with a column per codebook: how many codes occur how often, and the share of codes used and
     the perplexity of every depth.
     """
-    figure_module = require("matplotlib.figure", "The usage histograms")
+    figure_module = require("matplotlib.figure", "The picture of codebook usage")
     figure = figure_module.Figure(figsize=(5.5 * len(usages), 6), layout="constrained")
     axes = figure.subplots(2, len(usages), squeeze=False)
     for (kind, usage), (upper, lower) in zip(usages.items(), axes.T):

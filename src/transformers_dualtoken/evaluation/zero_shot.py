@@ -1,22 +1,27 @@
 """Zero-shot classification with the tokenizer's text tower; open_clip has the templates and builds the classifier."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from .optional_libraries import require
 
 
 def text_tokenizer(tokenizer, length: int) -> Callable[[list[str]], torch.LongTensor]:
-    """A function from texts to ids `(T, length)`, padded and cut to the full length, as SigLIP was trained."""
+    """
+    A function from texts to ids `(T, length)`, padded and cut to the full length, as SigLIP was trained. It can be
+    pickled, as loader workers that are not forked need it.
+    """
+    return partial(_tokenize, tokenizer, length)
 
-    def tokenize(texts: list[str]) -> torch.LongTensor:
-        return tokenizer(
-            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        ).input_ids
 
-    return tokenize
+def _tokenize(tokenizer, length: int, texts: Sequence[str]) -> torch.LongTensor:
+    return tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+    ).input_ids
 
 
 def embed_texts(model, input_ids: torch.LongTensor) -> torch.Tensor:
@@ -48,6 +53,8 @@ def zero_shot_classifier(
     The weights of a linear classifier, float32 `(hidden_size, classes)`: of every class the mean over the templates
     of the normalised text embeddings, normalised again.
 
+    The processes of `torch.distributed` share the classes, and each gets all weights: every one must call it.
+
     Args:
         model ([`DualTokenVisionTokenizer`])
         tokenize (`Callable`): texts -> ids, for example from [`text_tokenizer`].
@@ -62,14 +69,27 @@ def zero_shot_classifier(
     if len(class_names) < 2:
         raise ValueError(f"Zero-shot classification needs at least two class names, got {list(class_names)}.")
     open_clip = require("open_clip", "Zero-shot classification")
-    return open_clip.build_zero_shot_classifier(
-        _TextTower(model),
-        tokenize,
-        class_names,
-        open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else templates,
-        num_classes_per_batch=classes_per_batch,
-        device=model.device,
-    )
+    is_distributed = dist.is_available() and dist.is_initialized()
+    rank, num_processes = (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
+    names, weights = class_names[rank::num_processes], None
+    if names:  # there may be more processes than classes
+        weights = open_clip.build_zero_shot_classifier(
+            _TextTower(model),
+            tokenize,
+            names,
+            open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else templates,
+            num_classes_per_batch=classes_per_batch,
+            device=model.device,
+        ).cpu()
+    parts = [weights]
+    if is_distributed:
+        parts = [None] * num_processes
+        dist.all_gather_object(parts, weights)
+    classifier = parts[0].new_empty(len(parts[0]), len(class_names))
+    for first, part in enumerate(parts):
+        if part is not None:
+            classifier[:, first::num_processes] = part
+    return classifier.to(model.device)
 
 
 class ZeroShotAccuracy:

@@ -55,7 +55,11 @@ class Adversary:
         seed: int,
     ):
         self.recipe, self.accelerator, self.max_steps, self.seed = recipe, accelerator, max_steps, seed
-        self.peak_rate = recipe.discriminator_learning_rate or learning_rate
+        self.peak_rate = recipe.discriminator_learning_rate
+        if self.peak_rate is None:
+            self.peak_rate = learning_rate
+        if self.peak_rate <= 0:
+            raise ValueError(f"The discriminator needs a learning rate above 0, got {self.peak_rate}.")
         self.betas, self.eps, self.max_grad_norm = betas, eps, max_grad_norm
         steps_per_epoch = recipe.steps_per_epoch or steps_per_epoch
         self.start_step, self.warmup_steps = recipe.discriminator_start_step, recipe.discriminator_warmup_steps
@@ -163,7 +167,8 @@ class Adversary:
         for name in (WEIGHTS_NAME, STATE_NAME):
             if not Path(folder, name).is_file():
                 raise FileNotFoundError(
-                    f"The checkpoint {str(folder)!r} lacks {name}: it was not saved by an adversarial training."
+                    f"The checkpoint {str(folder)!r} lacks {name}: it was not saved by an adversarial training, or with "
+                    "`save_only_model`."
                 )
         device = next(self.discriminator.parameters()).device
         state = torch.load(Path(folder, STATE_NAME), map_location=device, weights_only=True)

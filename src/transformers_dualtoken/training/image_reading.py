@@ -58,13 +58,17 @@ def read_image(value, min_size: int | None = None, reducing_gap: float | None = 
 
     Raises:
         UnreadableImageError: for an entry without an image, a file that is missing, empty, truncated, damaged or no
-            image, an image with too many pixels, or of floating-point values (they have no defined range).
+            image, an image with too many pixels, of floating-point values (they have no defined range), or PostScript.
         TypeError: for another kind of entry.
+        OSError or another error of `fsspec`: where a URL fails for another reason than that nothing is there; no
+            image is passed over because of the network.
     """
     # A damaged file is reported once, by its error; PIL would also warn of odd tags, and of large images.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = value if isinstance(value, Image.Image) else _open(_read_bytes(value), min_size, reducing_gap)
+        if image.format == "EPS":  # PIL goes by the content and not by the name, and would start Ghostscript
+            raise UnreadableImageError("it is PostScript, a program and no image")
         try:
             image.load()
         except MemoryError:
@@ -90,15 +94,32 @@ def _read_bytes(value) -> bytes:
                 "An image of a data set must be {'bytes': ..., 'path': ...}, a path or a PIL image, got "
                 f"{type(value).__name__}."
             )
-        try:
-            # Streams name files of the Hub by URL.
-            with open(path, "rb") if os.path.exists(path) else fsspec.open(path, "rb") as file:
-                data = file.read()
-        except (OSError, ValueError) as error:
-            raise UnreadableImageError(f"the file cannot be read ({error})") from error
+        data = _read_url(str(path)) if _is_url(path) else _read_file(path)
     if not data:
         raise UnreadableImageError("the file is empty (0 bytes)")
     return data
+
+
+def _is_url(path) -> bool:
+    """Streams name the files of the Hub so, and those within an archive: `zip://a.jpg::photos.zip`."""
+    return "://" in str(path) and not os.path.exists(path)
+
+
+def _read_file(path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(f"the file cannot be read ({error})") from error
+
+
+def _read_url(url: str) -> bytes:
+    # `open` would first ask for the size, and call every fault of the network a missing file.
+    filesystem, path = fsspec.url_to_fs(url)
+    try:
+        return filesystem.cat_file(path)
+    except FileNotFoundError as error:
+        raise UnreadableImageError(f"there is no file at this URL ({error})") from error
 
 
 def _open(data: bytes, min_size: int | None, reducing_gap: float | None) -> Image.Image:
@@ -184,4 +205,9 @@ class ImagePreparation:
             return image.resize(self.size, resample, box=box, reducing_gap=self.reducing_gap)
         if box == (0, 0, *image.size):
             return image
-        return image.resize(image.size, Image.Resampling.BICUBIC, box=box)
+        # The image processor goes on from here: it gets the shape of the whole picture, and no more pixels than help.
+        scale = 1.0
+        if self.size is not None and self.reducing_gap is not None:
+            scale = min(1.0, self.reducing_gap * max(self.size) / min(image.size))
+        size = tuple(math.ceil(scale * side) for side in image.size)
+        return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=self.reducing_gap)

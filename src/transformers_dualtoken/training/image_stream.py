@@ -7,7 +7,6 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils.versions import require_version
 
-from .image_data import undecoded
 from .image_reading import (
     MAX_SKIPPED_IN_A_ROW,
     ImagePreparation,
@@ -15,6 +14,7 @@ from .image_reading import (
     image_name,
     report_skipped,
 )
+from .image_sources import undecoded
 
 
 # A reader gets whole shards if there are so many for each that their numbers differ by a quarter at most.
@@ -84,6 +84,7 @@ class DualTokenImageStream(IterableDataset):
             "shuffle_buffer_size": shuffle_buffer_size,
             "rank": rank,
             "world_size": world_size,
+            "num_shards": self.dataset.num_shards,
         }
         self._resumed = {"positions": {}, "next_worker": 0}
 
@@ -102,7 +103,8 @@ class DualTokenImageStream(IterableDataset):
             if position[name] != value:
                 raise ValueError(
                     f"The stream was saved with {name} = {position[name]} and cannot go on with {name} = {value}. "
-                    "Resume with the settings, ranks and `dataloader_num_workers` of the first run."
+                    "Resume with the settings, ranks and `dataloader_num_workers` of the first run, and with the same "
+                    "data."
                 )
 
     def __iter__(self):
@@ -157,14 +159,13 @@ class DualTokenImageStream(IterableDataset):
         """The undecoded images of block after block of one epoch, each with the position of its beginning."""
         reader = position["rank"] * position["num_workers"] + position["worker"]
         num_readers = position["world_size"] * position["num_workers"]
-        num_shards = self.dataset.num_shards
+        # By turns: some have a shard more than others, and with few shards a reader would see the same images always.
+        turn = (reader + position["epoch"]) % num_readers
         # A new data set every time, since the epoch of `self.dataset` is in memory that all workers share.
-        if num_shards >= _MIN_SHARDS_PER_READER * num_readers:
-            # By turns, for some have a shard more than others.
-            turn = (reader + position["epoch"]) % num_readers
+        if position["num_shards"] >= _MIN_SHARDS_PER_READER * num_readers:
             stream = self.dataset.shard(num_readers, turn, contiguous=False)
         else:
-            stream = split_dataset_by_node(self.dataset, rank=reader, world_size=num_readers)
+            stream = split_dataset_by_node(self.dataset, rank=turn, world_size=num_readers)
         # What `datasets` calls the epoch is the seed of the order of the shards; 0 would be their own.
         stream.set_epoch(random.Random(f"{position['seed']}/{position['epoch']}/shards").randrange(1, 2**62))
         if position["state"] is not None:

@@ -1,5 +1,6 @@
 """The perceptual distance LPIPS, from the package `lpips` (extra `perceptual`)."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -35,9 +36,12 @@ def load_lpips(net: str = "vgg", weights: str | Path | None = None) -> nn.Module
         raise ImportError(
             "The perceptual term needs the packages lpips and torchvision (pip install "
             f"'transformers-dualtoken[perceptual]', with a torchvision that matches torch). Importing them failed: {error}. "
-            "Without them, set its loss weight to 0."
+            "To train without them, set the weight of the perceptual term to 0."
         ) from error
-    module = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
+    with warnings.catch_warnings():
+        # It calls torchvision by a name that torchvision has given up.
+        warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
+        module = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
     if weights is not None:
         _load_features(module.net, net, Path(weights))
     return module.requires_grad_(False).eval()

@@ -69,7 +69,7 @@ class DualTokenVisionTokenizerRecipe:
     stage: int = field(
         default=1,
         metadata={
-            "help": "0: the new parts above a frozen encoder; 1: everything but the text tower; 2: the semantic branch "
+            "help": "0: what is new, and the layers above the semantic one; 1: everything but the text tower; 2: the semantic branch "
             "alone, what makes pixel codes and images stands still"
         },
     )
@@ -85,7 +85,11 @@ class DualTokenVisionTokenizerRecipe:
         default=None, metadata={"help": "file of that network's torchvision weights, instead of a download"}
     )
     steps_per_epoch: int | None = field(
-        default=None, metadata={"help": "length of an epoch, for streams, whose length is unknown"}
+        default=None,
+        metadata={
+            "help": "length of an epoch, for streams, whose length is unknown; in the first the discriminator's loss has "
+            "weight 1"
+        },
     )
     discriminator_start_step: int | None = field(
         default=None, metadata={"help": "no adversary before this step (None: half of the first epoch)"}
@@ -118,7 +122,7 @@ class DualTokenVisionTokenizerRecipe:
     def __post_init__(self):
         if self.stage not in STAGE_LOSS_WEIGHTS:
             raise ValueError(f"`stage` must be one of {', '.join(map(str, STAGE_LOSS_WEIGHTS))}, got {self.stage!r}.")
-        given = _json_object(self.loss_weights, "loss_weights")
+        given = json_object(self.loss_weights, "loss_weights")
         weights = STAGE_LOSS_WEIGHTS[self.stage]
         unknown = sorted(set(given) - set(weights))
         if unknown:
@@ -143,7 +147,9 @@ class DualTokenVisionTokenizerRecipe:
         for name in ("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("discriminator_start_step", "discriminator_warmup_steps"):
+        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
+            raise ValueError(f"`discriminator_learning_rate` must be above 0, got {self.discriminator_learning_rate}.")
+        for name in ("discriminator_start_step", "discriminator_warmup_steps", "discriminator_end_learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
 
@@ -163,6 +169,11 @@ class DualTokenVisionTokenizerRecipe:
         return ("pixel",) * bool(self.pixel_terms) + ("semantic",) * bool(self.semantic_terms)
 
     @property
+    def evaluated_terms(self) -> list[str]:
+        """Names of the terms with a weight that an evaluation reports: all but the generator's."""
+        return [name for name in (*SEMANTIC_TERMS, *PIXEL_TERMS) if self.loss_weights[name] and name != "generator"]
+
+    @property
     def is_adversarial(self) -> bool:
         return self.loss_weights["generator"] > 0
 
@@ -173,16 +184,21 @@ class DualTokenVisionTokenizerRecipe:
         The text tower and the logit scale and bias always, so that text stays aligned. Stage 0: the encoder up to the
         semantic layer. Stage 2: everything that makes the pixel codes and the image. (The authors' code freezes the
         layers up to the shortcut's only, which would move the pixel codes under a frozen decoder.)
+        Whatever was held still before moves again.
         """
+        model.requires_grad_(True)
         config, siglip = model.config, model.siglip
         vision = siglip.vision_model
         layers = vision.encoder.layers
         pixel_depth = max(config.pixel_layer, config.shortcut_layer or 0)
-        pixel_parts = [model.pixel_down_proj, model.pixel_up_proj, model.post_quantizer_block, model.decoder]
+        to_pixel_codes = [model.pixel_down_proj]
         if config.shortcut_layer is not None:
-            pixel_parts.append(model.shortcut_down_proj)
-        semantic_parts = [model.semantic_down_proj, model.semantic_up_proj, *layers[pixel_depth:]]
-        semantic_parts += [vision.post_layernorm, vision.head]
+            to_pixel_codes.append(model.shortcut_down_proj)
+        to_image = [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
+        above_semantic = [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
+
+        def unreached(*terms: str) -> bool:
+            return not any(self.loss_weights[term] for term in terms)
 
         still: list[nn.Module | nn.Parameter] = [siglip.text_model, siglip.logit_scale, siglip.logit_bias]
         if self.stage == 0:
@@ -190,15 +206,21 @@ class DualTokenVisionTokenizerRecipe:
         if self.stage == 2:
             still += [vision.embeddings, *layers[:pixel_depth]]
         if self.stage == 2 or "pixel" not in self.codes:
-            still += pixel_parts
+            still += to_pixel_codes
+        if self.stage == 2 or unreached(*IMAGE_TERMS):
+            still += to_image
         if "semantic" not in self.codes:
-            still += semantic_parts
+            still += [model.semantic_down_proj, *layers[pixel_depth:]]
+        if unreached("pooler_mse", "pooler_cosine"):
+            still += above_semantic
+            if unreached("semantic_mse", "semantic_cosine"):
+                still.append(model.semantic_up_proj)
         for part in still:
             part.requires_grad_(False)
         model.pixel_quantizer.frozen = self.stage == 2
 
 
-def _json_object(value: dict | str | None, name: str) -> dict:
+def json_object(value: dict | str | None, name: str) -> dict:
     """A dict as it is, or read from JSON text or from a `.json` file."""
     if isinstance(value, str):
         if value.endswith(".json"):

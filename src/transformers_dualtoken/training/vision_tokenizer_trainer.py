@@ -8,15 +8,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import SiglipVisionModel, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.codebook_statistics import CodebookUsage
 from ..modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
 from .adversary import Adversary, adaptive_weight
 from .base_trainer import DualTokenBaseTrainer
-from .image_stream import StreamProgress
+from .image_stream import DualTokenImageStream, StreamProgress
 from .perceptual import load_lpips
 from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
 from .reconstruction_grid import ReconstructionGridCallback
@@ -63,6 +63,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     Args:
         model ([`DualTokenVisionTokenizer`]).
         args (`TrainingArguments`): DeepSpeed, FSDP and fp16 are refused; bf16 and several ranks (DDP) are not.
+            `remove_unused_columns` and `logging_nan_inf_filter` are switched off.
         teacher (`SiglipVisionModel`, *optional*): frozen here, and moved to the training device; may be left out
             where no term of the loss asks for it.
         recipe ([`DualTokenVisionTokenizerRecipe`], *optional*): stage 1 by default.
@@ -84,11 +85,15 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     ):
         self.recipe = recipe or DualTokenVisionTokenizerRecipe()
         if args is not None:
-            _check_arguments(args)
+            # Samples hold more than what the model takes.
+            args.remove_unused_columns = False
+            # It would hide what `_check_finite` stops for, and wait for the device to do so.
+            args.logging_nan_inf_filter = False
             if args.ddp_broadcast_buffers is None:
                 # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
                 args.ddp_broadcast_buffers = False
         super().__init__(model, args, *trainer_args, **kwargs)
+        self._check_engine()
         # The loss is a mean per micro-batch; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
         self.recipe.freeze(self.model)
@@ -105,18 +110,20 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             self.perceptual_loss = load_lpips(self.recipe.perceptual_net, self.recipe.perceptual_weights)
             self.perceptual_loss.to(self.args.device)
         self.adversary: Adversary | None = None
-        # Set by a forward in which the adversary takes part: what it learns from, and what went into the last layer.
+        # Left by `compute_loss`: its terms and, where the adversary takes part, what that learns from; and by the model's
+        # forward, what went into the last layer.
+        self._terms: dict[str, torch.Tensor] = {}
         self._adversary_images: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_input: torch.Tensor | None = None
-        if self.recipe.is_adversarial:
-            self.model.decoder.conv_out.register_forward_pre_hook(self._keep_last_input)
         self.weight_average: WeightAverage | None = None
-        if self.recipe.weight_average_decay is not None:
-            self.weight_average = WeightAverage(self.model, self.recipe.weight_average_decay)
-            self.add_callback(self.weight_average)
         if self.recipe.grid_steps is not None:
             self.add_callback(ReconstructionGridCallback(self))
-        self.is_stream = isinstance(self.train_dataset, IterableDataset)
+        self.is_stream = isinstance(self.train_dataset, DualTokenImageStream)
+        if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
+            raise ValueError(
+                f"A training set without a length must be a DualTokenImageStream, which divides itself over ranks and "
+                f"knows its position; got {type(self.train_dataset).__name__}."
+            )
         self.stream_progress = StreamProgress()
         if self.is_stream:
             # A stream goes to its position by itself.
@@ -130,7 +137,41 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             for quantizer in [self.model.quantizer(kind).config]
         }
         self._images_seen, self._images_skipped, self._logged_at = 0, 0, 0.0
-        self._eval_terms: list[dict[str, torch.Tensor]] = []
+        self._is_saving_checkpoint = False
+
+    def _check_engine(self) -> None:
+        """Refuse what would train silently wrong, whether `args` or accelerate's own settings ask for it."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "The vision tokenizer trains with DDP (torchrun or accelerate launch); DeepSpeed and FSDP would shard "
+                "the weights whose gradients its adaptive weight reads. Leave them out."
+            )
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(
+                "fp16 would need one loss scale for the tokenizer and another for its discriminator; use `bf16`, or "
+                "float32 where the device has no bfloat16."
+            )
+
+    def train(self, *args, **kwargs):
+        with self._watch_last_layer():
+            return super().train(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _watch_last_layer(self):
+        """Within this context a training forward leaves what went into the decoder's last layer."""
+
+        def keep(module, inputs):
+            if module.training:
+                self._last_input = inputs[0].detach()
+
+        # Not for longer: a hook makes the model hold the trainer, and with it teacher, discriminator and optimizers.
+        hook = self.model.decoder.conv_out.register_forward_pre_hook(keep) if self.recipe.is_adversarial else None
+        try:
+            yield
+        finally:
+            if hook is not None:
+                hook.remove()
+            self._last_input = None
 
     # The step
 
@@ -240,42 +281,36 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             if adversarial:
                 self._adversary_images = target, output.reconstruction.detach()
         self._last_input = None
+        self._terms = terms
         if training:
-            self._note(terms, output)
-        else:
-            self._eval_terms.append({**terms, "images": torch.tensor(len(pixel_values), device=loss.device)})
+            for kind, usage in self._codebook_usage.items():
+                usage.update(output[f"{kind}_codes"])
         return (loss, output) if return_outputs else loss
-
-    def _keep_last_input(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        self._last_input = inputs[0].detach()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._images_seen += len(inputs["pixel_values"])
         if "num_skipped" in inputs:
-            self._images_skipped += int(inputs["num_skipped"].sum())
+            # Summed where it is: to look at it would wait for the device.
+            self._images_skipped = self._images_skipped + inputs["num_skipped"].sum()
         if "stream_position" in inputs:
             self.stream_progress.update(inputs["stream_position"])
-        if self._grid_pixel_values is None and self.is_stream and self.eval_dataset is None:
-            self._grid_pixel_values = inputs["pixel_values"][: self.recipe.grid_images].clone()
+        if self.recipe.grid_steps is not None and self._grid_pixel_values is None:
+            self._grid_pixel_values = self._choose_grid_images(inputs["pixel_values"])
         loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
+        terms = {name: term.detach() for name, term in self._terms.items()}
         if self._adversary_images is not None:
             (real, fake), self._adversary_images = self._adversary_images, None
-            terms = self.adversary.learn(real, fake, self.state.global_step, self.current_gradient_accumulation_steps)
-            self._check_finite(terms)
-            self.add_terms(terms, completes=False)
+            steps = self.current_gradient_accumulation_steps
+            terms |= self.adversary.learn(real, fake, self.state.global_step, steps)
         elif self.recipe.is_adversarial:
-            self.add_terms({name: loss.new_zeros(()) for name in _DISCRIMINATOR_TERMS}, completes=False)
-        return loss
-
-    def _note(self, terms: dict[str, torch.Tensor], output: DualTokenVisionTokenizerOutput) -> None:
-        """Check the terms of a training forward, and keep what is logged of it."""
+            terms |= {name: loss.new_zeros(()) for name in _DISCRIMINATOR_TERMS}
+        # Once for all, after the backward was queued and before the optimizer's step.
         self._check_finite(terms)
         self.add_terms(terms)
-        for kind, usage in self._codebook_usage.items():
-            usage.update(output[f"{kind}_codes"])
+        return loss
 
     def _check_finite(self, terms: dict[str, torch.Tensor]) -> None:
-        finite = torch.stack([term.detach().float() for term in terms.values()]).isfinite().tolist()
+        finite = torch.stack([term.float() for term in terms.values()]).isfinite().tolist()
         if not all(finite):
             broken = ", ".join(f"{name} = {term.item()}" for (name, term), ok in zip(terms.items(), finite) if not ok)
             raise FloatingPointError(
@@ -308,6 +343,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 steps_per_epoch=self._steps_per_epoch(),
                 seed=self.args.seed,
             )
+        if self.recipe.weight_average_decay is not None:
+            if self.weight_average is not None:
+                self.remove_callback(self.weight_average)
+            self.weight_average = WeightAverage(self.model, self.recipe.weight_average_decay)
+            self.add_callback(self.weight_average)
         if self.args.world_size > 1:
             # DDP makes the parameters equal on all ranks, but buffers only where it sends them before each forward.
             for kind in self.recipe.codes:
@@ -318,7 +358,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     def _steps_per_epoch(self) -> int | None:
         if self.is_stream or self.train_dataset is None:
             return None
-        micro_batches = -(-len(self.train_dataset) // (self.args.train_batch_size * self.args.world_size))
+        images, batch = len(self.train_dataset), self.args.train_batch_size * self.args.world_size
+        micro_batches = images // batch if self.args.dataloader_drop_last else -(-images // batch)
         return max(1, -(-micro_batches // self.args.gradient_accumulation_steps))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -328,8 +369,16 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 self.adversary.save(output_dir)
             if self.weight_average is not None:
                 self.weight_average.save(output_dir)
-        if self.is_stream:
-            Path(output_dir, self._stream_state_name).write_text(json.dumps(self.stream_progress.state_dict()))
+        # Of every rank; rank 0 may not have made the folder yet.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        state = {"images_skipped": int(self._images_skipped), "stream": self.stream_progress.state_dict()}
+        Path(output_dir, self._data_state_name).write_text(json.dumps(state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            # The Trainer's state comes next, and says that a checkpoint is whole: on every rank.
+            dist.barrier()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -339,39 +388,50 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         if self.adversary is not None:
             self.adversary.load(checkpoint)
         if self.weight_average is not None:
-            self.weight_average.load(checkpoint, self.args.device)
-        if self.is_stream:
-            path = Path(checkpoint, self._stream_state_name)
-            if not path.is_file():
-                raise FileNotFoundError(
-                    f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it "
-                    f"was saved by another number of ranks (now {self.args.world_size}), or not from a stream."
-                )
+            self.weight_average.load(checkpoint)
+        path = Path(checkpoint, self._data_state_name)
+        if path.is_file():
             state = json.loads(path.read_text())
-            self.train_dataset.load_state_dict(state)
-            self.stream_progress.load_state_dict(state)
+            self._images_skipped = state["images_skipped"]
+            if self.is_stream:
+                self.train_dataset.load_state_dict(state["stream"])
+                self.stream_progress.load_state_dict(state["stream"])
+        elif self.is_stream:
+            raise FileNotFoundError(
+                f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it was "
+                f"saved by another number of ranks (now {self.args.world_size}), or with `save_only_model`."
+            )
 
     @property
-    def _stream_state_name(self) -> str:
-        return f"stream_state_{self.args.process_index}.json"
+    def _data_state_name(self) -> str:
+        return f"data_state_{self.args.process_index}.json"
 
     def _save_checkpoint(self, model, trial) -> None:
         # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
-        broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
+        tensors = self.model.state_dict()
+        if self.adversary is not None:
+            tensors |= {f"discriminator.{n}": t for n, t in self.adversary.discriminator.state_dict().items()}
+        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
         if broken:
             raise FloatingPointError(
                 f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {len(broken)} "
                 f"weights are not finite, {broken[0]} among them."
             )
-        super()._save_checkpoint(model, trial)
+        self._is_saving_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving_checkpoint = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Outside of checkpoints, the averaged weights are what is saved, where there is an average."""
-        if _internal_call:
+        with contextlib.nullcontext() if self._is_saving_checkpoint else self._weights_to_keep():
             super().save_model(output_dir, _internal_call)
-            return
-        with self._weights_to_keep():
-            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.weight_average is not None:
+            self.weight_average.load(self.state.best_model_checkpoint)
 
     def _weights_to_keep(self):
         """A context in which the model has the weights that are evaluated, and saved at the end."""
@@ -403,45 +463,66 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self._resumed_from = None
         return samples
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every rank takes its own images: accelerate would repeat some, so that the ranks have equal numbers."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if not hasattr(eval_dataset, "__len__"):
+            raise ValueError(f"The evaluation set must have a length, got {type(eval_dataset).__name__}.")
+        return DataLoader(
+            Subset(eval_dataset, range(self.args.process_index, len(eval_dataset), self.args.world_size)),
+            batch_size=self.args.eval_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def _choose_grid_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The first of the evaluation set or else of the training set, or those at hand if neither has an order."""
+        eval_dataset = self.eval_dataset
+        if isinstance(eval_dataset, dict):
+            eval_dataset = next(iter(eval_dataset.values()))
+        for dataset in (eval_dataset, self.train_dataset):
+            if hasattr(dataset, "__len__"):
+                samples = [dataset[index] for index in range(min(self.recipe.grid_images, len(dataset)))]
+                return self.data_collator(samples)["pixel_values"]
+        return pixel_values[: self.recipe.grid_images].clone()
+
     def grid_pixel_values(self) -> torch.Tensor:
-        """The images `(N, 3, S, S)` that the pictures of reconstructions show."""
-        if self._grid_pixel_values is None:
-            for dataset in (self.eval_dataset, self.train_dataset):
-                if dataset is not None and hasattr(dataset, "__len__"):
-                    samples = [dataset[index] for index in range(min(self.recipe.grid_images, len(dataset)))]
-                    self._grid_pixel_values = self.data_collator(samples)["pixel_values"]
-                    break
+        """The images `(N, 3, S, S)` that the pictures of reconstructions show; chosen with the first batch."""
         return self._grid_pixel_values
 
     # Evaluation and logs
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
-
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        self._eval_terms.clear()
-        with self._weights_to_keep():
+        # A loader draws a seed; training must go on as if there had been no evaluation.
+        with torch.random.fork_rng(devices=[]):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
+    @torch.no_grad()
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
-    ):
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if self._eval_terms:
-            names = [name for name in self._eval_terms[0] if name != "images"]
-            rows = torch.stack(
-                [torch.stack([*(terms[n] for n in names), terms["images"]]) for terms in self._eval_terms]
-            )
-            # Means over the images of all ranks.
-            sums = torch.cat([rows[:, :-1] * rows[:, -1:], rows[:, -1:]], dim=1).sum(0)
-            sums = self.accelerator.reduce(sums, "sum")
-            for name, value in zip(names, (sums[:-1] / sums[-1]).tolist()):
-                output.metrics[f"{metric_key_prefix}_{name}"] = value
-            self._eval_terms.clear()
-        return output
+    ) -> EvalLoopOutput:
+        """Means of the loss and of its terms, the generator's left out, over the images of all ranks."""
+        was_training = self.model.training
+        self.model.eval()
+        count, sums = torch.zeros((), device=self.args.device), {}
+        with self._weights_to_keep(), self.accelerator.autocast():
+            for inputs in dataloader:
+                pixel_values = inputs["pixel_values"].to(self.args.device)
+                loss = self.compute_loss(self.model, {"pixel_values": pixel_values})
+                for name, term in {"loss": loss, **self._terms}.items():
+                    sums[name] = sums.get(name, 0.0) + term.float() * len(pixel_values)
+                count += len(pixel_values)
+                self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        self.model.train(was_training)
+        names = ["loss", *self.recipe.evaluated_terms]
+        values = torch.stack([*(torch.as_tensor(sums.get(name, 0.0)).to(count) for name in names), count])
+        *values, count = self.accelerator.reduce(values, "sum").tolist()
+        if not count:
+            raise ValueError("The evaluation set holds no images.")
+        metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in zip(names, values)}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(count))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the codebooks' use since the last log, the images a second, and how many could not be read so far."""
@@ -452,7 +533,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 usage.reset()
             if self.adversary is not None:
                 logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
-            counts = torch.tensor([self._images_seen, self._images_skipped], device=self.args.device)
+            counts = torch.tensor([self._images_seen, int(self._images_skipped)], device=self.args.device)
             seen, skipped = self.accelerator.reduce(counts, "sum").tolist()
             now = time.perf_counter()
             logs["images_per_second"] = seen / (now - self._logged_at)
@@ -465,17 +546,3 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 # Logged as zero while the adversary waits, so that the names do not change during a run.
 _ADAPTIVE_TERMS = ("adaptive_weight", "adaptive_weight_unclamped")
 _DISCRIMINATOR_TERMS = ("discriminator", "discriminator_real_logits", "discriminator_fake_logits")
-
-
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse what would train silently wrong, with a reason."""
-    if args.deepspeed is not None or args.fsdp:
-        raise ValueError(
-            "The vision tokenizer trains with DDP (torchrun or accelerate launch); DeepSpeed and FSDP would shard the "
-            "weights whose gradients its adaptive weight reads. Leave out `deepspeed` and `fsdp`."
-        )
-    if args.fp16:
-        raise ValueError(
-            "fp16 would need one loss scale for the tokenizer and another for its discriminator; use `bf16`, or "
-            "float32 where the device has no bfloat16."
-        )

@@ -52,7 +52,7 @@ class WeightAverage(TrainerCallback):
     def save(self, folder: str | Path) -> None:
         torch.save(self.average.state_dict(), Path(folder, FILE_NAME))
 
-    def load(self, folder: str | Path, device: torch.device) -> None:
+    def load(self, folder: str | Path) -> None:
         """
         Raises:
             FileNotFoundError: if the folder holds no average.
@@ -60,6 +60,7 @@ class WeightAverage(TrainerCallback):
         path = Path(folder, FILE_NAME)
         if not path.is_file():
             raise FileNotFoundError(
-                f"The checkpoint {str(folder)!r} lacks {FILE_NAME}: it was saved without `weight_average_decay`."
+                f"The checkpoint {str(folder)!r} lacks {FILE_NAME}: it was saved without `weight_average_decay`, or "
+                "with `save_only_model`."
             )
-        self.average.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

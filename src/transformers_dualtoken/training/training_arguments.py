@@ -1,0 +1,19 @@
+"""`TrainingArguments` with the defaults of tokenizer training."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class DualTokenVisionTokenizerTrainingArguments(TrainingArguments):
+    """`TrainingArguments` whose defaults are the optimizer settings of the authors' code."""
+
+    output_dir: str = field(default="tokenizer")
+    learning_rate: float = field(default=7.2e-5)
+    adam_beta1: float = field(default=0.5)
+    adam_beta2: float = field(default=0.9)
+    weight_decay: float = field(default=1e-4)
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: int = field(default=50)
+    report_to: str = field(default="none")
