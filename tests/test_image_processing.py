@@ -344,3 +344,11 @@ for mode in ("squash", "center_crop", "pad"):
     if done.returncode == 77:
         pytest.skip("torchvision is not installed")
     assert done.returncode == 0, done.stderr
+
+
+def test_postscript_is_refused(tmp_path):
+    """Under any name: PIL would start Ghostscript on it."""
+    Image.new("RGB", (24, 24)).save(tmp_path / "image.eps")
+    (tmp_path / "image.eps").rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="An EPS file is a program and no image"):
+        DualTokenImageProcessorPil(size=24)(str(tmp_path / "image.png"), return_tensors="pt")

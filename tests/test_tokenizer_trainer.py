@@ -3,13 +3,13 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -836,34 +836,57 @@ def test_run_goes_on_where_it_was_stopped(siglip_folder, tmp_path, no_dataset_ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [False, True])
-def test_killed_run_goes_on(siglip_folder, tmp_path, streaming):
+@pytest.mark.parametrize(("streaming", "ranks"), [(False, 1), (True, 1), (True, 2)])
+def test_killed_run_goes_on(siglip_folder, tmp_path, streaming, ranks):
     """SIGKILL at some moment after the first checkpoint, then the same command: bit-identical to a run left alone."""
-    arguments = run_arguments(siglip_folder, tmp_path, images=12)
+    arguments = run_arguments(siglip_folder, tmp_path, images=24)
     if streaming:
         arguments += ["--streaming", "1", "--shuffle_buffer_size", "5", "--steps_per_epoch", "6"]
         arguments += ["--dataloader_num_workers", "2"]
+    command = [sys.executable, run_tokenizer.__file__]
+    if ranks > 1:
+        arguments += ["--gradient_accumulation_steps", "2", "--ddp_backend", "gloo"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, *launch, run_tokenizer.__file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
     def start(folder):
-        command = [sys.executable, run_tokenizer.__file__, *arguments, "--output_dir", str(folder)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [*command, *arguments, "--output_dir", str(folder)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(whole)
-    assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
     process = start(killed)
     deadline = time.monotonic() + 300
     while not (killed / "checkpoint-3" / "trainer_state.json").is_file() and time.monotonic() < deadline:
-        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    # The launcher, its ranks and their workers.
+    launched = psutil.Process(process.pid)
+    for victim in (*launched.children(recursive=True), launched):
+        victim.kill()
+    process.communicate()
     assert not (killed / "checkpoint-6" / "trainer_state.json").exists()
     process = start(killed)
-    assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
-    assert_same_run(whole, killed)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
     assert_same_adversary(whole, killed)
+    if ranks == 1:
+        assert_same_run(whole, killed)
+        return
+    assert not changed(*(load_file(folder / "model.safetensors") for folder in (whole, killed)))
+    for rank in range(ranks):
+        first, second = (
+            json.loads((folder / "checkpoint-6" / f"data_state_{rank}.json").read_text()) for folder in (whole, killed)
+        )
+        assert first == second and first["stream"]["positions"]
 
 
 def test_stages_follow_each_other(siglip_folder, tmp_path, no_dataset_cache):
