@@ -7,7 +7,7 @@ the extra `perceptual`):
     python examples/run_tokenizer.py --siglip_model_name_or_path google/siglip2-so400m-patch14-384 \\
         --train_dataset path/to/images --output_dir tokenizer --max_steps 10000 --per_device_train_batch_size 8 --bf16
 
-Without adversary and LPIPS: `--loss_weights '{"perceptual": 0, "generator": 0}'`. The other stages: `--stage 0`, then
+Without LPIPS and adversary: `--loss_weights '{"perceptual": 0, "generator": 0}'`. The other stages: `--stage 0`, then
 `--stage 1`, `--stage 2` with `--model_name_or_path` of the stage before. Several GPUs: the same after
 `torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from one JSON file, given as the only
 argument; examples/configs/ holds the paper's.
@@ -20,7 +20,15 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoTokenizer, HfArgumentParser, SiglipModel, SiglipVisionModel, TrainingArguments, set_seed
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    SiglipModel,
+    SiglipVisionModel,
+    TrainingArguments,
+    set_seed,
+)
 
 from transformers_dualtoken import (
     DualTokenImageProcessorPil,
@@ -100,6 +108,11 @@ def load_model(
         )
     elif is_official:
         model = load_official_tokenizer(start)
+    elif (model_type := PreTrainedConfig.get_config_dict(start)[0].get("model_type")) != "dualtoken_vision_tokenizer":
+        raise ValueError(
+            f"--model_name_or_path takes a DualToken vision tokenizer; {start!r} is of model type {model_type!r}. A "
+            "SigLIP checkpoint, to start a new tokenizer from, is given as --siglip_model_name_or_path."
+        )
     else:
         model = DualTokenVisionTokenizer.from_pretrained(start, dtype=torch.float32)
     teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
@@ -183,7 +196,10 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         processing_class=processor,
         callbacks=callbacks,
     )
-    result = trainer.train(resume_from_checkpoint=find_checkpoint(training_arguments))
+    checkpoint = find_checkpoint(training_arguments)
+    if checkpoint is not None and trainer.is_world_process_zero():
+        print(f"Going on from {checkpoint}.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()

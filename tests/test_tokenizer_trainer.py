@@ -912,6 +912,12 @@ def test_run_from_a_tokenizer_that_does_not_fit_its_teacher(siglip_folder, tmp_p
         run_tokenizer.main([*arguments, "--train_dataset", "images", "--output_dir", str(tmp_path), "--use_cpu", "1"])
 
 
+def test_run_from_a_siglip_as_if_it_were_a_tokenizer(siglip_folder, tmp_path):
+    arguments = ["--siglip_model_name_or_path", str(siglip_folder), "--model_name_or_path", str(siglip_folder)]
+    with pytest.raises(ValueError, match="is of model type 'siglip'. A SigLIP checkpoint"):
+        run_tokenizer.main([*arguments, "--train_dataset", "images", "--output_dir", str(tmp_path), "--use_cpu", "1"])
+
+
 def _vision_fields() -> dict:
     from tiny_models import tiny_tokenizer_config
 

@@ -89,6 +89,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             args.remove_unused_columns = False
             # It would hide what `_check_finite` stops for, and wait for the device to do so.
             args.logging_nan_inf_filter = False
+            if args.device.type == "cpu":
+                # It serves the copy to another device, and torch warns of it at every epoch.
+                args.dataloader_pin_memory = False
             if args.ddp_broadcast_buffers is None:
                 # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
                 args.ddp_broadcast_buffers = False
