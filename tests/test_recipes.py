@@ -39,7 +39,7 @@ def test_settings_are_the_papers(path, tmp_path, monkeypatch):
     script = importlib.import_module("run_tokenizer")
     parser = HfArgumentParser(
         (script.ModelArguments, script.DataArguments, script.DualTokenVisionTokenizerRecipe)
-        + (script.TokenizerTrainingArguments,)
+        + (script.DualTokenVisionTokenizerTrainingArguments,)
     )
     here = {"output_dir": str(tmp_path), "use_cpu": True}
     # An unknown name is an error.
