@@ -3,6 +3,8 @@
 import math
 import os
 import random
+import urllib.error
+import urllib.request
 import warnings
 from io import BytesIO
 
@@ -60,8 +62,8 @@ def read_image(value, min_size: int | None = None, reducing_gap: float | None = 
         UnreadableImageError: for an entry without an image, a file that is missing, empty, truncated, damaged or no
             image, an image with too many pixels, of floating-point values (they have no defined range), or PostScript.
         TypeError: for another kind of entry.
-        OSError or another error of `fsspec`: where a URL fails for another reason than that nothing is there; no
-            image is passed over because of the network.
+        OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
+            nothing is there; no image is passed over because of the network.
     """
     # A damaged file is reported once, by its error; PIL would also warn of odd tags, and of large images.
     with warnings.catch_warnings():
@@ -114,6 +116,16 @@ def _read_file(path) -> bytes:
 
 
 def _read_url(url: str) -> bytes:
+    if url.startswith(("http://", "https://")):
+        # Some servers refuse Python's own name.
+        request = urllib.request.Request(url, headers={"User-Agent": "transformers-dualtoken"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.read()
+        except urllib.error.HTTPError as error:
+            if error.code not in (404, 410):
+                raise
+            raise UnreadableImageError(f"there is no file at this URL ({url}: {error})") from error
     # `open` would first ask for the size, and call every fault of the network a missing file.
     filesystem, path = fsspec.url_to_fs(url)
     try:
