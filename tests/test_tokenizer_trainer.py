@@ -737,11 +737,16 @@ def test_bf16_and_checkpointing_train(siglip_folder, tmp_path):
 
 @pytest.mark.slow
 def test_compiled_training_is_the_same(siglip_folder, tmp_path):
+    """Without restarts: a compiled graph draws other random numbers than torch does outside of one."""
+    config = {
+        f"{kind}_quantizer_config": {**TOKENIZER_FIELDS[f"{kind}_quantizer_config"], "restart_unused_codes": False}
+        for kind in ("pixel", "semantic")
+    }
     logs = []
     for compiled in (False, True):
         torch.manual_seed(0)
         trainer = adversarial_trainer(
-            siglip_folder, tmp_path, dataset=pixel_items(), max_steps=2, torch_compile=compiled
+            siglip_folder, tmp_path, config=config, dataset=pixel_items(), max_steps=2, torch_compile=compiled
         )
         trainer.train()
         logs.append(trainer.state.log_history[:2])
