@@ -11,7 +11,6 @@ import torch
 
 ABLATIONS = Path(__file__).parents[1] / "examples" / "ablations"
 sys.path.append(str(ABLATIONS))
-pytest.importorskip("skimage")
 import report  # noqa: E402
 import scenes  # noqa: E402
 import teacher  # noqa: E402

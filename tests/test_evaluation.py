@@ -349,7 +349,6 @@ def test_bad_columns_are_named(columns, settings, message):
 
 
 def test_report(tmp_path, images):
-    pytest.importorskip("matplotlib")
     usage = CodebookUsage(2, 8, shared_codebook=False)
     usage.update(torch.randint(0, 8, (30, 2)))
     metrics = {"num_images": 10, "psnr": float("nan"), "exact_images": 10, "ssim": 0.5}

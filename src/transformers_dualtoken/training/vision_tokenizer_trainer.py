@@ -300,7 +300,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         if self.recipe.grid_steps is not None and self._grid_pixel_values is None:
             self._grid_pixel_values = self._choose_grid_images(inputs["pixel_values"])
         loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
-        terms = {name: term.detach() for name, term in self._terms.items()}
+        # Without the graph, which would else live until the next step.
+        terms, self._terms = {name: term.detach() for name, term in self._terms.items()}, {}
         if self._adversary_images is not None:
             (real, fake), self._adversary_images = self._adversary_images, None
             steps = self.current_gradient_accumulation_steps
