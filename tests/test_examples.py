@@ -51,7 +51,7 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
     docstring = text.split('"""')[1]
     assert command in docstring
     # Every option that the head of the file speaks of exists; torchrun's is its own.
-    known = set(re.findall(r"--\w+", shown)) | {"--nproc_per_node"}
+    known = set(re.findall(r"--\w+", shown)) | {"--config_file", "--nproc_per_node"}
     assert set(re.findall(r"--\w+", docstring)) <= known
 
 
@@ -59,7 +59,7 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
     ("script", "message"),
     [
         ("run_tokenizer.py", "required: --train_dataset"),
-        ("run_unified.py", "required: --train_file"),
+        ("run_unified.py", "required: --train_dataset"),
         ("digits/data.py", "required: --output_dir"),
         ("digits/train_siglip.py", "required: --data_dir"),
         ("digits/build_language_model.py", "required: --data_dir, --output_dir"),
@@ -107,7 +107,7 @@ def test_tokenizer_needs_one_start(load, tmp_path, start, message):
     ],
 )
 def test_unified_needs_one_start(load, tmp_path, models, message):
-    arguments = ["--train_file", "chat.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "1"]
+    arguments = ["--train_dataset", "chat.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "1"]
     with pytest.raises(ValueError, match=message):
         load("run_unified").main([*arguments, *models])
 
@@ -120,14 +120,14 @@ def test_unified_needs_one_start(load, tmp_path, models, message):
             "load_model",
             {"siglip_model_name_or_path": "a", "model_name_or_path": "b", "train_dataset": "c"},
         ),
-        ("run_unified", "load_model", {"train_file": "a", "model_name_or_path": "b", "train_parts": ["heads"]}),
+        ("run_unified", "load_model", {"train_dataset": "a", "model_name_or_path": "b", "train_parts": ["heads"]}),
     ],
 )
 def test_settings_from_one_json_file(load, monkeypatch, tmp_path, script, function, settings):
     class Reached(Exception):
         pass
 
-    def stop(arguments):
+    def stop(arguments, *others):
         raise Reached(arguments)
 
     module, path = load(script), tmp_path / "settings.json"
@@ -145,8 +145,24 @@ def test_settings_from_one_json_file(load, monkeypatch, tmp_path, script, functi
         module.main([str(path)])
 
 
-def test_settings_that_are_json_objects(load, tmp_path):
+def test_settings_that_are_json_objects(tmp_path):
     (tmp_path / "fields.json").write_text('{"semantic_layer": 3}')
-    for read in (lambda value: json_object(value, "config_overrides"), load("run_unified")._json):
-        assert read(None) == {}
-        assert read('{"semantic_layer": 3}') == read(str(tmp_path / "fields.json")) == {"semantic_layer": 3}
+    assert json_object(None, "config_overrides") == {}
+    for value in ('{"semantic_layer": 3}', str(tmp_path / "fields.json")):
+        assert json_object(value, "config_overrides") == {"semantic_layer": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--packing", "1"], "--packing needs --max_length"),
+        (["--streaming", "1", "--max_steps", "1", "--precompute_codes", "1"], "stream what it wrote"),
+        (["--streaming", "1"], "--streaming needs --max_steps"),
+        (["--sample_steps", "5"], "--sample_steps needs --sample_prompts"),
+        (["--quantization", "4"], "needs --lora and --model_name_or_path"),
+    ],
+)
+def test_unified_settings_that_exclude_each_other(load, tmp_path, options, message):
+    arguments = ["--train_dataset", "chat.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "1"]
+    with pytest.raises(ValueError, match=message):
+        load("run_unified").main([*arguments, *options])

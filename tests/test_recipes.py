@@ -6,14 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
+from transformers_dualtoken.training.chat_sources import _check_keys
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-RECIPES = sorted((EXAMPLES / "configs").glob("*.json"))
+RECIPES = sorted((EXAMPLES / "configs").glob("tokenizer_*.json"))
+# Of the paper's table: what is trained, rate, batch.
+STAGES = {
+    1: (["projector"], 1e-3, 64),
+    2: (["language_model", "projector"], 2e-5, 256),
+    3: (["heads"], 1e-4, 128),
+    4: (["projector", "heads", "language_model"], 1e-5, 512),
+}
 # Positions, residual codes of a kind, layers (pixel, shortcut, semantic), side of the decoder's latent; parameters of
 # the tokenizer and how many of them are trained in stage 1.
 LAYOUTS = {
@@ -104,3 +113,26 @@ def test_estimate_of_a_tiny_model(estimate):
     assert gradients < two["peak"] < four["peak"] < 2 * two["peak"]
     alone, several = (estimate.standing_bytes(models, ranks) for ranks in (1, 8))
     assert sum(several.values()) - sum(alone.values()) == gradients
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("run_unified")
+    settings = json.loads((EXAMPLES / "configs" / f"unified_stage{stage}.json").read_text())
+    engine = settings.pop("deepspeed", None)
+    assert engine is None or (EXAMPLES.parent / engine).is_file()
+    parser = HfArgumentParser((script.ModelArguments, script.DataArguments, script.DualTokenTrainingArguments))
+    # An unknown name is an error.
+    model, data, training = parser.parse_dict({**settings, "output_dir": str(tmp_path), "use_cpu": True})
+    parts, rate, batch = STAGES[stage]
+    assert model.train_parts == parts and training.learning_rate == rate
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == batch
+    assert training.bf16 and data.streaming and data.packing and data.on_bad_sample == "skip"
+    # Each stage begins where the one before ended.
+    before = f"unified_stage{stage - 1}" if stage > 1 else None
+    assert model.model_name_or_path == before and settings["output_dir"] == f"unified_stage{stage}"
+    sources = yaml.safe_load((EXAMPLES.parent / data.train_dataset).read_text())["sources"]
+    for source in sources:
+        _check_keys(source)
+        assert source["weight"] > 0

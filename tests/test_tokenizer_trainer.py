@@ -328,7 +328,7 @@ def test_foreign_streams_are_refused(siglip_folder, tmp_path):
         def __iter__(self):
             return iter(pixel_items().items)
 
-    with pytest.raises(ValueError, match="must be a DualTokenImageStream.*got Stream"):
+    with pytest.raises(ValueError, match="must be a SampleStream such as DualTokenImageStream.*got Stream"):
         tokenizer_trainer(siglip_folder, tmp_path, dataset=Stream())
 
 

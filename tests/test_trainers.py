@@ -11,15 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import lively_unified_model
-from tiny_tokenizer import build_tiny_qwen2_tokenizer
 from training_helpers import (
     RUN,
+    TINY_IMAGE_POSITIONS,
     TOKENIZER_FIELDS,
     FixedItems,
+    build_tiny_processor,
     changed,
     check_finished,
     check_resume,
     quiet,
+    say,
     state_of,
     write_images,
 )
@@ -30,12 +32,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor, DualTokenVisionTokenizer
+from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.training import (
-    DualTokenChatDataset,
     DualTokenDataCollator,
     DualTokenTrainer,
-    encode_images,
     find_checkpoint,
     set_trainable,
 )
@@ -45,26 +45,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import run_unified  # noqa: E402
 
 
-N = 9  # positions of an image of the tiny tokenizer
-
-
-def say(role: str, *parts) -> dict:
-    """A message; a string is text, a tuple of one name an image."""
-    content = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part[0]}
-        for part in parts
-    ]
-    return {"role": role, "content": content}
+N = TINY_IMAGE_POSITIONS
 
 
 @pytest.fixture(scope="module")
-def text_tokenizer():
-    return build_tiny_qwen2_tokenizer(["user assistant", "Draw it, please. What is in the picture? A blue one."])
+def processor():
+    return build_tiny_processor()
 
 
 @pytest.fixture(scope="module")
-def processor(text_tokenizer):
-    return DualTokenProcessor(DualTokenImageProcessorPil(size=24), text_tokenizer, num_image_tokens=N)
+def text_tokenizer(processor):
+    return processor.tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,156 +79,6 @@ def language_model_folder(tmp_path_factory, text_tokenizer) -> Path:
     model.save_pretrained(folder)
     text_tokenizer.save_pretrained(folder)
     return folder
-
-
-# Conversations
-
-
-def make_codes(*keys) -> dict:
-    generator = torch.Generator().manual_seed(2)
-    return {key: torch.randint(24, (2, 3, 3, 3), generator=generator).unbind() for key in keys}
-
-
-def test_chat_labels_are_what_the_assistant_says(processor):
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        say("user", ("b",), "What is it?", ("a",)),
-        {"role": "assistant", "content": "A blue one."},
-        say("user", "Draw it."),
-        say("assistant", "Here: ", ("c",), " done."),
-    ]
-    codes = make_codes("a", "b", "c")
-    dataset = DualTokenChatDataset([chat], processor, image_codes=codes, prompt_drop_probability=0)
-    item = dataset[0]
-    image = "<|vision_start|>" + N * "<|image_pad|>" + "<|vision_end|>"
-    head = "<|im_start|>assistant\n"
-    rendered = (
-        f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{image}What is it?{image}<|im_end|>\n{head}"
-        f"A blue one.<|im_end|>\n<|im_start|>user\nDraw it.<|im_end|>\n{head}Here: {image} done.<|im_end|>\n"
-    )
-    assert processor.decode(item["input_ids"]) == rendered
-    is_target = item["labels"] != -100
-    assert torch.equal(item["labels"][is_target], item["input_ids"][is_target])
-    assert processor.decode(item["labels"][is_target]) == f"A blue one.<|im_end|>Here: {image} done.<|im_end|>"
-    assert item["attention_mask"].all()
-    # Reading order, whatever the order of the mapping.
-    for index, name in enumerate(("pixel_codes", "semantic_codes")):
-        assert torch.equal(item[name], torch.stack([codes[key][index] for key in "bac"]))
-
-
-def test_chat_images_are_loaded_where_there_are_no_codes(processor):
-    chats = [[say("user", ("x",), ("y",)), say("assistant", "ok")], [say("user", "a"), say("assistant", "b")]]
-    dataset = DualTokenChatDataset(chats, processor, load_image=lambda key: torch.full((3, 24, 24), float(key == "y")))
-    assert torch.equal(dataset[0]["pixel_values"].mean((1, 2, 3)), torch.tensor([0.0, 1.0]))
-    assert not {"pixel_values", "pixel_codes"} & set(dataset[1])
-    with pytest.raises(ValueError, match="Exactly one of `image_codes` and `load_image`"):
-        DualTokenChatDataset(chats, processor)
-
-
-def drawing_chats() -> list[list[dict]]:
-    drawing = [say("user", ("a",), "Draw it."), say("assistant", "Here: ", ("b",), "and", ("a",))]
-    answer = [say("user", ("a",), "What is it?"), say("assistant", "A blue one.")]
-    return [drawing, answer] * 20
-
-
-def test_dropped_prompt_leaves_the_first_drawn_image_at_the_start(processor):
-    codes = make_codes("a", "b")
-    whole, dropped = (
-        DualTokenChatDataset(drawing_chats()[:2], processor, image_codes=codes, prompt_drop_probability=share)
-        for share in (0, 1)
-    )
-    before, after = whole[0], dropped[0]
-    start = int((before["labels"] == processor.image_start_token_id).nonzero()[0])
-    assert after["attention_mask"].tolist() == [0] * start + [1] * (len(before["input_ids"]) - start)
-    # Nothing predicts what now comes first.
-    assert (after["labels"][: start + 1] == -100).all()
-    assert torch.equal(after["labels"][start + 1 :], before["labels"][start + 1 :])
-    assert int(after["labels"][start + 1]) == processor.image_token_id
-    for name in ("input_ids", "pixel_codes", "semantic_codes"):
-        assert torch.equal(after[name], before[name])
-    # Input images alone are no drawing; and the shared sample was not changed in place.
-    assert all(torch.equal(whole[1][name], dropped[1][name]) for name in whole[1])
-    dropped.prompt_drop_probability = 0
-    assert all(torch.equal(before[name], dropped[0][name]) for name in before)
-
-
-def test_dropped_prompt_predicts_as_an_empty_context(processor):
-    """Masked before `<image_start>` is the same to the model as generation's unconditional context."""
-    model = lively_unified_model(
-        text_config={**lively_unified_model().config.text_config.to_dict(), "vocab_size": 400},
-        image_start_token_id=processor.image_start_token_id,
-        image_token_id=processor.image_token_id,
-        image_end_token_id=processor.image_end_token_id,
-    )
-    dataset = DualTokenChatDataset(
-        drawing_chats()[:1], processor, image_codes=make_codes("a", "b"), prompt_drop_probability=1
-    )
-    batch = DualTokenDataCollator(0)([dataset[0]])
-    start = int(batch["attention_mask"].argmax())
-    with torch.no_grad():
-        masked = model(**batch)
-        alone = model(
-            batch["input_ids"][:, start:],
-            labels=batch["labels"][:, start:],
-            pixel_codes=batch["pixel_codes"][1:],
-            semantic_codes=batch["semantic_codes"][1:],
-        )
-    for name in ("text_loss", "pixel_loss", "semantic_loss"):
-        torch.testing.assert_close(masked[name], alone[name], rtol=1e-4, atol=1e-4)
-
-
-def test_prompt_drop_depends_on_seed_epoch_and_index_only(processor):
-    def drops(seed, epoch, order):
-        dataset = DualTokenChatDataset(
-            drawing_chats(), processor, make_codes("a", "b"), prompt_drop_probability=0.5, seed=seed
-        )
-        dataset.set_epoch(epoch)
-        torch.rand(seed + epoch)  # global random state plays no part
-        found = {index: not dataset[index]["attention_mask"].all() for index in order}
-        return [found[index] for index in range(40)]
-
-    first = drops(0, 0, range(40))
-    assert first == drops(0, 0, reversed(range(40)))
-    assert first != drops(1, 0, range(40)) and first != drops(0, 1, range(40))
-    assert 4 <= sum(first) <= 16 and not any(first[1::2])
-
-
-def test_chat_errors_name_the_sample(processor):
-    good = [say("user", "a"), say("assistant", "b")]
-    length = len(DualTokenChatDataset([good], processor, {})[0]["input_ids"])
-    DualTokenChatDataset([good], processor, {}, max_length=length)
-    with pytest.raises(ValueError, match=f"Sample 1 has .* tokens, more than `max_length` = {length}"):
-        DualTokenChatDataset([good, [say("user", "a b c"), say("assistant", "b")]], processor, {}, max_length=length)
-    with pytest.raises(ValueError, match="Sample 1 has no assistant message"):
-        DualTokenChatDataset([good, good[:1]], processor, {})
-
-
-def test_collator_pads_on_the_right_and_joins_images():
-    def sample(length, images):
-        item = {"input_ids": torch.arange(length), "labels": torch.arange(length)}
-        item["attention_mask"] = torch.ones(length, dtype=torch.long)
-        return {**item, "pixel_codes": torch.full((images, 3, 3, 3), length)} if images else item
-
-    batch = DualTokenDataCollator(99, pad_to_multiple_of=4)([sample(2, 1), sample(5, 0), sample(3, 2)])
-    assert batch["input_ids"][0].tolist() == [0, 1] + [99] * 6
-    assert batch["labels"][2].tolist() == [0, 1, 2] + [-100] * 5
-    assert batch["attention_mask"].sum(1).tolist() == [2, 5, 3]
-    assert batch["pixel_codes"][:, 0, 0, 0].tolist() == [2, 3, 3]
-    assert set(batch) == {"input_ids", "labels", "attention_mask", "pixel_codes"}
-
-
-def test_encode_images_encodes_equal_keys_once():
-    model, loaded = lively_unified_model(), []
-
-    def load_image(key):
-        loaded.append(key)
-        return torch.full((3, 24, 24), key / 10)
-
-    codes = encode_images(model, load_image, [3, 1, 3, 2], batch_size=2)
-    assert loaded == [3, 1, 2] and list(codes) == [3, 1, 2]
-    pixel, semantic = model.model.get_image_codes(torch.full((1, 3, 24, 24), 0.2))
-    assert torch.equal(codes[2][0], pixel[0]) and torch.equal(codes[2][1], semantic[0])
-    assert encode_images(model, load_image, []) == {}
 
 
 # The unified trainer
@@ -420,7 +261,7 @@ def unified_arguments(tmp_path, vision_tokenizer_folder, language_model_folder, 
     head = {"hidden_size": 16, "num_hidden_layers": 1, "head_dim": 8, "intermediate_size": 32, "input_hidden_size": 24}
     return [
         *RUN,
-        *("--train_file", str(tmp_path / "chat.jsonl"), "--prompt_drop_probability", "0.5"),
+        *("--train_dataset", str(tmp_path / "chat.jsonl"), "--prompt_drop_probability", "0.5"),
         *("--vision_tokenizer_name_or_path", str(vision_tokenizer_folder)),
         *("--language_model_name_or_path", str(language_model_folder)),
         *("--config_overrides", json.dumps({"depth_head_config": head})),
@@ -438,13 +279,13 @@ def test_unified_run_from_pixels_and_on_from_a_unified_model(vision_tokenizer_fo
     arguments = unified_arguments(tmp_path, vision_tokenizer_folder, language_model_folder)
     arguments += ["--max_steps", "1", "--save_strategy", "no"]
     runs = tmp_path / "codes", tmp_path / "pixels"
-    run_unified.main([*arguments, "--output_dir", str(runs[0])])
-    run_unified.main([*arguments, "--output_dir", str(runs[1]), "--precompute_codes", "0"])
+    run_unified.main([*arguments, "--output_dir", str(runs[0]), "--precompute_codes", "1"])
+    run_unified.main([*arguments, "--output_dir", str(runs[1])])
     first, second = (load_file(folder / "model.safetensors") for folder in runs)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
 
-    go_on = [*RUN, "--train_file", str(tmp_path / "chat.jsonl"), "--model_name_or_path", str(runs[0])]
+    go_on = [*RUN, "--train_dataset", str(tmp_path / "chat.jsonl"), "--model_name_or_path", str(runs[0])]
     go_on += ["--train_parts", "heads", "--max_steps", "1", "--output_dir", str(tmp_path / "heads")]
     run_unified.main(go_on)
     moved = changed(first, load_file(tmp_path / "heads" / "model.safetensors"))
@@ -461,7 +302,17 @@ def test_last_whole_checkpoint_is_found(tmp_path):
         if name != "checkpoint-11":
             (tmp_path / "run" / name / "trainer_state.json").write_text("{}")
     assert find_checkpoint(arguments()) == str(tmp_path / "run" / "checkpoint-10")
-    assert find_checkpoint(arguments(resume_from_checkpoint="elsewhere")) == "elsewhere"
+    assert find_checkpoint(arguments(resume_from_checkpoint="true")) == str(tmp_path / "run" / "checkpoint-10")
+    assert find_checkpoint(arguments(resume_from_checkpoint="false")) is None
+    whole = str(tmp_path / "run" / "checkpoint-9")
+    assert find_checkpoint(arguments(resume_from_checkpoint=whole)) == whole
+    for name in ("checkpoint-11", "elsewhere"):
+        with pytest.raises(ValueError, match=f"names '.*{name}', which is no whole checkpoint"):
+            find_checkpoint(arguments(resume_from_checkpoint=str(tmp_path / "run" / name)))
+    (tmp_path / "run" / "checkpoint-10" / "trainer_state.json").write_text("{")
+    assert find_checkpoint(arguments()) == whole
+    with pytest.raises(ValueError, match="asks for the last checkpoint, but .* holds no whole one"):
+        find_checkpoint(TrainingArguments(str(tmp_path / "none"), **quiet(resume_from_checkpoint="True")))
 
 
 @pytest.mark.slow

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config
+from tiny_tokenizer import build_tiny_qwen2_tokenizer
 from transformers import TrainerCallback
+
+from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor
 
 
 TOKENIZER_FIELDS = {
@@ -24,6 +27,30 @@ TOKENIZER_FIELDS = {
         "decoder_latent_size",
     )
 } | {f"{kind}_quantizer_config": tiny_quantizer_fields() for kind in ("pixel", "semantic")}
+
+TINY_IMAGE_POSITIONS = 9  # of an image of the tiny tokenizer
+
+
+def build_tiny_processor() -> DualTokenProcessor:
+    text_tokenizer = build_tiny_qwen2_tokenizer(
+        ["user assistant", "Draw it, please. What is in the picture? A blue one."]
+    )
+    return DualTokenProcessor(
+        DualTokenImageProcessorPil(size=24), text_tokenizer, num_image_tokens=TINY_IMAGE_POSITIONS
+    )
+
+
+def say(role: str, *parts) -> dict:
+    """A message; a string is text, a tuple of one names an image, a dict is a part."""
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": part[0]}
+        if isinstance(part, tuple)
+        else part
+        for part in parts
+    ]
+    return {"role": role, "content": content}
 
 
 def quiet(**overrides) -> dict:
@@ -79,7 +106,7 @@ class Stop(TrainerCallback):
 
 
 def write_images(folder: Path, count: int) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for index in range(count):
         noise(index, size=(30, 26)).save(folder / f"{index}.png")
 
@@ -90,19 +117,20 @@ RUN = [
 ]
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, last_step: int = 6) -> None:
     """Weights, buffers, optimizer, schedule, random states and logs are bit-identical."""
-    for folder in ("", "checkpoint-6"):
+    for folder in ("", f"checkpoint-{last_step}"):
         first, second = (load_file(path / folder / "model.safetensors") for path in (one, other))
         assert not changed(first, second)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        first, second = (torch.load(path / "checkpoint-6" / name, weights_only=False) for path in (one, other))
+        first, second = (
+            torch.load(path / f"checkpoint-{last_step}" / name, weights_only=False) for path in (one, other)
+        )
         assert_equal(first, second, name)
     logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (one, other)]
-    assert len(logs[0]) == 7  # six steps and the summary, whose times differ
-    for log in (*logs[0], *logs[1]):
-        log.pop("images_per_second", None)
-    assert logs[0][:6] == logs[1][:6]
+    assert len(logs[0]) == last_step + 1  # the steps and the summary, whose times differ
+    timeless = [[{k: v for k, v in log.items() if not k.endswith("_per_second")} for log in run[:-1]] for run in logs]
+    assert timeless[0] == timeless[1]
 
 
 def assert_equal(first, second, where):

@@ -158,7 +158,8 @@ def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -
     progress.start("unified")
     run_unified.main(
         ["--vision_tokenizer_name_or_path", folders["tokenizer"], "--language_model_name_or_path", folders["qwen2"]]
-        + ["--config_overrides", json.dumps(UNIFIED_CONFIG), "--train_file", f"{folders['data']}/chat.jsonl"]
+        + ["--config_overrides", json.dumps(UNIFIED_CONFIG), "--train_dataset", f"{folders['data']}/chat.jsonl"]
+        + ["--precompute_codes", "1"]
         + ["--output_dir", folders["unified"], *common, "--learning_rate", "2e-3"]
         + ["--per_device_train_batch_size", "48", "--max_steps", str(arguments.unified_steps)],
         callbacks=[ProgressCallback(progress)],

@@ -34,6 +34,21 @@ def _convert(arguments: argparse.Namespace) -> None:
     print(f"Wrote {output}: {model.num_parameters():,} parameters, {size} px, {model.config.num_positions} positions.")
 
 
+def _merge(arguments: argparse.Namespace) -> None:
+    import torch
+
+    try:
+        from .training.adapters import merge_adapter
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"`dualtoken merge` needs {error.name}: pip install 'transformers-dualtoken[train]'."
+        ) from error
+
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    model = merge_adapter(arguments.adapter, arguments.output_dir, base=arguments.base, dtype=dtype)
+    print(f"Wrote {arguments.output_dir}: {model.num_parameters():,} parameters, {model.dtype}.")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="dualtoken", description="Tools around DualToken checkpoints.")
@@ -42,10 +57,18 @@ def main(argv: list[str] | None = None) -> int:
     convert.add_argument("folder", help="holds config.json, one *.pt and the SigLIP configuration")
     convert.add_argument("output_dir", help="where to write the checkpoint; must not hold files yet")
     convert.set_defaults(run=_convert)
+    merge = commands.add_parser("merge", help="a unified model and its LoRA adapter -> one model that needs no PEFT")
+    merge.add_argument("adapter", help="folder or Hub name of the adapter")
+    merge.add_argument("output_dir", help="where to write the checkpoint; must not hold files yet")
+    merge.add_argument("--base", help="the base model; by default the one that the adapter names")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights; by default the base model's"
+    )
+    merge.set_defaults(run=_merge)
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"dualtoken: {error}", file=sys.stderr)
         return 1
     return 0

@@ -82,8 +82,16 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         self.down_proj = DualTokenStackedLinear(per_depth, config.intermediate_size, width, config.bias)
         self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """All depths at once: `(M, D, T, W)` -> `(M, D, T, W)`."""
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int | None = None, cache: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        All depths at once, `(M, D, T, W)` -> `(M, D, T, W)`, or one of them, `(M, T, W)` -> `(M, T, W)`, as `step`.
+
+        One entry for both: ZeRO-3 and FSDP2 bring a layer's weights together where it is called.
+        """
+        if depth is not None:
+            return self.step(hidden_states, depth, cache)
         models, depths, length, width = hidden_states.shape
         qkv = self.qkv_proj(self.input_layernorm(hidden_states).flatten(1, 2))
         qkv = qkv.view(models, depths, length, 3, self.num_heads, self.head_dim)
@@ -241,7 +249,7 @@ class DualTokenDepthHeads(nn.Module):
                 if guidance_scale is not None:
                     features = features.repeat(1, 2, 1)
             for layer, cache in zip(self.layers, caches):
-                features = layer.step(features, depth, cache)
+                features = layer(features, depth, cache)
             normed = self.norm(features)
             if guidance_scale is not None:
                 cond, uncond = normed.chunk(2, dim=1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -26,6 +27,10 @@ from .depth_heads import (
 from .generation import DualTokenGenerationMixin
 from .linear_cross_entropy import linear_cross_entropy
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
+
+
+# Rows whose logits an adapted text head makes at once.
+_ADAPTED_HEAD_ROWS = 1024
 
 
 @dataclass
@@ -61,6 +66,12 @@ class DualTokenCausalLMOutputWithPast(ModelOutput):
         past_key_values, hidden_states, attentions, pixel_codes, semantic_codes: as in
             [`DualTokenModelOutputWithPast`].
         last_hidden_state (`torch.Tensor` of shape `(B, L, H)`): input of the text head and the depth heads.
+        text_loss_sum (`torch.Tensor`, scalar, with `labels`): cross-entropy of the text targets, summed, in nats.
+        num_text_correct (`torch.LongTensor`, scalar), num_text_targets (`int`): text targets whose most probable token
+            is the right one, and all of them.
+        depth_loss_sums (`torch.Tensor` of shape `(2, D)`): cross-entropies of the pixel and the semantic codes at every
+            depth, summed over the visual targets.
+        num_depth_correct (`torch.LongTensor` of shape `(2, D)`), num_visual_targets (`int`): the same of the codes.
     """
 
     loss: torch.Tensor | None = None
@@ -74,6 +85,12 @@ class DualTokenCausalLMOutputWithPast(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
+    text_loss_sum: torch.Tensor | None = None
+    num_text_correct: torch.LongTensor | None = None
+    num_text_targets: int | None = None
+    depth_loss_sums: torch.Tensor | None = None
+    num_depth_correct: torch.LongTensor | None = None
+    num_visual_targets: int | None = None
 
 
 class DualTokenVisualProjector(nn.Module):
@@ -264,7 +281,9 @@ class DualTokenModel(DualTokenPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(B, L)`): an image is N times `image_token_id`.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 for padding and for dropped prompts.
             position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): by default positions count what
-                `attention_mask` keeps, so that a masked prefix shifts nothing.
+                `attention_mask` keeps, so that a masked prefix shifts nothing. Given without a mask and without
+                `past_key_values`, every position that does not follow its predecessor begins another sample, and no
+                sample sees another one: so short samples are packed into one row.
             past_key_values (`Cache`, *optional*).
             inputs_embeds (`torch.Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`.
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*): the batch's images in reading
@@ -308,6 +327,9 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        shape = inputs_embeds.shape
+        if self._packs_rows(attention_mask, position_ids, past_key_values):
+            inputs_embeds, position_ids = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -318,13 +340,28 @@ class DualTokenModel(DualTokenPreTrainedModel):
             **kwargs,
         )
         return DualTokenModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=outputs.last_hidden_state.view(shape),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pixel_codes=pixel_codes,
             semantic_codes=semantic_codes,
             image_mask=image_mask,
+        )
+
+    def _packs_rows(self, attention_mask, position_ids, past_key_values) -> bool:
+        """
+        Whether the rows must be put one after the other, for samples packed into them to stay apart.
+
+        transformers' masks know packed rows; its flash attention looks for them in a single row only.
+        """
+        return (
+            "flash" in (self.config.text_config._attn_implementation or "")
+            and attention_mask is None
+            and past_key_values is None
+            and position_ids is not None
+            and position_ids.ndim == 2
+            and len(position_ids) > 1
         )
 
     def check_placeholders(self, image_mask: torch.BoolTensor, num_images: int) -> None:
@@ -520,6 +557,9 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             raise ValueError(
                 "`shift_labels` are not supported: images must not be split over devices (context or sequence parallelism)."
             )
+        if labels is not None and use_cache is None:
+            # A loss needs none, and with one transformers does not keep packed samples apart.
+            use_cache = False
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -553,7 +593,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     def _losses(
         self, outputs: DualTokenModelOutputWithPast, labels: torch.LongTensor, num_items_in_batch
     ) -> dict[str, torch.Tensor]:
-        """The four losses, by their names in the output."""
+        """The losses, and the sums and counts they are made of, by their names in the output."""
         config, hidden_states = self.config, outputs.last_hidden_state
         if labels.shape != hidden_states.shape[:2]:
             raise ValueError(
@@ -567,7 +607,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         is_visual = visual_labels[:, 1:]
         is_text = (labels[:, 1:] != -100) & ~is_visual
         text_targets, text_hidden = labels[:, 1:][is_text], hidden_states[:, :-1][is_text]
-        text_sum = linear_cross_entropy(text_hidden, self.lm_head.weight, text_targets).loss_sums
+        text_sum, num_text_correct = self._text_loss_sum(text_hidden, text_targets)
         heads: DualTokenDepthHeadsOutput = self.depth_heads(
             hidden_states[:, :-1][is_visual], codes, self.model.code_embeds(*codes)
         )
@@ -581,7 +621,39 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             + config.pixel_loss_weight * pixel_loss
             + config.semantic_loss_weight * semantic_loss
         )
-        return {"loss": loss, "text_loss": text_loss, "pixel_loss": pixel_loss, "semantic_loss": semantic_loss}
+        return {
+            "loss": loss,
+            "text_loss": text_loss,
+            "pixel_loss": pixel_loss,
+            "semantic_loss": semantic_loss,
+            "text_loss_sum": text_sum.detach(),
+            "num_text_correct": num_text_correct,
+            "num_text_targets": len(text_targets),
+            "depth_loss_sums": heads.loss_sums.detach(),
+            "num_depth_correct": heads.num_correct,
+            "num_visual_targets": codes.shape[1],
+        }
+
+    def _text_loss_sum(
+        self, hidden_states: torch.Tensor, targets: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
+        if type(self.lm_head) is nn.Linear:
+            output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, bias=self.lm_head.bias)
+            return output.loss_sums, output.num_correct
+        # An adapter, or quantised: its weight alone is not what it computes. The logits of a chunk are made again in
+        # the backward, so that here too those of all rows never exist together.
+        sums, correct = [], []
+        for chunk, target in zip(hidden_states.split(_ADAPTED_HEAD_ROWS), targets.split(_ADAPTED_HEAD_ROWS)):
+            loss_sum, num_correct = checkpoint(self._adapted_head_loss, chunk, target, use_reentrant=False)
+            sums.append(loss_sum)
+            correct.append(num_correct)
+        return torch.stack(sums).sum(), torch.stack(correct).sum()
+
+    def _adapted_head_loss(self, hidden_states: torch.Tensor, targets: torch.LongTensor):
+        logits = self.lm_head(hidden_states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
 
     def _visual_targets(
         self, outputs: DualTokenModelOutputWithPast, visual_labels: torch.BoolTensor

@@ -114,7 +114,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         return token_id
 
     @property
-    def _image_tokens(self) -> ImageTokens:
+    def image_tokens(self) -> ImageTokens:
         return ImageTokens(
             start=self.image_start_token,
             pad=self.image_token,
@@ -179,7 +179,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)
-            image = self._image_tokens
+            image = self.image_tokens
             prompts = [re.sub(image.pattern(), lambda _: image.text, prompt) for prompt in prompts]
             data = dict(self.tokenizer(prompts, **merged["text_kwargs"]))
             self._finish_text(data, counts, merged)
@@ -309,7 +309,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         }
         marker = new_marker(outside)
         if tokenize:
-            outside = mark_special_tokens(outside, marker, special_tokens_of(self.tokenizer, self._image_tokens))
+            outside = mark_special_tokens(outside, marker, special_tokens_of(self.tokenizer, self.image_tokens))
         rendered, spans = render_jinja_template(
             conversations=outside["chats"],
             tools=outside["tools"],
@@ -333,7 +333,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
         merged = self._merged_kwargs(processor_kwargs)
         rows, masks = encode_chats(
-            self.tokenizer, self._image_tokens, rendered, marker, spans if return_assistant_tokens_mask else None
+            self.tokenizer, self.image_tokens, rendered, marker, spans if return_assistant_tokens_mask else None
         )
         for row, count in zip(rows, counts):
             shown = row.count(self.image_token_id) // self.num_image_tokens

@@ -1,9 +1,16 @@
-"""What the two trainers share: the epoch reaches the data set, and the terms of the loss are logged."""
+"""What the two trainers share: streams, checkpoints that are whole or none, and the logged terms of the loss."""
 
+import json
+import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+
+from .sample_stream import SampleStream, StreamProgress
 
 
 class DatasetEpochCallback(TrainerCallback):
@@ -20,18 +27,39 @@ class DatasetEpochCallback(TrainerCallback):
             dataset.set_epoch(int(state.epoch or 0))
 
 
+class StreamEpochCallback(TrainerCallback):
+    """
+    The logged epoch of a stream. The Trainer counts from where a run was resumed, since it skips no batches then.
+
+    Without the length of an epoch the whole run counts as one, as in `Trainer`.
+    """
+
+    def __init__(self, steps_per_epoch: int | None = None):
+        self.steps_per_epoch = steps_per_epoch
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / (self.steps_per_epoch or state.max_steps)
+
+
 class DualTokenBaseTrainer(Trainer):
     """
-    `Trainer` that logs the terms a loss is made of, and keeps data sets with `set_epoch` up to date.
+    `Trainer` that logs the terms a loss is made of, keeps data sets with `set_epoch` up to date, and reads streams
+    ([`SampleStream`]), whose position is part of its checkpoints.
+
+    A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it;
+    their number since the beginning is logged) and a stream's `"stream_position"`.
 
     Raises:
-        ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`.
+        ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
+            training set without a length that is no [`SampleStream`].
     """
 
     # How the logged terms of the ranks are joined.
     terms_reduction = "mean"
+    # What `num_skipped` and the samples of `note_batch` are called in the logs.
+    noun = "samples"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, steps_per_epoch: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             # Its replicas would lose their codebooks' moves, and images are flat over the batch.
@@ -41,12 +69,104 @@ class DualTokenBaseTrainer(Trainer):
             )
         self.add_callback(DatasetEpochCallback())
         self._term_sums, self._term_count = defaultdict(float), 0
+        self.is_stream = isinstance(self.train_dataset, SampleStream)
+        if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
+            raise ValueError(
+                f"A training set without a length must be a {SampleStream.__name__} such as DualTokenImageStream or "
+                "DualTokenChatStream, which divides itself over ranks and knows its position; got "
+                f"{type(self.train_dataset).__name__}."
+            )
+        self.stream_progress = StreamProgress()
+        if self.is_stream:
+            # A stream goes to its position by itself.
+            self.args.ignore_data_skip = True
+            self.add_callback(StreamEpochCallback(steps_per_epoch))
+        self._resumed_from: str | None = None
+        self._num_skipped, self._num_seen, self._logged_at = 0, 0, time.perf_counter()
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """A stream divides itself over ranks and workers: accelerate's dispatching is left out."""
+        if not self.is_stream:
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            drop_last=True,
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # A finished run that is started again would take a step more, where it ended within an epoch.
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.is_stream and self._resumed_from is not None:
+            # The Trainer restores the random state after the batches it skips, and a stream skips none.
+            self._load_rng_state(self._resumed_from)
+        self._resumed_from = None
+        return samples
+
+    def note_batch(self, inputs: dict, num_samples: int = 0) -> None:
+        """Take what is not the model's out of a training batch, and count its samples for `<noun>_per_second`."""
+        self._num_seen += num_samples
+        num_skipped = inputs.pop("num_skipped", None)
+        if num_skipped is not None:
+            # Summed where it is: to look at it would wait for the device.
+            self._num_skipped = self._num_skipped + num_skipped.sum()
+        position = inputs.pop("stream_position", None)
+        if position is not None:
+            self.stream_progress.update(position)
+
+    # Checkpoints
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # The last that is made before training begins.
+        self._num_seen, self._logged_at = 0, time.perf_counter()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        # Of every rank; rank 0 may not have made the folder yet.
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        state = {"num_skipped": int(self._num_skipped), "stream": self.stream_progress.state_dict()}
+        Path(output_dir, self._data_state_name).write_text(json.dumps(state))
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.args.world_size > 1:
+            # The Trainer's state comes next, and says that a checkpoint is whole: on every rank.
+            dist.barrier()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self._resumed_from = checkpoint
+        path = Path(checkpoint, self._data_state_name)
+        if path.is_file():
+            state = json.loads(path.read_text())
+            self._num_skipped = state["num_skipped"]
+            if self.is_stream:
+                self.train_dataset.load_state_dict(state["stream"])
+                self.stream_progress.load_state_dict(state["stream"])
+        elif self.is_stream:
+            raise FileNotFoundError(
+                f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it was "
+                f"saved by another number of ranks (now {self.args.world_size}), or with `save_only_model`."
+            )
+
+    @property
+    def _data_state_name(self) -> str:
+        return f"data_state_{self.args.process_index}.json"
+
+    # Logs
 
     def add_terms(self, terms: dict[str, torch.Tensor], completes: bool = True) -> None:
         """Note the terms of a loss, to be logged as means over all calls with `completes`."""
@@ -55,10 +175,19 @@ class DualTokenBaseTrainer(Trainer):
         self._term_count += completes
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the means of the terms since the last log, over all ranks."""
+        """Add the means of the terms since the last log, over all ranks, and the samples a second."""
         if "loss" in logs and self._term_count:
             sums = self.accelerator.reduce(torch.stack(list(self._term_sums.values())), self.terms_reduction)
             logs.update(zip(self._term_sums, (sums / self._term_count).tolist()))
             self._term_sums.clear()
             self._term_count = 0
+        if "loss" in logs:
+            counts = torch.tensor([self._num_seen, int(self._num_skipped)], device=self.args.device)
+            seen, skipped = self.accelerator.reduce(counts, "sum").tolist()
+            now = time.perf_counter()
+            if seen:
+                logs[f"{self.noun}_per_second"] = seen / (now - self._logged_at)
+            if skipped:
+                logs[f"{self.noun}_skipped"] = skipped
+            self._num_seen, self._logged_at = 0, now
         super().log(logs, *args, **kwargs)

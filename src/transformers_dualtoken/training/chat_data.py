@@ -1,160 +1,233 @@
-"""Conversations with images for unified training."""
+"""Conversations and documents for unified training, from data sets of known length."""
 
-import random
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from transformers.utils import logging
 
-from ..processing_dualtoken import DualTokenProcessor
+from .chat_encoding import ChatEncoder, EncodedExample
+from .chat_sources import BadSampleError, ChatSource
+from .image_reading import MAX_SKIPPED_IN_A_ROW
+
+
+logger = logging.get_logger(__name__)
+
+BAD_SAMPLE_RULES = ("error", "skip")
+# So many skipped samples are named in the log; the others are counted.
+_NAMED_SAMPLES = 5
+
+
+def check_bad_sample_rule(rule: str) -> None:
+    if rule not in BAD_SAMPLE_RULES:
+        raise ValueError(f"`on_bad_sample` must be one of {', '.join(BAD_SAMPLE_RULES)}, got {rule!r}.")
+
+
+def refusal(name: str, error: BadSampleError) -> ValueError:
+    """What is raised for a sample that cannot be trained on, where such samples are not to be skipped."""
+    return ValueError(
+        f"The sample {name} cannot be trained on: {error}. Mend it, or pass such samples over and have them counted with "
+        "`on_bad_sample` = 'skip'."
+    )
+
+
+class _EncodedSource:
+    """The samples of one source that can be trained on, as ids; what its images hold stays where it is."""
+
+    def __init__(self, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str, num_workers: int):
+        self.source, self.encoder = source, encoder
+        ids, is_target, lengths, self.rows, self.faults, self.num_cut = [], [], [], [], [], 0
+        loader = DataLoader(
+            _Encoding(source, encoder), batch_size=64, num_workers=num_workers, collate_fn=list, shuffle=False
+        )
+        row = -1
+        for results in loader:
+            for result in results:
+                row += 1
+                if isinstance(result, EncodedExample):
+                    ids.append(result.input_ids)
+                    is_target.append(result.is_target)
+                    lengths.append(len(result.input_ids))
+                    self.rows.append(row)
+                    self.num_cut += result.cut
+                    continue
+                name, error = result
+                if on_bad_sample == "error":
+                    raise refusal(name, error)
+                self.faults.append((name, str(error)))
+        # Flat arrays: a million samples are no million objects, and forked workers share them.
+        self.ids = np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32)
+        self.is_target = np.concatenate(is_target) if ids else np.zeros(0, dtype=bool)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self.ends = self.lengths.cumsum()
+        self.rows = np.array(self.rows, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        row = int(self.rows[index])
+        return sample_name(self.source, row, self.source.dataset[row])
+
+    def sample(self, index: int, key: str) -> dict[str, torch.Tensor]:
+        end = int(self.ends[index])
+        start = end - int(self.lengths[index])
+        encoded = EncodedExample(self.ids[start:end], self.is_target[start:end])
+        num_images = len(self.encoder.image_starts(encoded.input_ids))
+        if num_images:
+            example = self.source.to_example(self.source.dataset[int(self.rows[index])])
+            encoded.images = self.encoder.images(example)[:num_images]
+        return self.encoder.sample(encoded, key)
+
+
+def sample_name(source: ChatSource, row: int, raw: dict) -> str:
+    """How a message names a sample: by its source, its place there and, where it has one, its id."""
+    try:
+        identity = source.to_example(raw).get("id")
+    except BadSampleError as error:
+        identity = error.sample_id
+    return f"{row} of {source.name}" + (f" (id {identity})" if identity is not None else "")
+
+
+class _Encoding(Dataset):
+    """Every sample of a source as an `EncodedExample` without images, or as its name and what is wrong with it."""
+
+    def __init__(self, source: ChatSource, encoder: ChatEncoder):
+        self.source, self.encoder = source, encoder
+
+    def __len__(self) -> int:
+        return len(self.source.dataset)
+
+    def __getitem__(self, row: int) -> EncodedExample | tuple[str, BadSampleError]:
+        raw = self.source.dataset[row]
+        try:
+            encoded = self.encoder.encode(self.source.to_example(raw))
+        except BadSampleError as error:
+            return sample_name(self.source, row, raw), error
+        encoded.images = []
+        return encoded
 
 
 class DualTokenChatDataset(Dataset):
     """
-    Conversations as token ids and labels, with their images as codes or pixels. All the assistant says is a target,
-    images included; everything else is context.
+    Samples of one or several sources, as [`ChatEncoder`] makes them.
 
-    For guidance, a share of the samples that draw an image forget their prompt: everything before the first drawn
-    image's `<image_start>` is masked, which leaves `<image_start>` at position 0, as at generation. Who forgets
-    depends on the seed, the epoch and the sample's index only, so that a resumed run goes on as it would have.
+    All samples are tokenised at once, when the data set is made, and whatever is wrong with one is found then: an image
+    file that is missing, a placeholder without an image, an image that `max_length` would cut, a sample without
+    anything to learn. Images are read when their sample is asked for.
+
+    Without weights every sample comes once in an epoch. With weights an epoch has as many samples as all sources
+    together, divided by weight; a source goes on in the next epoch where it stopped, and in another order whenever it
+    begins anew. What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a resumed
+    run goes on as it would have. The Trainer calls `set_epoch`.
 
     Args:
-        conversations (`list[list[dict]]`): messages `{"role", "content"}` with parts `{"type": "text", "text": ...}`
-            and `{"type": "image", "image": key}`; a key is a path, or whatever the next two arguments take.
-        processor ([`DualTokenProcessor`]).
-        image_codes (`Mapping`, *optional*): key -> (pixel codes, semantic codes), each `(h, w, D)`.
-        load_image (`Callable`, *optional*): key -> `pixel_values` `(3, S, S)`; used where there are no codes.
-        max_length (`int`, *optional*): longer samples are an error, since a cut image cannot be learned from.
-        prompt_drop_probability (`float`, defaults to 0.1).
+        sources (`list[ChatSource]` or `list[dict]`): of [`load_chat_sources`], or examples themselves.
+        encoder ([`ChatEncoder`]).
         seed (`int`, defaults to 0).
+        on_bad_sample (`str`, defaults to `"error"`): `"error"` refuses the data set and names the sample; `"skip"`
+            passes such samples over, counts them and names the first ones. An image that turns out to be broken when it
+            is read is treated likewise; in the place of its sample stands the next one.
+        num_workers (`int`, defaults to 0): processes that tokenise.
+
+    Attributes:
+        num_skipped, num_cut (`int`): samples that were passed over, and cut to `max_length`, at the beginning.
 
     Raises:
-        ValueError: for a conversation without an assistant message, or longer than `max_length`; names the sample.
+        ValueError: for a bad sample, which it names; for sources without a usable sample.
     """
 
     def __init__(
         self,
-        conversations: list[list[dict]],
-        processor: DualTokenProcessor,
-        image_codes: Mapping | None = None,
-        load_image: Callable | None = None,
-        max_length: int | None = None,
-        prompt_drop_probability: float = 0.1,
+        sources: Sequence[ChatSource] | Sequence[dict],
+        encoder: ChatEncoder,
         seed: int = 0,
+        on_bad_sample: str = "error",
+        num_workers: int = 0,
     ):
-        if (image_codes is None) == (load_image is None):
-            raise ValueError("Exactly one of `image_codes` and `load_image` must be given.")
-        self.image_codes, self.load_image = image_codes, load_image
-        self.image_start_token_id = processor.image_start_token_id
-        self.image_token_id = processor.image_token_id
-        self.prompt_drop_probability, self.seed, self.epoch = prompt_drop_probability, seed, 0
-        self.samples = []
-        for index, messages in enumerate(conversations):
-            sample = self._tokenize(processor, messages, index)
-            if max_length is not None and len(sample["input_ids"]) > max_length:
+        check_bad_sample_rule(on_bad_sample)
+        if not sources:
+            raise ValueError("There are no sources to train on.")
+        if not isinstance(sources[0], ChatSource):
+            sources = [ChatSource("the examples", list(sources), dict, None)]
+        self.encoder, self.seed, self.on_bad_sample = encoder, seed, on_bad_sample
+        self.sources = [_EncodedSource(source, encoder, on_bad_sample, num_workers) for source in sources]
+        for source in self.sources:
+            if not len(source):
                 raise ValueError(
-                    f"Sample {index} has {len(sample['input_ids'])} tokens, more than `max_length` = {max_length}."
+                    f"The source {source.source.name} has no sample that can be trained on; {len(source.faults)} were "
+                    f"skipped{f', the first because {source.faults[0][1]}' if source.faults else ''}."
                 )
-            self.samples.append(sample)
+        faults = [fault for source in self.sources for fault in source.faults]
+        self.num_skipped, self.num_cut = len(faults), sum(source.num_cut for source in self.sources)
+        if faults:
+            named = "; ".join(f"{name}: {reason}" for name, reason in faults[:_NAMED_SAMPLES])
+            logger.warning(f"{len(faults)} samples are skipped, such as {named}.")
+        if self.num_cut:
+            logger.warning(f"{self.num_cut} samples are cut to `max_length` = {encoder.max_length} tokens.")
+        self.counts = self._samples_per_epoch([source.weight for source in sources])
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        # Shared, so that workers which live on from epoch to epoch (`persistent_workers`) see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    @staticmethod
-    def _tokenize(processor: DualTokenProcessor, messages: list[dict], index: int) -> dict:
-        encoded = processor.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, placeholders_only=True
-        )
-        input_ids = torch.tensor(encoded["input_ids"][0])
-        is_target = torch.tensor(encoded["assistant_masks"][0], dtype=torch.bool)
-        if not is_target.any():
-            raise ValueError(f"Sample {index} has no assistant message, so nothing to learn: {messages}.")
-        images = [
-            part["image"]
-            for message in messages
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-            if part["type"] == "image"
-        ]
-        return {"input_ids": input_ids, "labels": input_ids.masked_fill(~is_target, -100), "images": images}
+    def _samples_per_epoch(self, weights: list[float | None]) -> list[int]:
+        lengths = [len(source) for source in self.sources]
+        self.is_weighted = any(weight is not None for weight in weights)
+        if not self.is_weighted:
+            return lengths
+        if any(weight is None or not weight > 0 for weight in weights):
+            raise ValueError(f"Either all sources have a weight above 0 or none has one, got {weights}.")
+        return [max(1, round(sum(lengths) * weight / sum(weights))) for weight in weights]
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.samples[index]
-        item = {"input_ids": sample["input_ids"], "labels": sample["labels"]}
-        item["attention_mask"] = torch.ones_like(item["input_ids"])
-        if self.image_codes is None:
-            if sample["images"]:
-                item["pixel_values"] = torch.stack([self.load_image(key) for key in sample["images"]])
-        elif sample["images"]:
-            pixel, semantic = zip(*(self.image_codes[key] for key in sample["images"]))
-            item["pixel_codes"], item["semantic_codes"] = torch.stack(pixel), torch.stack(semantic)
-        if random.Random(f"{self.seed}/{self.epoch}/{index}").random() < self.prompt_drop_probability:
-            self._drop_prompt(item)
-        return item
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample of this epoch, prompts included, `(len(self),)`."""
+        places = [self._place(index) for index in range(len(self))]
+        return np.array([self.sources[source].lengths[item] for source, item in places])
 
-    def _drop_prompt(self, item: dict[str, torch.Tensor]) -> None:
-        drawn = (item["labels"] == self.image_token_id).nonzero()
-        if len(drawn) == 0:
-            return
-        start = int(drawn[0]) - 1
-        item["attention_mask"] = item["attention_mask"].clone()
-        item["attention_mask"][:start] = 0
-        # What is masked is not learned, and neither is the first token after it, which nothing predicts.
-        item["labels"] = item["labels"].clone()
-        item["labels"][: start + 1] = -100
+    def _place(self, index: int) -> tuple[int, int]:
+        """The source and the item in it that stand at an index in this epoch."""
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        item = index - int(self._starts[number])
+        if not self.is_weighted:
+            return number, item
+        cycle, item = divmod(self.epoch * self.counts[number] + item, len(self.sources[number]))
+        if (number, cycle) not in self._orders:
+            # Samples of one epoch come from few cycles of a source, except where it is small.
+            if len(self._orders) > 64:
+                self._orders.clear()
+            rng = np.random.default_rng([self.seed, number, cycle])
+            self._orders[number, cycle] = rng.permutation(len(self.sources[number]))
+        return number, int(self._orders[number, cycle][item])
 
-
-class DualTokenDataCollator:
-    """
-    Pads samples of [`DualTokenChatDataset`] on the right and joins their images, flat over the batch.
-
-    Args:
-        pad_token_id (`int`).
-        pad_to_multiple_of (`int`, *optional*).
-    """
-
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None):
-        self.fill_values = {"input_ids": pad_token_id, "labels": -100, "attention_mask": 0}
-        self.pad_to_multiple_of = pad_to_multiple_of or 1
-
-    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        batch = {}
-        for name, fill_value in self.fill_values.items():
-            batch[name] = torch.full((len(samples), length), fill_value)
-            for row, sample in enumerate(samples):
-                batch[name][row, : len(sample[name])] = sample[name]
-        for name in ("pixel_values", "pixel_codes", "semantic_codes"):
-            images = [sample[name] for sample in samples if name in sample]
-            if images:
-                batch[name] = torch.cat(images)
-        return batch
-
-
-@torch.no_grad()
-def encode_images(
-    model, load_image: Callable, keys: list, batch_size: int = 64
-) -> dict[object, tuple[torch.LongTensor, torch.LongTensor]]:
-    """
-    Codes of many images, for training without the encoder.
-
-    Args:
-        model ([`DualTokenForCausalLM`] or [`DualTokenModel`]).
-        load_image (`Callable`): key -> `pixel_values` `(3, S, S)`.
-        keys (`list`): of the images; equal keys are encoded once.
-
-    Returns:
-        `dict`: key -> (pixel codes, semantic codes), each `(h, w, D)`, on the CPU.
-    """
-    base_model = getattr(model, "model", model)
-    keys, codes = list(dict.fromkeys(keys)), {}
-    for start in range(0, len(keys), batch_size):
-        part = keys[start : start + batch_size]
-        pixel_values = torch.stack([load_image(key) for key in part]).to(base_model.device)
-        pixel, semantic = base_model.get_image_codes(pixel_values)
-        codes.update(zip(part, zip(pixel.cpu(), semantic.cpu())))
-    return codes
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """What [`ChatEncoder.sample`] makes, and `"num_skipped"`: 1 if it stands in for a sample that cannot be read."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no sample {index} among {len(self)}.")
+        key, num_skipped = f"{self.seed}/{self.epoch}/{index}", 0
+        while True:
+            number, item = self._place((index + num_skipped) % len(self))
+            source = self.sources[number]
+            try:
+                return {**source.sample(item, key), "num_skipped": int(num_skipped > 0)}
+            except BadSampleError as error:
+                if self.on_bad_sample == "error":
+                    raise refusal(source.name(item), error) from error
+                logger.warning_once(f"The sample {source.name(item)} is skipped: {error}.")
+                num_skipped += 1
+                if num_skipped == min(len(self), MAX_SKIPPED_IN_A_ROW):
+                    raise ValueError(
+                        f"{num_skipped:,} samples in a row cannot be read. The last is {source.name(item)}: {error}."
+                    ) from error

@@ -29,7 +29,7 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _UNDECODED = datasets.Image(decode=False)
 # A stream of image files has this many shards, or one for every file.
 _MAX_FOLDER_SHARDS = 1024
@@ -93,7 +93,7 @@ def load_image_dataset(
     elif os.path.isfile(os.path.join(source, "state.json")) or os.path.isfile(
         os.path.join(source, "dataset_dict.json")
     ):
-        dataset = _load_saved(source, split, streaming)
+        dataset = load_saved(source, split, streaming)
     elif keep_columns:
         dataset = _load_by_datasets(source, split, streaming, image_column)
     else:
@@ -145,7 +145,7 @@ def _holds_images(feature) -> bool:
 
 
 def _load_from_hub(source: str, name, data_files, split: str, streaming: bool, image_column: str):
-    if not _HUB_NAME.fullmatch(source) or Path(source).suffix.lower() in _KINDS:
+    if not HUB_NAME.fullmatch(source) or Path(source).suffix.lower() in _KINDS:
         raise ValueError(f"There is no file or folder at {source!r}, and it is not the name of a data set on the Hub.")
     try:
         dataset = datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
@@ -185,7 +185,7 @@ def _with_image_column(dataset, source: str, image_column: str):
     return dataset
 
 
-def _load_saved(folder: str, split: str, streaming: bool):
+def load_saved(folder: str, split: str, streaming: bool):
     try:
         dataset = datasets.load_from_disk(folder)
     except (OSError, pa.ArrowException) as error:
@@ -203,7 +203,7 @@ def _find_files(source: str, split: str) -> tuple[str, list[str]]:
     """The kind of files at a path or pattern, and those of the split, sorted."""
     is_folder = os.path.isdir(source)
     if is_folder:
-        paths = list(_walk(source))
+        paths = list(walk(source))
     else:
         paths = glob.glob(source, recursive=True) if glob.has_magic(source) else []
         paths = paths or ([source] if os.path.exists(source) else [])
@@ -229,7 +229,7 @@ def _find_files(source: str, split: str) -> tuple[str, list[str]]:
     if is_folder:
         by_split: dict[str, list[str]] = {}
         for path in files:
-            by_split.setdefault(_split_of(os.path.relpath(path, source), kind, split), []).append(path)
+            by_split.setdefault(split_of(os.path.relpath(path, source), kind, split), []).append(path)
         if split not in by_split:
             raise ValueError(f"{source!r} has no split {split!r}; its files belong to {sorted(by_split)}.")
         files = by_split.pop(split)
@@ -239,7 +239,7 @@ def _find_files(source: str, split: str) -> tuple[str, list[str]]:
     return kind, files
 
 
-def _walk(folder: str):
+def walk(folder: str):
     """The files of a folder and its subfolders, each real folder once: links may lead in circles."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
@@ -253,7 +253,7 @@ def _walk(folder: str):
         yield from (os.path.join(place, file) for file in files)
 
 
-def _split_of(path: str, kind: str, split: str) -> str:
+def split_of(path: str, kind: str, split: str) -> str:
     """The split that a path within the source belongs to; `split` is the one asked for, by any name."""
     *folders, file = Path(path).parts
     # A photograph may be called "test 3.jpg", and a class of pictures "train"; shards are named after their split.
@@ -317,8 +317,8 @@ def _iterate_tar(path: str, image_column: str):
         members = (member for member in tar if member.isfile() or member.islnk())
         files = (member for member in members if not os.path.basename(member.name).startswith("."))
         keys, image_found, without = set(), False, []
-        for sample, members in itertools.groupby(files, key=lambda member: _split_key(member.name)[0]):
-            members = {_split_key(member.name)[1]: member for member in members}
+        for sample, members in itertools.groupby(files, key=lambda member: split_key(member.name)[0]):
+            members = {split_key(member.name)[1]: member for member in members}
             image_keys = [key for key in members if key.lower() in IMAGE_EXTENSIONS]
             if image_column in members or image_keys:
                 image_found = True
@@ -329,7 +329,7 @@ def _iterate_tar(path: str, image_column: str):
                     )
                 member = members[image_column if image_column in members else image_keys[0]]
                 shown = f"{path}/{member.name}"
-                yield {"bytes": _read_member(tar, member, shown), "path": shown}
+                yield {"bytes": read_member(tar, member, shown), "path": shown}
             else:
                 keys.update(members)
                 without.append(f"{path}/{sample}")
@@ -349,7 +349,7 @@ def _iterate_tar(path: str, image_column: str):
             raise tarfile.ReadError(f"no header and no end of the archive at byte {tar.offset:,}")
 
 
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> bytes:
+def read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> bytes:
     """The bytes of a file of a shard; none, which counts as an image that cannot be read, if it is a tar bomb."""
     try:
         file = tar.extractfile(member)
@@ -370,7 +370,7 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, shown: str) -> b
         return file.read()
 
 
-def _split_key(name: str) -> tuple[str, str]:
+def split_key(name: str) -> tuple[str, str]:
     """A webdataset file's sample and key: what stands before and after the first dot of its name."""
     folder, file = os.path.split(name)
     sample, _, key = file.partition(".")

@@ -1,4 +1,4 @@
-"""`TrainingArguments` with the defaults of tokenizer training."""
+"""`TrainingArguments` with the defaults of the two trainings."""
 
 from dataclasses import dataclass, field
 
@@ -17,3 +17,16 @@ class DualTokenVisionTokenizerTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: int = field(default=50)
     report_to: str = field(default="none")
+
+
+@dataclass
+class DualTokenTrainingArguments(TrainingArguments):
+    """`TrainingArguments` of the unified model. The default rate is that of the paper's stage 2."""
+
+    output_dir: str = field(default="unified")
+    learning_rate: float = field(default=2e-5)
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: int = field(default=50)
+    report_to: str = field(default="none")
+    # The Trainer would cut them from what a data set gives.
+    remove_unused_columns: bool = field(default=False)

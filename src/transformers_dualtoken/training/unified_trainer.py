@@ -1,9 +1,15 @@
 """Training of the unified model."""
 
+from collections import defaultdict
+
 import torch
+from torch import nn
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..modeling_dualtoken import DualTokenForCausalLM
 from .base_trainer import DualTokenBaseTrainer
+from .throughput import ThroughputMeter, TrainingFlops, peak_flops
+from .unified_evaluation import UnifiedEvaluationMixin, UnifiedLossSums
 
 
 # What the names of `set_trainable` stand for, as prefixes of parameter names.
@@ -12,6 +18,7 @@ TRAINABLE_PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
     "heads": ("depth_heads.",),
 }
+_LOSS_TERMS = ("text_loss", "pixel_loss", "semantic_loss")
 
 
 def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
@@ -30,18 +37,105 @@ def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
         parameter.requires_grad_(name.startswith(prefixes))
 
 
-class DualTokenTrainer(DualTokenBaseTrainer):
+def part_of(name: str) -> str | None:
+    """The part of `TRAINABLE_PARTS` that a parameter belongs to, whatever wraps the model (PEFT, DDP)."""
+    return next((part for part, prefixes in TRAINABLE_PARTS.items() if any(p in name for p in prefixes)), None)
+
+
+class _EpochLengthGroupedSampler(LengthGroupedSampler):
     """
-    `Trainer` for [`DualTokenForCausalLM`].
+    Samples of like length together, in another order in every epoch, which depends on the seed and the epoch only.
+
+    transformers' sampler draws from the global random state, which a resumed run cannot bring back for the epoch at hand.
+    """
+
+    def __init__(self, dataset, batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=dataset.lengths.tolist(), generator=torch.Generator())
+        self.dataset, self.seed = dataset, seed
+
+    def __iter__(self):
+        self.lengths = self.dataset.lengths.tolist()
+        self.generator.manual_seed(self.seed + 1_000_003 * self.dataset.epoch)
+        return super().__iter__()
+
+
+class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
+    """
+    `Trainer` for [`DualTokenForCausalLM`], or a `PeftModel` around it.
 
     Text and visual targets are counted apart, over the whole global batch: each loss is a mean over its own targets,
-    whatever the number of accumulation steps and ranks. The three losses are logged beside their weighted sum.
+    whatever the number of accumulation steps and ranks. Logged are the three losses beside their weighted sum, losses
+    and accuracies of both heads at every depth, tokens and images a second, and where the device's peak is known the
+    share of it that is used. An evaluation reports the same, exactly, over all samples and ranks.
+
+    `train_sampling_strategy="group_by_length"` puts samples of like length into one batch.
+
+    Args:
+        learning_rates (`dict[str, float]`, *optional*): rates of parts (`"projector"`, `"language_model"`, `"heads"`)
+            that differ from `args.learning_rate`; they share its schedule.
+        peak_tflops (`float`, *optional*): what the device can do, in 1e12 operations a second, where it is not known.
+        args, kwargs: as in `Trainer`. `remove_unused_columns` and `logging_nan_inf_filter` are switched off.
+
+    Raises:
+        ValueError: for rates of unknown parts, or together with an optimizer of DeepSpeed's config, which knows nothing
+            of them.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *trainer_args,
+        learning_rates: dict[str, float] | None = None,
+        peak_tflops: float | None = None,
+        **kwargs,
+    ):
+        self.learning_rates = dict(learning_rates or {})
+        unknown = sorted(set(self.learning_rates) - set(TRAINABLE_PARTS))
+        if unknown:
+            raise ValueError(
+                f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {', '.join(unknown)}."
+            )
+        if args is not None:
+            # Samples hold more than what the model takes.
+            args.remove_unused_columns = False
+            # It would hide what `log` stops for, and wait for the device to do so.
+            args.logging_nan_inf_filter = False
+            if args.device.type == "cpu":
+                # It serves the copy to another device, and torch warns of it at every epoch.
+                args.dataloader_pin_memory = False
+        super().__init__(model, args, *trainer_args, **kwargs)
+        if self.learning_rates and self.is_deepspeed_enabled:
+            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            if "optimizer" in config:
+                raise ValueError(
+                    "DeepSpeed's config has an optimizer of its own, which would give all parts one learning rate. Leave "
+                    "`optimizer` and `scheduler` out of it: the Trainer's are used then, with `learning_rates`."
+                )
         # Every rank divides by the global counts, so that the ranks' terms are parts of a sum.
         self.terms_reduction = "sum" if self.args.average_tokens_across_devices else "mean"
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        self._loss_sums = UnifiedLossSums(unwrapped.config, self.args.device)
+        collator_pad = getattr(self.data_collator, "pad_token_id", None)
+        peak = peak_flops(self.args.device, peak_tflops)
+        self.throughput = ThroughputMeter(
+            self.accelerator,
+            unwrapped.config.image_token_id,
+            -1 if collator_pad is None else collator_pad,
+            flops=None if peak is None else TrainingFlops(unwrapped),
+            peak=peak,
+        )
+
+    # Data
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return _EpochLengthGroupedSampler(dataset, batch_size, self.args.data_seed or self.args.seed)
+
+    # The step
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """Override of Trainer's count: the pair (text targets, visual targets) of one optimizer step."""
@@ -56,10 +150,81 @@ class DualTokenTrainer(DualTokenBaseTrainer):
             counts = self.accelerator.reduce(counts, "sum")
         return counts
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.note_batch(inputs)
+        self.throughput.update(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             # With a count over the global batch the micro-batches' losses add up to the step's mean.
-            names = ("text_loss", "pixel_loss", "semantic_loss")
-            self.add_terms({name: outputs[name] for name in names}, completes=self.accelerator.sync_gradients)
+            terms = {name: outputs[name] for name in _LOSS_TERMS}
+            self.add_terms(terms, completes=self.accelerator.sync_gradients)
+            self._loss_sums.update(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    # Optimizer and checkpoints
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.learning_rates:
+            parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                by_part = defaultdict(list)
+                for parameter in group["params"]:
+                    by_part[parts.get(id(parameter))].append(parameter)
+                groups += [
+                    {**group, "params": parameters, "lr": self.learning_rates.get(part, group["lr"])}
+                    for part, parameters in by_part.items()
+                ]
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        self._loss_sums.reset()
+        self.throughput.reset()
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def evaluate(self, *args, **kwargs):
+        with self.throughput.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
+        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
+        # Together, for a rank that stopped alone would leave the others waiting.
+        counts = self.accelerator.reduce(torch.tensor(len(broken), device=self.args.device), "sum")
+        if int(counts):
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {int(counts)} "
+                f"weights are not finite{f', {broken[0]} among them' if broken else ''}."
+            )
+        with self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    # Logs
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Add losses and accuracies by depth, text accuracy, and throughput since the last log."""
+        if "loss" in logs and self._term_count:
+            sums = self._loss_sums.reduce(self.accelerator).compute()
+            self._loss_sums.reset()
+            logs.update({name: value for name, value in sums.items() if "_depth_" in name or "accuracy" in name})
+            logs.update(self.throughput.compute())
+        super().log(logs, *args, **kwargs)
+        broken = [f"{name} = {logs[name]}" for name in _LOSS_TERMS if name in logs and logs[name] - logs[name] != 0]
+        if broken:
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}: the loss is not finite ({', '.join(broken)}). The "
+                "last checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, or "
+                "gradient clipping."
+            )
+
+
+def _is_finite(parameter: nn.Parameter) -> bool:
+    """Whether all of a parameter, or of this rank's share of it, is finite."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return bool(local.isfinite().all())

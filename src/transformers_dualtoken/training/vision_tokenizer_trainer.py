@@ -1,22 +1,18 @@
 """Training of the vision tokenizer: one step for all stages of the paper's recipe."""
 
 import contextlib
-import json
-import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers import SiglipVisionModel, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Subset
+from transformers import SiglipVisionModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.codebook_statistics import CodebookUsage
 from ..modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
 from .adversary import Adversary, adaptive_weight
 from .base_trainer import DualTokenBaseTrainer
-from .image_stream import DualTokenImageStream, StreamProgress
 from .perceptual import load_lpips
 from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
 from .reconstruction_grid import ReconstructionGridCallback
@@ -36,20 +32,6 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx, grad_output):
         (gradient,) = ctx.saved_tensors
         return (grad_output * gradient).to(ctx.dtype), None, None
-
-
-class _StreamEpochCallback(TrainerCallback):
-    """
-    The logged epoch of a stream. The Trainer counts from where a run was resumed, since it skips no batches then.
-
-    Without the length of an epoch the whole run counts as one, as in `Trainer`.
-    """
-
-    def __init__(self, steps_per_epoch: int | None):
-        self.steps_per_epoch = steps_per_epoch
-
-    def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / (self.steps_per_epoch or state.max_steps)
 
 
 class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
@@ -74,6 +56,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         ImportError: if the perceptual term has a weight and `lpips` cannot be imported.
     """
 
+    noun = "images"
+
     def __init__(
         self,
         model: DualTokenVisionTokenizer | None = None,
@@ -95,7 +79,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             if args.ddp_broadcast_buffers is None:
                 # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
                 args.ddp_broadcast_buffers = False
-        super().__init__(model, args, *trainer_args, **kwargs)
+        super().__init__(model, args, *trainer_args, steps_per_epoch=self.recipe.steps_per_epoch, **kwargs)
         self._check_engine()
         # The loss is a mean per micro-batch; the Trainer divides it by the accumulation steps.
         self.model_accepts_loss_kwargs = False
@@ -121,25 +105,12 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self.weight_average: WeightAverage | None = None
         if self.recipe.grid_steps is not None:
             self.add_callback(ReconstructionGridCallback(self))
-        self.is_stream = isinstance(self.train_dataset, DualTokenImageStream)
-        if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
-            raise ValueError(
-                f"A training set without a length must be a DualTokenImageStream, which divides itself over ranks and "
-                f"knows its position; got {type(self.train_dataset).__name__}."
-            )
-        self.stream_progress = StreamProgress()
-        if self.is_stream:
-            # A stream goes to its position by itself.
-            self.args.ignore_data_skip = True
-            self.add_callback(_StreamEpochCallback(self.recipe.steps_per_epoch))
-        self._resumed_from: str | None = None
         self._grid_pixel_values: torch.Tensor | None = None
         self._codebook_usage = {
             kind: CodebookUsage(quantizer.num_depths, quantizer.codebook_size, quantizer.shared_codebook)
             for kind in self.recipe.codes
             for quantizer in [self.model.quantizer(kind).config]
         }
-        self._images_seen, self._images_skipped, self._logged_at = 0, 0, 0.0
         self._is_saving_checkpoint = False
 
     def _check_engine(self) -> None:
@@ -291,12 +262,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return (loss, output) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self._images_seen += len(inputs["pixel_values"])
-        if "num_skipped" in inputs:
-            # Summed where it is: to look at it would wait for the device.
-            self._images_skipped = self._images_skipped + inputs["num_skipped"].sum()
-        if "stream_position" in inputs:
-            self.stream_progress.update(inputs["stream_position"])
+        self.note_batch(inputs, len(inputs["pixel_values"]))
         if self.recipe.grid_steps is not None and self._grid_pixel_values is None:
             self._grid_pixel_values = self._choose_grid_images(inputs["pixel_values"])
         loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
@@ -357,7 +323,6 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             for kind in self.recipe.codes:
                 for buffer in self.model.quantizer(kind).codebook.buffers():
                     dist.broadcast(buffer, 0)
-        self._images_seen, self._logged_at = 0, time.perf_counter()
 
     def _steps_per_epoch(self) -> int | None:
         if self.is_stream or self.train_dataset is None:
@@ -373,42 +338,15 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 self.adversary.save(output_dir)
             if self.weight_average is not None:
                 self.weight_average.save(output_dir)
-        # Of every rank; rank 0 may not have made the folder yet.
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = {"images_skipped": int(self._images_skipped), "stream": self.stream_progress.state_dict()}
-        Path(output_dir, self._data_state_name).write_text(json.dumps(state))
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.args.world_size > 1:
-            # The Trainer's state comes next, and says that a checkpoint is whole: on every rank.
-            dist.barrier()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        self._resumed_from = checkpoint
         if self.adversary is not None:
             self.adversary.load(checkpoint)
         if self.weight_average is not None:
             self.weight_average.load(checkpoint)
-        path = Path(checkpoint, self._data_state_name)
-        if path.is_file():
-            state = json.loads(path.read_text())
-            self._images_skipped = state["images_skipped"]
-            if self.is_stream:
-                self.train_dataset.load_state_dict(state["stream"])
-                self.stream_progress.load_state_dict(state["stream"])
-        elif self.is_stream:
-            raise FileNotFoundError(
-                f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it was "
-                f"saved by another number of ranks (now {self.args.world_size}), or with `save_only_model`."
-            )
-
-    @property
-    def _data_state_name(self) -> str:
-        return f"data_state_{self.args.process_index}.json"
 
     def _save_checkpoint(self, model, trial) -> None:
         # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
@@ -442,30 +380,6 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return contextlib.nullcontext() if self.weight_average is None else self.weight_average.in_model()
 
     # Data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """A stream divides itself over ranks and workers: accelerate's dispatching is left out."""
-        if not self.is_stream:
-            return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
-            drop_last=True,
-        )
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        samples = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.is_stream and self._resumed_from is not None:
-            # The Trainer restores the random state after the batches it skips, and a stream skips none.
-            self._load_rng_state(self._resumed_from)
-        self._resumed_from = None
-        return samples
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Every rank takes its own images: accelerate would repeat some, so that the ranks have equal numbers."""
@@ -529,21 +443,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(count))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the codebooks' use since the last log, the images a second, and how many could not be read so far."""
-        if "loss" in logs and self._images_seen:
+        """Add the codebooks' use since the last log."""
+        if "loss" in logs and self._num_seen:
             for kind, usage in self._codebook_usage.items():
                 for name, value in usage.reduce().compute().items():
                     logs[f"{kind}_codebook_{name}"] = value
                 usage.reset()
             if self.adversary is not None:
                 logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
-            counts = torch.tensor([self._images_seen, int(self._images_skipped)], device=self.args.device)
-            seen, skipped = self.accelerator.reduce(counts, "sum").tolist()
-            now = time.perf_counter()
-            logs["images_per_second"] = seen / (now - self._logged_at)
-            if skipped:
-                logs["images_skipped"] = skipped
-            self._images_seen, self._logged_at = 0, now
         super().log(logs, *args, **kwargs)
 
 

@@ -1,0 +1,176 @@
+"""
+Turn any data set for unified training into one with codes: the encoder runs once, and training needs no images.
+
+    python examples/precompute_codes.py --model_name_or_path path/to/model --dataset path/to/chats.jsonl \\
+        --output_dir codes --num_workers 8 --bf16
+
+The model is a vision tokenizer or a unified model; only its tokenizer is loaded. The data set is whatever
+examples/run_unified.py takes: a file, a folder, a pattern, the name of a data set on the Hub, or a JSON or YAML file of
+several. `--dataset_format` and `--dataset_options` say more of a single one:
+
+    python examples/precompute_codes.py --model_name_or_path path/to/model --dataset 'shards/*.tar' --streaming \\
+        --dataset_format caption --dataset_options '{"task": "both"}' --on_bad_sample skip --output_dir codes
+
+Several GPUs: the same after `torchrun --nproc_per_node 8`; the result is the same, whatever their number. A run that
+was stopped goes on after its last whole shards when started again with the same command. Settings may also come from
+one JSON or YAML file, given as the only argument.
+
+The folder holds parquet shards and, once it is finished, dualtoken_codes.json. It is given to examples/run_unified.py as
+a data set, and is refused with another tokenizer than this one: `--dtype` and `--bf16` must be those of the training.
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+from transformers import AutoConfig, AutoProcessor, HfArgumentParser
+from transformers.utils import logging
+
+from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizer, load_official_tokenizer
+from transformers_dualtoken.convert import is_official_folder
+from transformers_dualtoken.training.chat_sources import load_chat_sources
+from transformers_dualtoken.training.image_codes import PrecomputeSummary, precompute_codes
+from transformers_dualtoken.training.recipe import json_object
+from transformers_dualtoken.training.tokenizer_fingerprint import tokenizer_fingerprint
+
+
+@dataclass
+class PrecomputeArguments:
+    model_name_or_path: str = field(
+        metadata={"help": "a vision tokenizer, a unified model, or a folder in the authors' format"}
+    )
+    dataset: str = field(
+        metadata={"help": "file, folder, pattern, data set on the Hub, or JSON or YAML file of a mixture of sources"}
+    )
+    output_dir: str = field(metadata={"help": "a new folder, or one that the same command began"})
+    dataset_format: str | None = field(
+        default=None,
+        metadata={
+            "help": "messages, llava, caption, edit, text, interleaved or codes; told from the columns if left out"
+        },
+    )
+    dataset_options: dict | str | None = field(
+        default=None, metadata={"help": "JSON object of the source's other settings, or the path of one"}
+    )
+    split: str = field(default="train")
+    streaming: bool = field(default=False, metadata={"help": "read the rows while encoding, without a copy on disk"})
+    max_samples: int | None = field(default=None, metadata={"help": "take only the first so many rows of a source"})
+    on_bad_sample: str = field(
+        default="error",
+        metadata={"help": "pass over samples that are faulty and count them, or end", "choices": ["error", "skip"]},
+    )
+    batch_size: int = field(default=64, metadata={"help": "images that are encoded at once, per process"})
+    num_workers: int = field(default=4, metadata={"help": "processes that read images, per process that encodes"})
+    samples_per_shard: int = field(default=2048, metadata={"help": "what a stopped process loses at most"})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "of the weights", "choices": ["float32", "bfloat16", "float16"]},
+    )
+    bf16: bool = field(
+        default=False, metadata={"help": "encode under bfloat16 autocast, as training with --bf16 does"}
+    )
+    use_cpu: bool = field(default=False)
+
+
+def load_model(arguments: PrecomputeArguments):
+    """The vision tokenizer and its image processor."""
+    path, dtype = arguments.model_name_or_path, getattr(torch, arguments.dtype)
+    if is_official_folder(path):
+        model = load_official_tokenizer(path).to(dtype)
+        size = model.config.image_size
+        return model, DualTokenImageProcessorPil(size={"height": size, "width": size})
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "dualtoken_vision_tokenizer":
+        model = DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
+    elif config.model_type == "dualtoken":
+        model = _load_tokenizer_of_unified_model(path, config, dtype)
+    else:
+        raise ValueError(f"{path} holds a model of type {config.model_type!r}, and no DualToken vision tokenizer.")
+    return model, AutoProcessor.from_pretrained(path).image_processor
+
+
+def _load_tokenizer_of_unified_model(path: str, config, dtype: torch.dtype) -> DualTokenVisionTokenizer:
+    """Without the language model, which may be many times larger."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the tensors of the language model are none that this model expects
+    try:
+        model, info = DualTokenVisionTokenizer.from_pretrained(
+            path,
+            config=config.vision_tokenizer_config,
+            dtype=dtype,
+            key_mapping={r"^model\.vision_tokenizer\.": ""},
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise ValueError(f"The checkpoint {path} lacks tensors of its tokenizer: {sorted(info['missing_keys'])}.")
+    return model
+
+
+def load_sources(arguments: PrecomputeArguments, fingerprint: str) -> list:
+    spec = arguments.dataset
+    if arguments.dataset_format is not None or arguments.dataset_options is not None:
+        spec = {"path": spec, **json_object(arguments.dataset_options, "dataset_options")}
+        if arguments.dataset_format is not None:
+            spec["format"] = arguments.dataset_format
+    return load_chat_sources(spec, split=arguments.split, streaming=arguments.streaming, fingerprint=fingerprint)
+
+
+def report(arguments: PrecomputeArguments, summary: PrecomputeSummary, rank: int) -> None:
+    rate = summary.num_images / summary.seconds if summary.seconds else 0.0
+    print(
+        f"Process {rank}: {summary.num_samples:,} samples with {summary.num_images:,} images ({summary.num_encoded:,} of "
+        f"them encoded), {summary.num_skipped:,} samples skipped, {rate:.1f} images/s."
+    )
+    total = summary.description
+    if total is None:
+        return
+    print(
+        f"{arguments.output_dir} is finished: {total['num_samples']:,} samples with {total['num_images']:,} images in "
+        f"{total['num_shards']:,} shards; {total['num_skipped']:,} samples skipped."
+    )
+    for skipped in total["skipped"]:
+        print(f"  {skipped['sample']}: {skipped['reason']}")
+
+
+def main(argv: list[str] | None = None) -> PrecomputeSummary:
+    parser = HfArgumentParser(PrecomputeArguments)
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        (arguments,) = parser.parse_json_file(argv[0])
+    elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
+        (arguments,) = parser.parse_yaml_file(argv[0])
+    else:
+        (arguments,) = parser.parse_args_into_dataclasses(argv)
+
+    # Without `cpu` accelerate takes several processes on a CPU for one.
+    state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
+    model, image_processor = load_model(arguments)
+    fingerprint = tokenizer_fingerprint(model, image_processor)
+    # One process of a machine copies the data set to the cache, the others find it.
+    with state.local_main_process_first():
+        sources = load_sources(arguments, fingerprint)
+    summary = precompute_codes(
+        model.to(state.device),
+        image_processor,
+        sources,
+        arguments.output_dir,
+        batch_size=arguments.batch_size,
+        samples_per_shard=arguments.samples_per_shard,
+        max_samples=arguments.max_samples,
+        bf16=arguments.bf16,
+        on_bad_sample=arguments.on_bad_sample,
+        num_workers=arguments.num_workers,
+        rank=state.process_index,
+        world_size=state.num_processes,
+        show_progress=state.is_local_main_process,
+    )
+    report(arguments, summary, state.process_index)
+    state.destroy_process_group()
+    return summary
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""
+Fine-tune a unified model on text answers to questions with images, by TRL's SFTTrainer and LoRA.
+
+    python examples/sft_trl.py --model_name_or_path unified --dataset_name HuggingFaceH4/llava-instruct-mix-vsft \\
+        --output_dir sft --use_peft --learning_rate 1e-4 --bf16
+
+The data set, from the Hub or a folder of parquet files, has the columns `messages` and `images` as all of TRL's. Only the
+assistant's text is learned; a sample with an image in an answer is an error, since TRL learns text only
+(`run_unified.py` learns both). Without `--lora_target_modules` the adapter lies on the language model alone.
+`dualtoken merge sft merged` makes one model of it and the base model.
+
+Needs `pip install trl`, 1.16 or later.
+"""
+
+import sys
+
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoProcessor
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+import transformers_dualtoken  # noqa: F401  (registers the model)
+from transformers_dualtoken.training.text_answers import TextAnswerCollator
+
+
+def main(argv: list[str] | None = None) -> SFTTrainer:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig))
+    parser.set_defaults(assistant_only_loss=True, max_length=None)
+    script_arguments, training_arguments, model_arguments = parser.parse_args_and_config(
+        sys.argv[1:] if argv is None else argv
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        model_arguments.model_name_or_path,
+        dtype=model_arguments.dtype,
+        attn_implementation=model_arguments.attn_implementation,
+    )
+    dataset = load_dataset(script_arguments.dataset_name, name=script_arguments.dataset_config)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_arguments,
+        train_dataset=dataset[script_arguments.dataset_train_split],
+        eval_dataset=dataset[script_arguments.dataset_test_split]
+        if training_arguments.eval_strategy != "no"
+        else None,
+        processing_class=AutoProcessor.from_pretrained(model_arguments.model_name_or_path),
+        peft_config=get_peft_config(model_arguments),
+    )
+    trainer.data_collator = TextAnswerCollator(trainer.data_collator, model.config.image_token_id)
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""LoRA for the unified model: which weights it adapts, and merging an adapter back."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
+from transformers.utils import cached_file, logging
+
+from ..lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
+from ..modeling_dualtoken import DualTokenForCausalLM
+
+
+logger = logging.get_logger(__name__)
+
+TRAINED_IN_FULL = ("projector", "heads", "image_tokens")
+_MODULES_IN_FULL = {"projector": "visual_projector", "heads": "depth_heads"}
+
+
+register_lora_targets()
+
+
+def lora_config(
+    model: DualTokenForCausalLM,
+    *,
+    r: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    target_modules: Sequence[str] | str | None = None,
+    train_in_full: Sequence[str] = TRAINED_IN_FULL,
+    **kwargs,
+) -> LoraConfig:
+    """
+    A `LoraConfig` for a unified model: low rank in the language model, everything new to it in full.
+
+    The vision tokenizer is never adapted.
+
+    Args:
+        model ([`DualTokenForCausalLM`]): what the config is for; it is not changed.
+        r (`int`, defaults to 16), alpha (`float`, defaults to 32): rank and scale; the change of a weight is
+            `alpha / r` B A.
+        dropout (`float`, defaults to 0.05): of the low-rank branches' inputs.
+        target_modules (`Sequence[str]` or `str`, *optional*): names of linear layers within the language model's
+            blocks, all seven by default, and `"lm_head"`; a `str` goes to PEFT as it is.
+        train_in_full (`Sequence[str]`): of `"projector"`, `"heads"` (the depth heads), each a whole trained copy in
+            the adapter, and `"image_tokens"`: the embeddings of `<image_start>`, `<image_pad>` and `<image_end>`, and
+            their rows of the text head.
+        kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
+
+    Raises:
+        ValueError: for unknown names, or `"lm_head"` where it is tied to the embeddings.
+    """
+    config = model.config
+    unknown = sorted(set(train_in_full) - set(TRAINED_IN_FULL))
+    if unknown:
+        raise ValueError(f"`train_in_full` takes {', '.join(TRAINED_IN_FULL)}, got {', '.join(unknown)}.")
+    adapts_head = False
+    if not isinstance(target_modules, str):
+        names = list(BACKBONE_PROJECTIONS if target_modules is None else target_modules)
+        adapts_head = "lm_head" in names
+        target_modules = _target_modules(model, names)
+    if adapts_head and config.tie_word_embeddings:
+        raise ValueError(
+            "`target_modules` names lm_head, but it is tied to the embeddings, which merging the adapter would change "
+            "with it. Leave it out; `train_in_full` with 'image_tokens' trains the rows of the image tokens."
+        )
+    token_indices = None
+    if "image_tokens" in train_in_full:
+        # Of a tied head PEFT ties the rows as well.
+        layers = ["embed_tokens"] if config.tie_word_embeddings or adapts_head else ["embed_tokens", "lm_head"]
+        token_indices = {layer: sorted(config.special_image_token_ids) for layer in layers}
+    modules = [module for part, module in _MODULES_IN_FULL.items() if part in train_in_full]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=target_modules,
+        modules_to_save=modules or None,
+        trainable_token_indices=token_indices,
+        **kwargs,
+    )
+
+
+def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
+    blocks = [name for name in names if name != "lm_head"]
+    patterns = [backbone_targets(blocks)] if blocks else []
+    if "lm_head" in names:
+        patterns.append("lm_head")
+    modules = [name for name, _ in model.named_modules()]
+    missing = [
+        name for name in blocks if not any(re.fullmatch(backbone_targets([name]), module) for module in modules)
+    ]
+    if missing or not patterns:
+        raise ValueError(
+            f"`target_modules` must name layers of the language model's blocks ({', '.join(BACKBONE_PROJECTIONS)}) or "
+            f"lm_head, got {', '.join(missing) or 'none'}."
+        )
+    return "|".join(patterns)
+
+
+def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kwargs) -> PeftModel:
+    """
+    Give a unified model a new, trainable adapter; everything else is frozen.
+
+    What is trained is held in float32, whatever the base model's dtype: in bfloat16 most steps would round to nothing.
+    Not so under DeepSpeed ZeRO-3, which keeps its own float32 copies, and FSDP, which wants one dtype.
+
+    Args:
+        model ([`DualTokenForCausalLM`]): the base model, quantised or not. It is changed in place.
+        config (`peft.LoraConfig`, *optional*): by default [`lora_config`] of `kwargs`.
+
+    Returns:
+        `peft.PeftModel`: for [`DualTokenTrainer`], `generate` in all modes, and `save_pretrained`, which writes the
+        adapter alone.
+    """
+    if config is not None and kwargs:
+        raise ValueError(f"Give `add_lora` a config or its settings, not both; got also {', '.join(sorted(kwargs))}.")
+    config = lora_config(model, **kwargs) if config is None else config
+    one_dtype = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not one_dtype)
+    if not one_dtype:
+        for module in adapted.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module.modules_to_save.float()
+    # For reentrant gradient checkpointing, which ZeRO-3 needs: it passes no gradient on to blocks whose input wants none.
+    adapted.enable_input_require_grads()
+    trained, total = adapted.get_nb_trainable_parameters()
+    logger.info(f"The adapter trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %).")
+    return adapted
+
+
+def merge_adapter(
+    adapter: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+) -> DualTokenForCausalLM:
+    """
+    Write a whole model, adapter included, that loads without PEFT; with the processor of the adapter's folder or of
+    the base model.
+
+    The sum is made in float32 and rounded once. A merge into a bfloat16 model (`merge_and_unload()` on one) rounds
+    too, and what the adapter adds is often smaller than the rounding.
+
+    Args:
+        adapter (`str` or `os.PathLike`): folder or Hub name of the adapter.
+        output (`str` or `os.PathLike`): a new or empty folder.
+        base (`str` or `os.PathLike`, *optional*): the base model; by default the one that the adapter names.
+        dtype (`torch.dtype`, *optional*): of the written weights; the base model's by default.
+
+    Raises:
+        ValueError: if `output` holds files, or the adapter names no base model and none is given.
+    """
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
+    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not base:
+        raise ValueError(f"The adapter {adapter} names no base model; give the one that it was trained on as `base`.")
+    dtype = dtype or AutoConfig.from_pretrained(base).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    model.to(dtype).save_pretrained(output)
+    for folder in (adapter, base):
+        if cached_file(folder, "processor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+            AutoProcessor.from_pretrained(folder).save_pretrained(output)
+            break
+    return model

@@ -1,0 +1,203 @@
+"""From an example to what the model is trained on: token ids, labels, and images as pixels or codes."""
+
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats
+from ..processing_dualtoken import DualTokenProcessor
+from .chat_sources import BadSampleError
+from .image_reading import UnreadableImageError, image_name, read_image
+
+
+@dataclass
+class EncodedExample:
+    """
+    An example as ids, without what its images hold.
+
+    Attributes:
+        input_ids (`np.ndarray` of shape (L,), int32): each image is `<image_start>`, N placeholders, `<image_end>`.
+        is_target (`np.ndarray` of shape (L,), bool): what is learned.
+        images (`list[dict]`): its image parts, in reading order.
+        cut (`bool`): whether the end was cut off to fit `max_length`.
+    """
+
+    input_ids: np.ndarray
+    is_target: np.ndarray
+    images: list[dict] = field(default_factory=list)
+    cut: bool = False
+
+
+class ChatEncoder:
+    """
+    Examples as samples for [`DualTokenForCausalLM`].
+
+    Of a chat all the assistant says is a target, images included; everything else is context. Of a document
+    everything is, and it ends in the tokenizer's end-of-sequence token. Special tokens that occur in a text stay text.
+
+    For guidance, a share of the samples that draw an image forget their prompt: all before the first drawn image's
+    `<image_start>` is left out, which leaves `<image_start>` at position 0, as at generation.
+
+    Args:
+        processor ([`DualTokenProcessor`]).
+        max_length (`int`, *optional*): tokens a sample may have.
+        cut_long_samples (`bool`, defaults to `False`): cut what is longer, before an image rather than within it;
+            otherwise it is a bad sample.
+        prompt_drop_probability (`float`, defaults to 0.1).
+
+    Raises:
+        ValueError: for settings out of range.
+    """
+
+    def __init__(
+        self,
+        processor: DualTokenProcessor,
+        max_length: int | None = None,
+        cut_long_samples: bool = False,
+        prompt_drop_probability: float = 0.1,
+    ):
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2 tokens, got {max_length}.")
+        if cut_long_samples and max_length is None:
+            raise ValueError("`cut_long_samples` needs a `max_length` to cut at.")
+        if not 0 <= prompt_drop_probability <= 1:
+            raise ValueError(f"`prompt_drop_probability` must lie in [0, 1], got {prompt_drop_probability}.")
+        self.processor = processor
+        self.max_length, self.cut_long_samples = max_length, cut_long_samples
+        self.prompt_drop_probability = prompt_drop_probability
+        tokens = processor.image_tokens
+        self.image_ids, self.image_token_id = np.array(tokens.ids, dtype=np.int32), tokens.pad_id
+
+    def encode(self, example: dict) -> EncodedExample:
+        """
+        Raises:
+            BadSampleError: if the example has no target, an image without data, is longer than `max_length` (or, cut,
+                has no target left), or is of another form.
+        """
+        if ("messages" in example) == ("content" in example):
+            raise BadSampleError("it must have either 'messages' (a chat) or 'content' (a document)")
+        encoded = self._encode_chat(example) if "messages" in example else self._encode_document(example)
+        for number, part in enumerate(encoded.images):
+            if not any(part.get(key) is not None for key in (*IMAGE_DATA_KEYS, *CODE_KEYS)):
+                raise BadSampleError(f"its image {number} has no image data: the part is {part!r:.200}")
+        if self.max_length is not None and len(encoded.input_ids) > self.max_length:
+            encoded = self._cut(encoded)
+        # Nothing predicts the first token.
+        encoded.is_target[:1] = False
+        if not encoded.is_target.any():
+            missing = "no assistant message with content" if "messages" in example else "no content"
+            raise BadSampleError(f"it has {missing}, so nothing to learn")
+        return encoded
+
+    @staticmethod
+    def images(example: dict) -> list[dict]:
+        """The image parts of an example, in reading order."""
+        ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
+        return image_parts(messages)
+
+    def _encode_chat(self, example: dict) -> EncodedExample:
+        try:
+            ((messages,), _) = normalize_chats(example["messages"])
+            encoded = self.processor.apply_chat_template(
+                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, placeholders_only=True
+            )
+        except ValueError as error:
+            raise BadSampleError(f"its chat cannot be rendered ({error})") from error
+        return EncodedExample(
+            np.array(encoded["input_ids"][0], dtype=np.int32),
+            np.array(encoded["assistant_masks"][0], dtype=bool),
+            image_parts(messages),
+        )
+
+    def _encode_document(self, example: dict) -> EncodedExample:
+        content = example["content"]
+        try:
+            (((message,),), _) = normalize_chats([{"role": "document", "content": content}])
+        except ValueError as error:
+            raise BadSampleError(str(error)) from error
+        parts = [{"type": "text", "text": message["content"]}] if isinstance(content, str) else message["content"]
+        ids, images = [], []
+        for part in parts:
+            if part["type"] == "image":
+                ids.append(self.image_ids)
+                images.append(part)
+            elif part["text"]:
+                tokens = self.processor.tokenizer(part["text"], add_special_tokens=False, split_special_tokens=True)
+                ids.append(np.array(tokens["input_ids"], dtype=np.int32))
+        if not ids:
+            raise BadSampleError("it has no content, so nothing to learn")
+        input_ids = np.concatenate([*ids, np.array([self.processor.tokenizer.eos_token_id], dtype=np.int32)])
+        return EncodedExample(input_ids, np.ones(len(input_ids), dtype=bool), images)
+
+    def _cut(self, encoded: EncodedExample) -> EncodedExample:
+        length, end = len(encoded.input_ids), self.max_length
+        if not self.cut_long_samples:
+            raise BadSampleError(f"it has {length} tokens, more than `max_length` = {self.max_length}")
+        starts = self.image_starts(encoded.input_ids)
+        for start in starts:
+            if start < end < start + len(self.image_ids):
+                end = start
+        kept = [part for start, part in zip(starts, encoded.images) if start < end]
+        if not encoded.is_target[1:end].any():
+            raise BadSampleError(
+                f"it has {length} tokens, and nothing to learn is left before `max_length` = {self.max_length}"
+            )
+        return EncodedExample(encoded.input_ids[:end].copy(), encoded.is_target[:end].copy(), kept, cut=True)
+
+    def image_starts(self, input_ids: np.ndarray) -> np.ndarray:
+        """Where the `<image_start>` of every image stands."""
+        placeholders = np.flatnonzero(input_ids == self.image_token_id)
+        return placeholders[:: len(self.image_ids) - 2] - 1
+
+    def drop_start(self, encoded: EncodedExample, key: str) -> int:
+        """Where a sample begins: at 0, or where its prompt is dropped at its first drawn image's `<image_start>`."""
+        if random.Random(f"{key}/prompt").random() >= self.prompt_drop_probability:
+            return 0
+        drawn = np.flatnonzero(encoded.is_target & (encoded.input_ids == self.image_token_id))
+        return int(drawn[0]) - 1 if len(drawn) else 0
+
+    def sample(self, encoded: EncodedExample, key: str) -> dict[str, torch.Tensor]:
+        """
+        `input_ids` (L,) and `labels` (L,), int64, and of n images either `pixel_values` (n, 3, S, S) float32 or
+        `pixel_codes` and `semantic_codes` (n, h, w, D) int64. Whether the prompt is dropped depends on `key` only.
+
+        Raises:
+            BadSampleError: for an image that cannot be read, or if some images have codes and others have not.
+        """
+        start = self.drop_start(encoded, key)
+        input_ids = torch.from_numpy(encoded.input_ids[start:].astype(np.int64))
+        is_target = torch.from_numpy(encoded.is_target[start:].copy())
+        is_target[0] = False
+        num_dropped = int((self.image_starts(encoded.input_ids) < start).sum()) if start else 0
+        return {
+            "input_ids": input_ids,
+            "labels": input_ids.masked_fill(~is_target, -100),
+            **self._images(encoded.images[num_dropped:]),
+        }
+
+    def _images(self, parts: list[dict]) -> dict[str, torch.Tensor]:
+        if not parts:
+            return {}
+        with_codes = [all(part.get(key) is not None for key in CODE_KEYS) for part in parts]
+        if not any(with_codes):
+            return {"pixel_values": torch.stack([self._pixel_values(part) for part in parts])}
+        if not all(with_codes):
+            raise BadSampleError(f"{sum(with_codes)} of its {len(parts)} images have codes; it must be all or none")
+        return {
+            key: torch.stack([torch.as_tensor(np.asarray(part[key]), dtype=torch.int64) for part in parts])
+            for key in CODE_KEYS
+        }
+
+    def _pixel_values(self, part: dict) -> torch.Tensor:
+        value = next(part[key] for key in IMAGE_DATA_KEYS if part.get(key) is not None)
+        if isinstance(value, torch.Tensor):
+            return value
+        try:
+            image = read_image(value)
+        except UnreadableImageError as error:
+            raise BadSampleError(
+                f"its image {image_name(value) or 'without a name'} cannot be used: {error}"
+            ) from error
+        return self.processor.image_processor(images=image, return_tensors="pt").pixel_values[0]

@@ -1,0 +1,346 @@
+"""The formats of data for unified training: from a record (a dict of columns) to the example that is encoded."""
+
+import base64
+import binascii
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, normalize_chats
+
+
+ROLES = ("system", "user", "assistant", "tool")
+TASKS = ("draw", "describe", "both")
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
+_LLAVA_IMAGE = "<image>"
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be trained on; the message is the reason. `sample_id` names the sample, where known."""
+
+    sample_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """
+    How the rows of one kind of data become examples.
+
+    Attributes:
+        convert: `(record, folder, **options) -> example`; raises [`BadSampleError`].
+        columns (`tuple[str, ...]`): that it reads if they are there, besides those of `roles`.
+        roles (`dict`): option that names a column that must be there -> the names it is looked for by.
+        options (`dict`): the other options of the format -> their defaults.
+    """
+
+    convert: Callable[..., dict]
+    columns: tuple[str, ...] = ()
+    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def find_columns(self, columns, named: Mapping | None = None) -> dict[str, str] | None:
+        """The column of each role: the one that is `named`, or the first of its names; `None` if one is missing."""
+        found = {}
+        for role, names in self.roles.items():
+            names = (named[role],) if named and role in named else names
+            found[role] = next((name for name in names if name in columns), None)
+        return None if None in found.values() else found
+
+
+def detect_format(columns) -> str | None:
+    """The name of the format that rows with these columns have, if it can be told."""
+    if "messages" in columns or {"prompt", "completion"} <= set(columns):
+        return "messages"
+    if "conversations" in columns:
+        return "llava"
+    if "content" in columns or {"images", "texts"} <= set(columns):
+        return "interleaved"
+    return next((name for name in ("edit", "caption", "text") if FORMATS[name].find_columns(columns)), None)
+
+
+def convert_messages(record: Mapping, folder: str | None) -> dict:
+    """
+    Chat messages, as `messages` or, in two parts, `prompt` and `completion`. Image parts without data get the images
+    of the column `images` (or `image`) in reading order.
+    """
+    messages = record.get("messages")
+    if messages is None:
+        messages = [*_rows(record.get("prompt") or []), *_rows(record.get("completion") or [])]
+    chat = _normalized(_rows(messages))
+    _fill_images([message["content"] for message in chat], _images_of(record), folder)
+    return {"messages": chat}
+
+
+def convert_llava(record: Mapping, folder: str | None) -> dict:
+    """`conversations` of `{"from", "value"}`; each `<image>` in a value is the next of the column `image`."""
+    turns = _rows(record.get("conversations"))
+    if not isinstance(turns, (list, tuple)):
+        raise BadSampleError(f"its conversations must be a list, got {type(turns).__name__}")
+    messages = []
+    for turn in turns:
+        role = turn.get("from") if isinstance(turn, Mapping) else None
+        if role not in _LLAVA_ROLES or not isinstance(turn.get("value"), str):
+            raise BadSampleError(
+                f"a turn must have a 'from' of {', '.join(_LLAVA_ROLES)} and a string as 'value', got {turn!r:.200}"
+            )
+        messages.append({"role": _LLAVA_ROLES[role], "content": _split_at_images(turn["value"])})
+    chat = _normalized(messages)
+    _fill_images([message["content"] for message in chat], _images_of(record), folder, _LLAVA_IMAGE)
+    return {"messages": chat}
+
+
+def _split_at_images(text: str) -> str | list[dict]:
+    pieces = text.split(_LLAVA_IMAGE)
+    if len(pieces) == 1:
+        return text
+    parts = []
+    for index, piece in enumerate(pieces):
+        if index > 0:
+            parts.append({"type": "image"})
+            piece = piece.lstrip("\r\n")
+        if index < len(pieces) - 1:
+            piece = piece.rstrip("\r\n")
+        if piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def convert_caption(
+    record: Mapping,
+    folder: str | None,
+    task: str,
+    image_column: str,
+    caption_column: str,
+    draw_prompt: str,
+    describe_prompt: str,
+) -> dict:
+    """An image and its caption: drawn after the caption, or described by it."""
+    image = {"type": "image", "image": _image(record.get(image_column), folder)}
+    caption = _text_of(record, caption_column)
+    if task == "draw":
+        # Not by `str.format`: braces may occur in both.
+        return _exchange(draw_prompt.replace("{caption}", caption), [image])
+    return _exchange([image, {"type": "text", "text": describe_prompt}], caption)
+
+
+def convert_edit(
+    record: Mapping, folder: str | None, input_column: str, instruction_column: str, edited_column: str
+) -> dict:
+    """An image and an instruction, and the image that comes of them."""
+    before, after = (
+        {"type": "image", "image": _image(record.get(column), folder)} for column in (input_column, edited_column)
+    )
+    return _exchange([before, {"type": "text", "text": _text_of(record, instruction_column)}], [after])
+
+
+def convert_text(record: Mapping, folder: str | None, text_column: str, sample_by: str) -> dict:
+    """Plain text, every token of it a target."""
+    text = record.get(text_column)
+    if not isinstance(text, str) or not text.strip():
+        raise BadSampleError(f"its {text_column!r} must be a string that is not empty, got {text!r:.100}")
+    return {"content": text}
+
+
+def convert_interleaved(record: Mapping, folder: str | None) -> dict:
+    """A document: `content` of parts, or `images` and `texts` with `None` (or "") where the other one stands."""
+    content = record.get("content")
+    if content is None:
+        content, images = _merged(record.get("texts"), record.get("images")), []
+    else:
+        images = _images_of(record)
+    content = _normalized([{"role": "user", "content": _rows(content)}])[0]["content"]
+    if not content:
+        raise BadSampleError("the document is empty")
+    _fill_images([content], images, folder)
+    return {"content": content}
+
+
+def _merged(texts, images) -> list[dict]:
+    if not isinstance(texts, (list, tuple)) or not isinstance(images, (list, tuple)) or len(texts) != len(images):
+        sizes = [
+            len(column) if isinstance(column, (list, tuple)) else type(column).__name__ for column in (texts, images)
+        ]
+        raise BadSampleError(f"its texts and images must be lists of one length, got {sizes[0]} and {sizes[1]}")
+    parts = []
+    for index, (text, image) in enumerate(zip(texts, images)):
+        if _is_missing(image):
+            if not isinstance(text, str):
+                raise BadSampleError(f"entry {index} is neither a text (got {text!r:.100}) nor an image")
+            if text:
+                parts.append({"type": "text", "text": text})
+        elif text:
+            raise BadSampleError(f"entry {index} is both a text and an image: their order is unknown")
+        else:
+            parts.append({"type": "image", "image": image})
+    return parts
+
+
+_IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_path", "image_url", "file_name")
+_INPUT_NAMES = ("input_image", "source_image", "original_image", "source_img", "src_img", "image")
+_EDITED_NAMES = ("edited_image", "output_image", "target_image", "edited_img", "target_img")
+
+
+def _with_file_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Also what the metadata of an image folder calls the file of a column."""
+    return (*names, *(f"{name}_file_name" for name in names))
+
+
+FORMATS = {
+    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image")),
+    "llava": Format(convert_llava, ("conversations", "images", "image")),
+    "caption": Format(
+        convert_caption,
+        roles={
+            "image_column": _with_file_names(_IMAGE_NAMES),
+            "caption_column": ("caption", "text", "txt", "prompt"),
+        },
+        options={"task": "draw", "draw_prompt": "{caption}", "describe_prompt": "Describe this image."},
+    ),
+    "edit": Format(
+        convert_edit,
+        roles={
+            "input_column": _with_file_names(_INPUT_NAMES),
+            "instruction_column": ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list"),
+            "edited_column": _with_file_names(_EDITED_NAMES),
+        },
+    ),
+    "text": Format(convert_text, roles={"text_column": ("text",)}, options={"sample_by": "document"}),
+    "interleaved": Format(convert_interleaved, ("content", "texts", "images", "image")),
+}
+
+
+def check_text(example: dict) -> None:
+    """Raise [`BadSampleError`] for half a character (a lone surrogate of UTF-16), which no tokenizer takes."""
+    contents = (
+        [message["content"] for message in example["messages"]] if "messages" in example else [example["content"]]
+    )
+    for content in contents:
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            try:
+                part.get("text", "").encode()
+            except UnicodeEncodeError as error:
+                raise BadSampleError(f"its text has half a character at position {error.start:,} ({error})") from error
+
+
+def _exchange(question, answer) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _rows(value):
+    """A list of dicts that `datasets` once turned into a dict of lists is a list of dicts again."""
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        return [dict(zip(value, row)) for row in zip(*value.values())]
+    return value
+
+
+def _normalized(messages) -> list[dict]:
+    if not messages:
+        raise BadSampleError("it has no messages")
+    try:
+        (chat,), batched = normalize_chats(messages)
+    except ValueError as error:
+        raise BadSampleError(str(error).rstrip(".")) from error
+    if batched:
+        raise BadSampleError("its messages are a list of conversations; a sample must be one")
+    for message in chat:
+        if message["role"] not in ROLES:
+            raise BadSampleError(f"a message has the role {message['role']!r}; the roles are {', '.join(ROLES)}")
+    return chat
+
+
+def _text_of(record: Mapping, column: str) -> str:
+    """A caption or an instruction, without blanks around it; of several wordings the first."""
+    text = record.get(column)
+    if isinstance(text, (list, tuple)) and text:
+        text = text[0]
+    if not isinstance(text, str) or not text.strip():
+        raise BadSampleError(f"its {column!r} must be a string that is not empty, got {text!r:.100}")
+    return text.strip()
+
+
+def _images_of(record: Mapping) -> list:
+    """The images of the column `images`, or else `image`, in order."""
+    for column in ("images", "image"):
+        images = record.get(column)
+        if isinstance(images, (list, tuple)):
+            for index, image in enumerate(images):
+                if _is_missing(image):
+                    raise BadSampleError(f"image {index + 1} of the {len(images)} in {column!r} is missing")
+            return list(images)
+        if not _is_missing(images):
+            return [images]
+    return []
+
+
+def _is_missing(image) -> bool:
+    """Arrow's struct of nothing is nothing."""
+    return image is None or (isinstance(image, Mapping) and all(value is None for value in image.values()))
+
+
+def _fill_images(contents: list, images: list, folder: str | None, placeholder: str = "image part without data"):
+    """Give the image parts of contents what they stand for: their own image or codes, or the next of `images`."""
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    empty = []
+    for part in parts:
+        if part["type"] != "image":
+            continue
+        values = {key: part[key] for key in IMAGE_DATA_KEYS if not _is_missing(part.get(key))}
+        codes = {key: np.asarray(part[key]) for key in CODE_KEYS if key in part}
+        index = part.get("index")
+        part.clear()
+        part["type"] = "image"
+        if codes:
+            if len(codes) < len(CODE_KEYS):
+                raise BadSampleError(f"an image part has only {', '.join(codes)} of {' and '.join(CODE_KEYS)}")
+            part.update(codes)
+        elif values:
+            key, value = next(iter(values.items()))
+            part["image"] = {"bytes": _decoded(value), "path": None} if key == "base64" else _image(value, folder)
+        else:
+            if index is not None and index != len(empty):
+                raise BadSampleError(f"image part {len(empty)} says that its image is number {index}, out of order")
+            empty.append(part)
+    if len(empty) != len(images):
+        raise BadSampleError(
+            f"the number of placeholders and of images differ: {len(empty)} x {placeholder}, {len(images)} x image"
+        )
+    for part, image in zip(empty, images):
+        part["image"] = _image(image, folder)
+
+
+def _image(value, folder: str | None):
+    """An image as `read_image` takes it, its path beside the data made whole; a local file must exist."""
+    if _is_missing(value):
+        raise BadSampleError("an image is missing")
+    if isinstance(value, Mapping):
+        if value.get("bytes") is not None:
+            return {"bytes": value["bytes"], "path": value.get("path")}
+        value = value.get("path")
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": None}
+    if not isinstance(value, str):
+        # Also PIL images, of which `read_image` knows more.
+        if hasattr(value, "mode"):
+            return value
+        raise BadSampleError(f"an image must be a path, a URL, or {{'bytes', 'path'}}, got {type(value).__name__}")
+    if value.startswith("data:"):
+        return {"bytes": _decoded(value.partition(",")[2]), "path": None}
+    if not value:
+        raise BadSampleError("the path of an image is empty")
+    if "://" in value:
+        return value
+    if folder is not None and "://" in folder:
+        return f"{folder.rstrip('/')}/{value}"
+    path = os.path.join(folder or "", os.path.expanduser(value))
+    if not os.path.isfile(path):
+        raise BadSampleError(f"the image file {path!r} does not exist")
+    return path
+
+
+def _decoded(data) -> bytes:
+    try:
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise BadSampleError(f"the base64 text of an image cannot be decoded ({error})") from error

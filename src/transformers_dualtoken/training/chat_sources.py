@@ -1,0 +1,414 @@
+"""Data of any kind for unified training: a `datasets` data set of raw rows, and how a row becomes an example."""
+
+import glob
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets.exceptions import DatasetGenerationError
+
+from .chat_formats import FORMATS, TASKS, BadSampleError, check_text, detect_format
+from .chat_rows import find_files, iterate_rows, kind_of, load_rows, parse_line, parse_tar_sample
+from .code_folder import is_code_folder
+from .image_sources import HUB_NAME, load_saved
+
+
+_SPEC_KEYS = ("path", "format", "weight", "split", "name", "image_folder")
+_MIXTURE_ENDINGS = (".json", ".yaml", ".yml")
+# A larger JSON file (1 MiB) is data and no mixture.
+_MAX_MIXTURE_BYTES = 2**20
+# Rows that are looked at for the columns: some of them may be broken.
+_MAX_ROWS_TO_DETECT = 100
+
+
+@dataclass
+class ChatSource:
+    """
+    One source of examples for unified training.
+
+    Attributes:
+        name (`str`): of the file, folder or data set, different from the other sources' of the mixture.
+        dataset (`datasets.Dataset` or `datasets.IterableDataset`): raw rows; no image is decoded.
+        to_example: makes a row the example `{"messages": [...]}` or, without roles, `{"content": ...}`, with `"id"`
+            where the sample has a name. Depends on the row only, can be pickled, raises [`BadSampleError`].
+        weight (`float`, *optional*): share of the mixture, relative to the others'.
+    """
+
+    name: str
+    dataset: datasets.Dataset | datasets.IterableDataset
+    to_example: Callable[[dict], dict]
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class RowToExample:
+    """
+    Makes a raw row an example.
+
+    Attributes:
+        format (`str`): of [`FORMATS`].
+        kind (`str`): of the row: `"line"` of a file, `"tar"` sample, or `"columns"`.
+        folder (`str`, *optional*): of relative image paths; `None` is that of the row's file.
+        options (`dict`): of the format.
+    """
+
+    format: str
+    kind: str
+    folder: str | None = None
+    options: dict = field(default_factory=dict)
+
+    def __call__(self, row: Mapping) -> dict:
+        name = {"line": "{file}:{number}", "tar": "{key}", "columns": ""}[self.kind].format_map(row)
+        name = os.path.basename(name) if self.kind == "line" else name
+        try:
+            record = read_record(row, self.kind)
+            name = next(
+                (str(record[key]) for key in ("id", "__key__") if isinstance(record.get(key), (str, int))), name
+            )
+            folder = self.folder
+            if folder is None and self.kind != "columns":
+                folder = os.path.dirname(row["file"])
+            example = FORMATS[self.format].convert(record, folder, **self.options)
+            check_text(example)
+        except BadSampleError as error:
+            error.sample_id = name or None
+            raise
+        return {**example, "id": name} if name else example
+
+
+def read_record(row: Mapping, kind: str) -> Mapping:
+    """The columns of a raw row. Raises [`BadSampleError`] for what cannot be parsed."""
+    if kind == "line":
+        return parse_line(row)
+    if kind == "tar":
+        return parse_tar_sample(row)
+    # The metadata of a webdataset on the Hub.
+    return {**row["json"], **row} if isinstance(row.get("json"), Mapping) else row
+
+
+def load_chat_sources(
+    spec, *, split: str = "train", streaming: bool = False, fingerprint: str | None = None
+) -> list[ChatSource]:
+    """
+    Data for unified training from files, folders, saved data sets or the Hub, one source or a mixture.
+
+    Args:
+        spec: one source, a list of sources, or the path of a JSON or YAML file with such a list (bare, or as
+            `sources`; relative paths in it are relative to the file). A source is a path, a pattern such as
+            `shards/*.tar`, the name of a data set on the Hub, or a dict:
+
+            - `path` (`str`);
+            - `format` (`str`, *optional*): told from the columns if not given. One of
+
+              - `"messages"`: `messages` of `{"role", "content"}`, content a string or parts `{"type": "text", "text"}`
+                and `{"type": "image", "image"}` (or OpenAI's `image_url`), or `prompt` and `completion`, two lists of
+                messages. Image parts without an image get those of the column `images` or `image`, in reading order;
+              - `"llava"`: `conversations` of `{"from", "value"}`, `<image>` in the values for those of `image`;
+              - `"caption"`: an image and a caption; options `task` (`"draw"` the caption, `"describe"` the image, or
+                `"both"`, two sources that share the weight; default `"draw"`), `image_column`, `caption_column`,
+                `draw_prompt` (default `"{caption}"`), `describe_prompt` (default `"Describe this image."`);
+              - `"edit"`: an image, an instruction, the edited image; options `input_column`, `instruction_column`,
+                `edited_column`;
+              - `"text"`: plain text; options `text_column`, `sample_by` of `.txt` files (`"document"`, the default, or
+                `"line"`);
+              - `"interleaved"`: documents as `content`, a list of parts, or as `images` and `texts` with `None` where
+                the other one stands;
+              - `"codes"`: a folder with precomputed codes;
+            - `weight` (`float`, *optional*): above 0; of all sources of a mixture or of none;
+            - `split` (`str`, *optional*), `name` (`str`, *optional*): the configuration of a data set on the Hub;
+            - `image_folder` (`str`, *optional*): folder or URL of relative image paths. By default that of the file
+              they stand in; of parquet files in several folders the one that holds all of them.
+
+            Files are JSON lines, JSON (one array), CSV, `.txt` (the first three also compressed), parquet, or
+            webdataset shards. A folder of images with `metadata.jsonl` (or `.csv`, `.parquet`) is read by that file.
+            A webdataset sample has the fields of its `json`, `txt`, and `image` (or, of several, `input_image.jpg` as
+            `input_image`).
+        split (`str`, defaults to `"train"`): of the sources that do not name one. Files and patterns are taken whole.
+        streaming (`bool`, defaults to `False`): read while training. Else rows are copied to the cache of `datasets`
+            and memory-mapped.
+        fingerprint (`str`, *optional*): of the vision tokenizer, which precomputed codes must have.
+
+    Raises:
+        ValueError: for a source that cannot be read, unknown keys, a format that cannot be told, columns that are
+            missing and weights that are not above 0, or not given for all sources.
+    """
+    specs = _read_specs(spec)
+    for source in specs:
+        _check_keys(source)
+    weights = [source.get("weight") for source in specs]
+    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
+        without = [source["path"] for source in specs if source.get("weight") is None]
+        raise ValueError(f"Either all sources of a mixture have a weight or none; without one are {without}.")
+    sources = []
+    for source in specs:
+        sources += _load_source({"split": split, **source}, streaming, fingerprint)
+    names: dict[str, int] = {}
+    for source in sources:
+        names[source.name] = names.get(source.name, 0) + 1
+        if names[source.name] > 1:
+            source.name += f" #{names[source.name]}"
+    return sources
+
+
+def _read_specs(spec) -> list[dict]:
+    """The sources of a mixture as dicts, their paths as they are to be opened."""
+    folder = None
+    if isinstance(spec, (str, os.PathLike)):
+        path = os.path.expanduser(os.fspath(spec))
+        mixture = _read_mixture(path)
+        if mixture is not None:
+            spec, folder = mixture, os.path.dirname(path)
+    if isinstance(spec, Mapping) and "sources" in spec:
+        if len(spec) > 1:
+            raise ValueError(
+                f"A mixture is a list `sources` and nothing else; it has also {sorted(set(spec) - {'sources'})}."
+            )
+        spec = spec["sources"]
+    specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    if not specs:
+        raise ValueError("A mixture must have at least one source.")
+    for index, source in enumerate(specs):
+        source = {"path": source} if isinstance(source, (str, os.PathLike)) else source
+        if not isinstance(source, Mapping) or not isinstance(source.get("path"), (str, os.PathLike)):
+            raise ValueError(f"A source of data is a path, or a dict with a 'path', got {source!r:.200}.")
+        source = {key: value for key, value in source.items() if value is not None}
+        source["path"] = os.path.expanduser(os.fspath(source["path"]))
+        if folder is not None:
+            source["path"] = _relative_to(folder, source["path"])
+        if "image_folder" in source:
+            place = os.path.expanduser(os.fspath(source["image_folder"]))
+            source["image_folder"] = place if "://" in place else os.path.join(folder or "", place)
+        specs[index] = source
+    return specs
+
+
+def _read_mixture(path: str):
+    """What a JSON or YAML file says if it is a mixture; `None` if it is something else, such as data."""
+    if not path.lower().endswith(_MIXTURE_ENDINGS) or not os.path.isfile(path):
+        return None
+    is_json = path.lower().endswith(".json")
+    if is_json and os.path.getsize(path) > _MAX_MIXTURE_BYTES:
+        return None
+    with open(path, encoding="utf-8") as file:
+        try:
+            content = json.load(file) if is_json else yaml.safe_load(file)
+        except (ValueError, yaml.YAMLError) as error:
+            if is_json:  # JSON lines may have this ending; otherwise their reader says what is wrong
+                return None
+            raise ValueError(f"The mixture {path!r} cannot be read: {error}") from error
+    if isinstance(content, dict) and "sources" in content:
+        return content
+    is_list = isinstance(content, list) and content
+    if is_list and all(isinstance(item, str) or (isinstance(item, dict) and "path" in item) for item in content):
+        return content
+    if is_json:
+        return None
+    raise ValueError(
+        f"The mixture {path!r} must be a list of sources, paths or dicts with a 'path', or have one as `sources`."
+    )
+
+
+def _relative_to(folder: str, path: str) -> str:
+    """A path of a mixture file. What is not there may be the name of a data set on the Hub, which looks like one."""
+    joined = os.path.join(folder, path)
+    is_hub_name = HUB_NAME.fullmatch(path) and kind_of(path) is None
+    return path if is_hub_name and not os.path.exists(joined) else joined
+
+
+def _check_keys(source: Mapping) -> None:
+    """Raise for what is wrong with a source whatever its data is."""
+    formats = {**{name: [*known.roles, *known.options] for name, known in FORMATS.items()}, "codes": []}
+    name = source.get("format")
+    if name is not None and name not in formats:
+        raise ValueError(f"The format of {source['path']!r} must be one of {', '.join(formats)}, got {name!r}.")
+    options = formats[name] if name is not None else [option for known in formats.values() for option in known]
+    unknown = sorted(set(source) - {*_SPEC_KEYS, *options})
+    if unknown:
+        of_format = f" of the format {name!r}" if name is not None else ""
+        raise ValueError(
+            f"The source {source['path']!r} has the unknown keys {', '.join(unknown)}; the keys{of_format} are "
+            f"{', '.join([*_SPEC_KEYS, *options])}."
+        )
+    weight = source.get("weight")
+    if weight is not None and (
+        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf
+    ):
+        raise ValueError(f"The weight of {source['path']!r} must be a number above 0, got {weight!r}.")
+    for option, values in (("task", TASKS), ("sample_by", ("document", "line"))):
+        if option in source and source[option] not in values:
+            raise ValueError(
+                f"`{option}` of {source['path']!r} must be one of {', '.join(values)}, got {source[option]!r}."
+            )
+    if "{caption}" not in source.get("draw_prompt", "{caption}"):
+        raise ValueError(
+            f"`draw_prompt` must have '{{caption}}' where the caption goes, got {source['draw_prompt']!r}."
+        )
+    folder = source.get("image_folder")
+    if folder is not None and "://" not in folder and not os.path.isdir(folder):
+        raise ValueError(f"The `image_folder` {folder!r} of {source['path']!r} is not a folder.")
+
+
+def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[ChatSource]:
+    path, weight = spec["path"], spec.get("weight")
+    if spec.get("format", "codes") == "codes" and (is_code_folder(path) or "format" in spec):
+        from .image_codes import load_code_source  # which imports this file
+
+        return [load_code_source(path, weight=weight, streaming=streaming, fingerprint=fingerprint)]
+    if is_code_folder(path):
+        raise ValueError(
+            f"The folder {path!r} holds precomputed codes: its format is 'codes', not {spec['format']!r}."
+        )
+
+    dataset, kind, folder, columns = _load_rows(spec, streaming)
+    name = spec.get("format") or detect_format(columns)
+    if name is None:
+        raise ValueError(
+            f"The format of {path!r} cannot be told from its columns {sorted(columns)}. Say which by `format`: "
+            f"{', '.join(FORMATS)}."
+        )
+    _check_keys({**spec, "format": name})
+    known = FORMATS[name]
+    roles = known.find_columns(columns, spec)
+    if roles is None:
+        wanted = "; ".join(
+            f"{role}: {spec[role] if role in spec else ' or '.join(names)}" for role, names in known.roles.items()
+        )
+        raise ValueError(
+            f"The data {path!r} of format {name!r} lacks a column; it has {sorted(columns)}, and needs {wanted}."
+        )
+    if not (known.roles or set(known.columns) & set(columns)):
+        raise ValueError(
+            f"The data {path!r} has none of the columns {', '.join(known.columns)}; it has {sorted(columns)}."
+        )
+    if kind == "columns":
+        dataset = _undecoded(dataset, [*known.columns, *roles.values(), "id", "__key__", "json"])
+    options = {**known.options, **{option: spec[option] for option in known.options if option in spec}, **roles}
+    tasks = ("draw", "describe") if options.get("task") == "both" else (options.get("task"),)
+    sources = []
+    for task in tasks:
+        options_of_task = {**options, "task": task} if "task" in options else options
+        sources.append(
+            ChatSource(
+                name=_short_name(path) + (f" ({task})" if len(tasks) > 1 else ""),
+                dataset=dataset,
+                to_example=RowToExample(name, kind, spec.get("image_folder", folder), options_of_task),
+                weight=None if weight is None else weight / len(tasks),
+            )
+        )
+    return sources
+
+
+def _short_name(path: str) -> str:
+    if not os.path.exists(path) and not glob.has_magic(path):
+        return path  # on the Hub
+    path = Path(os.path.abspath(path))
+    return os.path.join(path.parent.name, path.name) if glob.has_magic(path.name) else path.name
+
+
+def _load_rows(spec: Mapping, streaming: bool):
+    """A source's data set, the kind of its rows, the folder of its relative image paths, and its columns."""
+    path, split = spec["path"], spec["split"]
+    if not os.path.exists(path) and not glob.has_magic(path):
+        dataset = _load_from_hub(path, spec.get("name"), split, streaming)
+        return dataset, "columns", None, _columns_of(dataset, path)
+    if "name" in spec:
+        raise ValueError(f"`name` is the configuration of a data set on the Hub, and {path!r} is a local path.")
+    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
+        dataset = load_saved(path, split, streaming)
+        return dataset, "columns", path, _columns_of(dataset, path)
+    kind, files = find_files(path, split)
+    if kind == "parquet":
+        dataset = _load_parquet(files, streaming)
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+        return dataset, "columns", folder, _columns_of(dataset, path)
+    sample_by = spec.get("sample_by", FORMATS["text"].options["sample_by"])
+    row_kind = "tar" if kind == "tar" else "line"
+    columns = _columns_of_rows(iterate_rows(files, kind, sample_by), row_kind, path)
+    return load_rows(kind, files, streaming, sample_by), row_kind, None, columns
+
+
+def _columns_of_rows(rows, kind: str, path: str) -> set[str]:
+    """The columns of the first row that can be parsed."""
+    error = None
+    for _, row in zip(range(_MAX_ROWS_TO_DETECT), rows):
+        try:
+            return set(read_record(row, kind))
+        except BadSampleError as failure:
+            error = failure
+    if error is None:
+        raise ValueError(f"There are no rows at {path!r}.")
+    raise ValueError(
+        f"None of the first {_MAX_ROWS_TO_DETECT} rows of {path!r} can be parsed. The last: {error}."
+    ) from error
+
+
+def _columns_of(dataset, path: str) -> set[str]:
+    row = None
+    if dataset.features is None:  # a stream of files without a schema
+        row = next(iter(dataset), None)
+        if row is None:
+            raise ValueError(f"There are no rows at {path!r}.")
+        return set(read_record(row, "columns"))
+    fields = dataset.features.get("json")
+    return {*dataset.features, *(fields if isinstance(fields, dict) else ())}
+
+
+def _load_from_hub(source: str, name: str | None, split: str, streaming: bool):
+    if not HUB_NAME.fullmatch(source) or kind_of(source) is not None:
+        raise ValueError(f"There is no file or folder at {source!r}, and it is not the name of a data set on the Hub.")
+    try:
+        return datasets.load_dataset(source, name, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"There is no file or folder at {source!r}, and no data set of this name can be had from the Hub: {error}"
+        ) from error
+
+
+def _load_parquet(files: list[str], streaming: bool):
+    try:
+        features = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+        features = datasets.Features({name: _undecoded_feature(feature) for name, feature in features.items()})
+        return datasets.load_dataset(
+            "parquet", data_files=files, split="train", streaming=streaming, features=features
+        )
+    except (OSError, pa.ArrowException, DatasetGenerationError) as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"The {len(files)} parquet files from {files[0]!r} on cannot be read: {reason}") from error
+
+
+def _undecoded(dataset, columns: list[str]):
+    """The columns that are wanted, of those there are, with no image decoded, wherever in a row it stands."""
+    if dataset.features is None:
+        return dataset  # nothing is decoded without features
+    dataset = dataset.with_format(None)
+    wanted = [column for column in dataset.features if column in columns]
+    if wanted != list(dataset.features):
+        dataset = dataset.select_columns(wanted)
+    features = datasets.Features({name: _undecoded_feature(dataset.features[name]) for name in wanted})
+    if features == dataset.features:
+        return dataset
+    if isinstance(dataset, datasets.IterableDataset):
+        return dataset.cast(features)
+    # The same table by other features: `cast` would write a copy where images stand in lists.
+    info = dataset.info.copy()
+    info.features = features
+    return datasets.Dataset(dataset.data, info=info, split=dataset.split)
+
+
+def _undecoded_feature(feature):
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded_feature(part) for name, part in feature.items()}
+    if isinstance(feature, datasets.LargeList):
+        return datasets.LargeList(_undecoded_feature(feature.feature))
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded_feature(feature.feature), length=feature.length)
+    return feature

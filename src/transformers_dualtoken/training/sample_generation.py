@@ -1,0 +1,343 @@
+"""What the unified model answers to fixed prompts, during training: on disk and in the tracker."""
+
+import contextlib
+import copy
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.utils import make_image_grid
+from PIL import Image
+from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..chat_dualtoken import image_parts, normalize_chats
+from ..generation import GENERATION_MODES
+from ..processing_dualtoken import DualTokenProcessor
+from .image_reading import image_name, read_image
+from .reconstruction_grid import send_to_trackers
+
+
+# A model at the start of its training does not end its answers by itself.
+_DEFAULT_NEW_TOKENS = 128
+
+
+def read_prompts(path) -> list[dict]:
+    """
+    Read the prompts of [`SampleGenerationCallback`] from a JSON file, a list of them.
+
+    Images that are given by relative paths lie relative to the file.
+
+    Raises:
+        ValueError: if the file holds no list.
+    """
+    path = Path(path)
+    prompts = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(prompts, list):
+        raise ValueError(f"{path} must hold a list of prompts, got {type(prompts).__name__}.")
+    for prompt in prompts:
+        for message in prompt.get("messages", ()) if isinstance(prompt, dict) else ():
+            for part in message.get("content", ()) if isinstance(message, dict) else ():
+                image = part.get("image") if isinstance(part, dict) else None
+                if isinstance(image, str) and "://" not in image:
+                    part["image"] = str(path.parent / image)
+    return prompts
+
+
+class SamplePrompt:
+    """
+    A prompt that is ready for the model.
+
+    Args:
+        prompt (`dict`): `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the
+            default), `"image"` or `"interleaved"`; everything else goes to `generate` (`guidance_scale`,
+            `num_return_sequences`, `max_new_tokens`, ...). An image part's `"image"` is whatever
+            [`~training.image_reading.read_image`] takes.
+        processor ([`DualTokenProcessor`]).
+        number (`int`): what to call it, from 1.
+
+    Raises:
+        ValueError: names the prompt, if it is of another form or an image cannot be read.
+    """
+
+    def __init__(self, prompt: dict, processor: DualTokenProcessor, number: int):
+        self.number = number
+        if not isinstance(prompt, dict) or "messages" not in prompt:
+            raise ValueError(f"Sample prompt {number} must be a dict with 'messages', got {prompt!r:.200}.")
+        settings = dict(prompt)
+        messages, self.mode = settings.pop("messages"), settings.pop("mode", "text")
+        if self.mode not in GENERATION_MODES:
+            raise ValueError(
+                f"The 'mode' of sample prompt {number} must be one of {', '.join(map(repr, GENERATION_MODES))}, got "
+                f"{self.mode!r}."
+            )
+        self.settings = settings
+        try:
+            ((self.messages,), _) = normalize_chats(messages)
+            self.inputs = processor.apply_chat_template(
+                self._with_images(self.messages),
+                add_generation_prompt=True,
+                generate_image=self.mode == "image",
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            raise ValueError(f"Sample prompt {number} cannot be used: {error}") from error
+
+    @staticmethod
+    def _with_images(messages: list[dict]) -> list[dict]:
+        """The messages with images in place of paths."""
+        messages = copy.deepcopy(messages)
+        for part in image_parts(messages):
+            if part.get("image") is not None:
+                part["image"] = read_image(part["image"])
+        return messages
+
+    def __str__(self) -> str:
+        return f"sample prompt {self.number} ({self.mode}): {self.text()!r:.200}"
+
+    def text(self) -> str:
+        """The last message, an image as its name in square brackets."""
+        content = self.messages[-1]["content"]
+        if isinstance(content, str):
+            return content
+        return " ".join(part["text"] if part["type"] == "text" else f"[{_name(part)}]" for part in content)
+
+    def described(self) -> list[dict]:
+        """The messages as JSON can hold them, images by their names."""
+        messages = copy.deepcopy(self.messages)
+        for part in image_parts(messages):
+            name = _name(part)
+            part.clear()
+            part.update(type="image", image=name)
+        return messages
+
+
+def _name(part: dict) -> str:
+    return image_name(part.get("image")) or "image"
+
+
+class SampleGenerationCallback(TrainerCallback):
+    """
+    Answers fixed prompts at every evaluation, or every N steps.
+
+    Writes `samples/step-000500/` into the output folder: each image as PNG (`prompt-1-image-1.png`), all of them in
+    `grid.png`, prompts and answers in `samples.json` and, to be read, in `samples.md`. TensorBoard, Weights & Biases
+    and trackio get the grid and the texts, where the run reports to one of them.
+
+    Every prompt has the same seed at every step, and training goes on as if there had been no samples. All ranks
+    generate together, as sharded weights need it, and rank 0 writes.
+
+    Args:
+        trainer ([`DualTokenTrainer`]): its model may be sharded (ZeRO-3, FSDP2) or a `PeftModel`.
+        prompts (`list[dict]`): see [`SamplePrompt`]; [`read_prompts`] reads them from a file.
+        processor ([`DualTokenProcessor`], *optional*): the trainer's `processing_class` by default.
+        steps (`int`, *optional*): generate every so many steps; by default at evaluations.
+        seed (`int`, defaults to 0).
+
+    Raises:
+        ValueError: if there is no prompt, or one cannot be used; at once, and not at the first evaluation.
+    """
+
+    def __init__(
+        self,
+        trainer,
+        prompts: Sequence[dict],
+        processor: DualTokenProcessor | None = None,
+        steps: int | None = None,
+        seed: int = 0,
+    ):
+        processor = trainer.processing_class if processor is None else processor
+        if not isinstance(processor, DualTokenProcessor):
+            raise ValueError(
+                f"Samples need a DualTokenProcessor, as `processor` or as the trainer's `processing_class`; got "
+                f"{type(processor).__name__}."
+            )
+        if not prompts:
+            raise ValueError("There must be at least one sample prompt.")
+        if steps is not None and steps < 1:
+            raise ValueError(f"`steps` must be at least 1, got {steps}.")
+        self.trainer, self.processor, self.steps, self.seed = trainer, processor, steps, seed
+        self.prompts = [SamplePrompt(prompt, processor, number) for number, prompt in enumerate(prompts, start=1)]
+        self._last_step: int | None = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.steps is not None and state.global_step % self.steps == 0:
+            self.generate()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # Once, also where there are several evaluation sets.
+        if self.steps is None and state.global_step != self._last_step:
+            self._last_step = state.global_step
+            self.generate()
+
+    def generate(self) -> None:
+        """
+        Answer the prompts now; every rank must call it.
+
+        Raises:
+            RuntimeError: if generation fails; names the prompt.
+        """
+        trainer = self.trainer
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        was_training = model.training
+        # Dropout and gradient checkpointing, which allows no cache, are for training only.
+        model.eval()
+        answers = []
+        try:
+            with torch.no_grad(), trainer.accelerator.autocast():
+                for prompt in self.prompts:
+                    try:
+                        with self._seeded(model.device), _gathered(trainer.model, model):
+                            answers.append(self._answer(model, prompt))
+                    except Exception as error:
+                        raise RuntimeError(f"Generation failed for {prompt}") from error
+        finally:
+            model.train(was_training)
+        if trainer.state.is_world_process_zero:
+            self._write(answers)
+
+    @contextlib.contextmanager
+    def _seeded(self, device: torch.device):
+        """transformers' text sampling knows the global random state only."""
+        devices = [] if device.type in ("cpu", "mps", "meta") else [device]
+        device_type = device.type if devices else "cuda"
+        with torch.random.fork_rng(devices=devices, device_type=device_type):
+            torch.manual_seed(self.seed)
+            yield
+
+    def _answer(self, model, prompt: SamplePrompt) -> list[list[dict]]:
+        """Answers as lists of parts, like the content of a message; an image part holds a PIL image."""
+        inputs = prompt.inputs.to(model.device)
+        settings = {"use_cache": True, **prompt.settings}
+        if prompt.mode == "text":
+            settings.setdefault("max_new_tokens", _DEFAULT_NEW_TOKENS)
+        if prompt.mode != "text":
+            settings["generator"] = torch.Generator().manual_seed(self.seed)
+        output = model.generate(**inputs, generation_mode=prompt.mode, **settings)
+        sequences, images = output, []
+        if prompt.mode != "text":
+            sequences = output.sequences
+            images = self.processor.post_process_images(model.decode_images(output))
+        new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        remaining = iter(images)
+        return [self._parts(ids, remaining) for ids in new_ids]
+
+    def _parts(self, ids: list[int], images) -> list[dict]:
+        """The parts of an answer; each run of placeholders is the next of `images`."""
+        parts, text, previous = [], [], None
+        image_id, borders = self.processor.image_token_id, self.processor.image_tokens.ids
+
+        def end_text():
+            if text:
+                decoded = self.processor.decode(text, skip_special_tokens=True)
+                parts.extend([{"type": "text", "text": decoded}] if decoded else [])
+                text.clear()
+
+        for token in ids:
+            if token == image_id:
+                if previous != image_id:
+                    end_text()
+                    parts.append({"type": "image", "image": next(images)})
+            elif token not in borders:
+                text.append(token)
+            previous = token
+        end_text()
+        return parts
+
+    def _write(self, answers: list[list[list[dict]]]) -> None:
+        step = self.trainer.state.global_step
+        folder = Path(self.trainer.args.output_dir, "samples", f"step-{step:06d}")
+        folder.mkdir(parents=True, exist_ok=True)
+        samples, pictures = [], []
+        for prompt, of_prompt in zip(self.prompts, answers):
+            count = 0
+            for part in (part for answer in of_prompt for part in answer if part["type"] == "image"):
+                count += 1
+                pictures.append(part["image"])
+                part["image"] = f"prompt-{prompt.number}-image-{count}.png"
+                pictures[-1].save(folder / part["image"])
+            samples.append(
+                {
+                    "messages": prompt.described(),
+                    "mode": prompt.mode,
+                    **prompt.settings,
+                    "answers": [{"role": "assistant", "content": answer} for answer in of_prompt],
+                }
+            )
+        text = json.dumps(samples, ensure_ascii=False, indent=2, default=str)
+        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+        markdown = self._markdown(answers)
+        (folder / "samples.md").write_text(markdown, encoding="utf-8")
+        callbacks = self.trainer.callback_handler.callbacks
+        send_text_to_trackers(callbacks, "samples_text", markdown, step)
+        if pictures:
+            grid = image_grid(pictures)
+            grid.save(folder / "grid.png")
+            send_to_trackers(callbacks, "samples", grid, step)
+
+    def _markdown(self, answers: list[list[list[dict]]]) -> str:
+        lines = [f"# Samples of step {self.trainer.state.global_step}", ""]
+        for prompt, of_prompt in zip(self.prompts, answers):
+            lines += [f"## Prompt {prompt.number} ({prompt.mode})", "", prompt.text(), ""]
+            for number, answer in enumerate(of_prompt, start=1):
+                lines += [f"### Answer {number}", ""]
+                for part in answer:
+                    shown = part["text"] if part["type"] == "text" else f"![{part['image']}]({part['image']})"
+                    lines += [shown, ""]
+        return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _gathered(wrapped: torch.nn.Module, model: torch.nn.Module):
+    """
+    Within this context sharded weights are whole where no forward of their module would gather them.
+
+    Engines gather a module's weights around its forward. Generation also enters by other ways: the depth heads draw
+    depth by depth, and the model's own layers are called without its forward.
+    """
+    units = []
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        context = deepspeed.zero.GatheredParameters(list(model.depth_heads.parameters()))
+    else:
+        context = contextlib.nullcontext()
+        if hasattr(wrapped, "unshard"):
+            units = [wrapped, *(module for module in model.depth_heads.modules() if hasattr(module, "unshard"))]
+    with context:
+        for unit in units:
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.reshard()
+
+
+def image_grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
+    """Pictures of one size, row by row; what is left of the last row is white."""
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    blank = Image.new("RGB", pictures[0].size, "white")
+    return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows, columns)
+
+
+def send_text_to_trackers(callbacks: list[TrainerCallback], name: str, markdown: str, step: int) -> None:
+    """Send a text to the trackers among the Trainer's callbacks that can show one."""
+    for callback in callbacks:
+        kind = type(callback).__name__
+        if kind == "TensorBoardCallback" and callback.tb_writer is not None:
+            callback.tb_writer.add_text(name, markdown, step)
+        elif kind == "WandbCallback" and getattr(callback, "_wandb", None) is not None:
+            table = callback._wandb.Table(columns=["text"], data=[[markdown]])
+            callback._wandb.log({name: table, "train/global_step": step})
+        elif kind == "TrackioCallback" and getattr(callback, "_trackio", None) is not None:
+            callback._trackio.log({name: callback._trackio.Markdown(markdown)})
+
+
+__all__ = ["SampleGenerationCallback", "SamplePrompt", "image_grid", "read_prompts", "send_text_to_trackers"]

@@ -1,0 +1,235 @@
+"""Samples from streams of `datasets`, which go on exactly where a stopped run was."""
+
+import itertools
+import random
+
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import IterableDataset, get_worker_info
+from transformers.utils import logging
+from transformers.utils.versions import require_version
+
+from .image_reading import MAX_SKIPPED_IN_A_ROW
+
+
+logger = logging.get_logger(__name__)
+
+# A reader gets whole shards if there are so many for each that their numbers differ by a quarter at most.
+_MIN_SHARDS_PER_READER = 4
+_BEGINNING = {"epoch": 0, "block": 0, "index": 0, "state": None}
+
+
+class SampleStream(IterableDataset):
+    """
+    Base of the streams that training reads: rows of one streamed data set, or of several mixed by weight.
+
+    The rows are divided over the readers: the workers of the `DataLoader` on all ranks. A reader gets shards of its
+    own where there are enough (a multiple of the readers, or at least four each), and else every n-th row of all
+    shards; then each reader reads everything, but prepares its own share only. In every epoch of a data set its shards
+    come in another order, and each reader shuffles the raw rows of one block of `shuffle_buffer_size` after the other.
+    From which data set the next sample comes is drawn by weight. All of this depends on the seed, the epoch, the rank
+    and the worker only, and so does what is drawn for a sample.
+
+    Every sample carries its `"stream_position"`. A run that is resumed by `load_state_dict`, with what
+    [`StreamProgress`] made of the positions, gets bit for bit the samples an uninterrupted one would have got, from
+    the same data, and with the same numbers of ranks and workers. Only the blocks at hand are read again (and, without
+    decoding, what `datasets` has to read of their shards to get there).
+
+    A block of raw rows of each data set is held in memory by every worker.
+
+    Args:
+        datasets (`list[datasets.IterableDataset]`): of raw rows.
+        weights (`list[float]`, *optional*): how often each is drawn from, relative to the others. A single one needs
+            none.
+        seed (`int`, defaults to 0).
+        shuffle_buffer_size (`int`, defaults to 1000): rows of a block.
+        rank (`int`, defaults to 0), world_size (`int`, defaults to 1): of this process, among those that train.
+        repeat (`bool`, defaults to `True`): begin another epoch after the last row; `False` ends there.
+
+    Yields:
+        what `prepare` makes of a row, with `"num_skipped"` (`int`), how many rows that cannot be used were passed over
+        before it, and `"stream_position"` (`dict`), where the stream is after it.
+
+    Raises:
+        ValueError: for settings out of range, a reader without rows, more unusable rows in a row than
+            [`MAX_SKIPPED_IN_A_ROW`], and a position of a stream with other settings.
+    """
+
+    # What a sample of this stream is called in messages.
+    noun = "sample"
+    # Errors of `prepare` after which the row is passed over. All others end the stream.
+    passed_over: tuple[type[Exception], ...] = ()
+
+    def __init__(
+        self,
+        datasets: list,
+        weights: list[float] | None = None,
+        seed: int = 0,
+        shuffle_buffer_size: int = 1000,
+        rank: int = 0,
+        world_size: int = 1,
+        repeat: bool = True,
+    ):
+        if shuffle_buffer_size < 1:
+            raise ValueError(f"`shuffle_buffer_size` must be at least 1 (no shuffling), got {shuffle_buffer_size}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` must be from 0 to `world_size` - 1, got {rank} of {world_size}.")
+        if weights is None and len(datasets) > 1:
+            raise ValueError(
+                f"Streams have no length by which {len(datasets)} of them could be mixed: give each a weight."
+            )
+        self.datasets, self.weights, self.repeat = datasets, weights or [1.0], repeat
+        # With another one of these a position would mean something else.
+        self.settings = {
+            "seed": seed,
+            "shuffle_buffer_size": shuffle_buffer_size,
+            "rank": rank,
+            "world_size": world_size,
+            "num_shards": [dataset.num_shards for dataset in datasets],
+            "weights": self.weights,
+        }
+        self._resumed = {"positions": {}, "next_worker": 0}
+
+    def prepare(self, source: int, row: dict, key: str) -> dict:
+        """A sample of a raw row of data set number `source`; what is drawn for it depends on `key` only."""
+        raise TypeError(f"{type(self).__name__} does not say how a row becomes a sample.")
+
+    def row_name(self, source: int, row: dict) -> str | None:
+        """What to call a row in a message, where it has a name of its own."""
+        return None
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where the state of a [`StreamProgress`] says. To be called before the `DataLoader` is iterated."""
+        require_version("datasets>=5.1", "In older versions a stream does not go on exactly where it was.")
+        for position in state["positions"].values():
+            self._check(position, self.settings)
+        # JSON makes strings of the keys.
+        positions = {int(worker): position for worker, position in state["positions"].items()}
+        self._resumed = {"positions": positions, "next_worker": state["next_worker"]}
+
+    @staticmethod
+    def _check(position: dict, settings: dict) -> None:
+        for name, value in settings.items():
+            if position[name] != value:
+                raise ValueError(
+                    f"The stream was saved with {name} = {position[name]} and cannot go on with {name} = {value}. "
+                    "Resume with the settings, ranks and `dataloader_num_workers` of the first run, and with the same "
+                    "data."
+                )
+
+    def __iter__(self):
+        info = get_worker_info()
+        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
+        settings = {**self.settings, "num_workers": num_workers}
+        for position in self._resumed["positions"].values():
+            self._check(position, settings)
+        # A `DataLoader` begins with worker 0; this one takes the place of the worker whose turn it was.
+        worker = (worker + self._resumed["next_worker"]) % num_workers
+        position = self._resumed["positions"].get(worker, {"drawn": 0, "sources": [_BEGINNING] * len(self.datasets)})
+        position = {**position, **settings, "worker": worker}
+
+        reader = _Reader(position["rank"] * num_workers + worker, position["world_size"] * num_workers)
+        places = list(position["sources"])
+        rows = [
+            self._rows(dataset, place, position, reader, f"{position['seed']}/{source}")
+            for source, (dataset, place) in enumerate(zip(self.datasets, places))
+        ]
+        left, drawn, num_skipped = list(range(len(rows))), position["drawn"], 0
+        while left:
+            source = left[0]
+            if len(left) > 1:
+                draw = random.Random(f"{position['seed']}/{position['rank']}/{worker}/draw {drawn}")
+                source = draw.choices(left, [self.weights[index] for index in left])[0]
+            row = next(rows[source], None)
+            if row is None:  # only without `repeat`
+                left.remove(source)
+                continue
+            values, key, places[source] = row
+            drawn += 1
+            try:
+                sample = self.prepare(source, values, key)
+            except self.passed_over as error:
+                num_skipped += 1
+                name = self.row_name(source, values) or f"at {key}"
+                logger.warning_once(f"The {self.noun} {name} is skipped: {error}.")
+                if num_skipped == MAX_SKIPPED_IN_A_ROW:
+                    raise ValueError(
+                        f"{num_skipped:,} {self.noun}s of the stream in a row cannot be read. The last is {name}: "
+                        f"{error}."
+                    ) from error
+                continue
+            yield {
+                **sample,
+                "num_skipped": num_skipped,
+                "stream_position": {**position, "drawn": drawn, "sources": list(places)},
+            }
+            num_skipped = 0
+
+    def _rows(self, dataset, place: dict, position: dict, reader: "_Reader", seed: str):
+        """The rows of one data set for one reader, each with the seed of what is drawn for it, and the place after it."""
+        for epoch in itertools.count(place["epoch"]) if self.repeat else (place["epoch"],):
+            has_rows = False
+            key = f"{seed}/{epoch}/{position['rank']}/{position['worker']}"
+            for rows, start in self._blocks(dataset, place, epoch, position, reader, seed):
+                has_rows = True
+                order = list(range(len(rows)))
+                random.Random(f"{key}/block {start['block']}").shuffle(order)
+                for index in range(start["index"], len(order)):
+                    # Its place is freed at once: the next block is read while this one is still there.
+                    row, rows[order[index]] = rows[order[index]], None
+                    number = start["block"] * position["shuffle_buffer_size"] + order[index]
+                    yield row, f"{key}/{number}", {**start, "index": index + 1}
+            if self.repeat and not has_rows:
+                raise ValueError(
+                    f"The stream has no {self.noun} for worker {position['worker']} of {position['num_workers']} on rank "
+                    f"{position['rank']} of {position['world_size']}: it holds fewer {self.noun}s than there are "
+                    "workers on all ranks."
+                )
+            place = {**_BEGINNING, "epoch": epoch + 1}
+
+    def _blocks(self, dataset, place: dict, epoch: int, position: dict, reader: "_Reader", seed: str):
+        """The raw rows of block after block of one epoch, each with the place of its beginning."""
+        # By turns: some have a shard more than others, and with few shards a reader would see the same rows always.
+        turn = (reader.index + epoch) % reader.count
+        # A new data set every time, since the epoch of `dataset` is in memory that all workers share.
+        if dataset.num_shards >= _MIN_SHARDS_PER_READER * reader.count:
+            stream = dataset.shard(reader.count, turn, contiguous=False)
+        else:
+            stream = split_dataset_by_node(dataset, rank=turn, world_size=reader.count)
+        # What `datasets` calls the epoch is the seed of the order of the shards; 0 would be their own.
+        stream.set_epoch(random.Random(f"{seed}/{epoch}/shards").randrange(1, 2**62))
+        if place["state"] is not None:
+            stream.load_state_dict(place["state"])
+        # By `iter`, which leaves the workers to us: `__iter__` would give those beyond the shards nothing.
+        for block in stream.iter(batch_size=position["shuffle_buffer_size"]):
+            columns = list(block)
+            yield [dict(zip(columns, values)) for values in zip(*block.values())], place
+            # Where the next block begins; the places within a block share this object.
+            place = {**place, "block": place["block"] + 1, "index": 0, "state": stream.state_dict()}
+
+
+class _Reader:
+    """Which of how many readers of a stream one worker is."""
+
+    def __init__(self, index: int, count: int):
+        self.index, self.count = index, count
+
+
+class StreamProgress:
+    """How far the batches that were trained on go in a [`SampleStream`], on this rank."""
+
+    def __init__(self):
+        self._positions, self._next_worker = {}, 0
+
+    def update(self, stream_position: dict) -> None:
+        """Note the `"stream_position"` of a batch. The batches must come in the `DataLoader`'s order."""
+        self._positions[str(stream_position["worker"])] = stream_position
+        self._next_worker = (stream_position["worker"] + 1) % stream_position["num_workers"]
+
+    def state_dict(self) -> dict:
+        """`{"positions": {worker: position}, "next_worker": int}`, fit for JSON; for both `load_state_dict`."""
+        return {"positions": dict(self._positions), "next_worker": self._next_worker}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Begin from a saved state: until they deliver a batch again, its workers' positions stay as they are."""
+        self._positions = {str(worker): position for worker, position in state["positions"].items()}
+        self._next_worker = state["next_worker"]
