@@ -301,6 +301,8 @@ def encode_once(data: DataArguments, name: str, sources: list, vision_tokenizer,
             processor.image_processor,
             [source],
             folder,
+            # As a forward on pixels would make them.
+            bf16=training.bf16,
             on_bad_sample=data.on_bad_sample,
             num_workers=data.preprocessing_num_workers,
             rank=training.process_index,

@@ -1,7 +1,8 @@
 """
-What one rank does in `test_sharded_training.py`: `torchrun ... sharded_run.py ENGINE MODEL FOLDER`.
+What one rank does in `test_sharded_training.py`: `torchrun ... sharded_run.py ENGINE MODELS FOLDER`.
 
-Also imported by the test, which trains the same in one process.
+`ENGINE` is the name of a file in `examples/deepspeed/`, or `fsdp2`; `MODELS` holds what `save_models` wrote. The test
+imports this file too, and trains the same in one process.
 """
 
 import json
@@ -15,22 +16,21 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from tiny_models import lively_unified_model, tiny_unified_config
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from tiny_models import tiny_unified_config
 from training_helpers import FixedItems, quiet
-from transformers import TrainingArguments, set_seed
+from transformers import Qwen2ForCausalLM, TrainingArguments, set_seed
 
 from transformers_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.training import DualTokenTrainer
 
 
-STEPS, SAVED_AT = 20, 10
-RANKS, ACCUMULATION, ROWS = 2, 2, 2
 EXAMPLES = Path(__file__).parents[1] / "examples"
-# Of the four micro-batches of a step, ranks taking turns: which hold images, and how. In half of the steps one rank
-# has none where the other has; in one of them the ranks are given them in different ways, in one all targets are
-# one rank's.
+RANKS, ACCUMULATION, ROWS = 2, 2, 2
+STEPS, SAVED_AT, FEW_STEPS = 20, 10, 3
+# Of the four micro-batches of a step, ranks taking turns: which hold images, and how. In most steps one rank has none
+# where the other has; once each is given them in another way, once all visual targets are one rank's.
 PLAN = (
     ("draw", "text", "text", "ask"),
     ("text", "text", "text", "text"),
@@ -52,59 +52,80 @@ def batches() -> list[dict[str, torch.Tensor]]:
     made = []
     for step in range(STEPS):
         for index, kind in enumerate(PLAN[step % len(PLAN)]):
-            # Other lengths on other ranks: the counts of the targets differ too.
+            # Other lengths on other ranks, so that their counts of targets differ.
             prompt, answer = words(2 + index), words(3 + (step + index) % 4)
-            batch, parts, targets = {}, [prompt, answer], [False, True]
+            batch, parts, learned = {}, [prompt, answer], [False, True]
             if kind != "text":
                 image = torch.full((ROWS, config.num_positions + 2), config.image_token_id)
                 image[:, 0], image[:, -1] = config.image_start_token_id, config.image_end_token_id
-                parts, targets = [prompt, image, answer], [False, kind != "ask", True]
+                parts, learned = [prompt, image, answer], [False, kind != "ask", True]
                 if kind.endswith("codes"):
+                    shape = (ROWS, grid, grid, config.num_depths)
                     for name in ("pixel_codes", "semantic_codes"):
-                        shape = (ROWS, grid, grid, config.num_depths)
                         batch[name] = torch.randint(num_codes, shape, generator=generator)
                 else:
                     shape = (ROWS, 3, vision.image_size, vision.image_size)
                     batch["pixel_values"] = torch.rand(shape, generator=generator) * 2 - 1
             batch["input_ids"] = torch.cat(parts, dim=1)
-            learned = [part if target else torch.full_like(part, -100) for part, target in zip(parts, targets)]
-            batch["labels"] = torch.cat(learned, dim=1)
+            labels = [part if is_learned else torch.full_like(part, -100) for part, is_learned in zip(parts, learned)]
+            batch["labels"] = torch.cat(labels, dim=1)
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             made.append(batch)
     return made
 
 
+@torch.no_grad()
+def save_models(folder: Path) -> None:
+    """`unified`; `tied`, with tied embeddings and projected features; and the parts of a new model."""
+    for name, overrides in (("unified", {}), ("tied", {"visual_features": "projected", "tie_word_embeddings": True})):
+        model = lively_unified_model(**overrides)
+        for parameter_name, parameter in model.named_parameters():
+            if "vision_tokenizer" not in parameter_name and parameter.ndim > 1:
+                # Livelier, and rounding alone would part two runs in 20 steps.
+                parameter.mul_(0.4)
+        model.save_pretrained(folder / name)
+    model.vision_tokenizer.save_pretrained(folder / "tokenizer")
+    language_model = Qwen2ForCausalLM(model.config.text_config)
+    language_model.save_pretrained(folder / "language")
+    language_model.model.save_pretrained(folder / "language_base")
+
+
 def arguments(folder: Path, **overrides) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        **quiet(
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=ACCUMULATION,
-            max_steps=STEPS,
-            learning_rate=1e-3,
-            lr_scheduler_type="linear",
-            train_sampling_strategy="sequential",
-            max_grad_norm=1.0,
-            **overrides,
-        ),
+    fields = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+    }
+    return TrainingArguments(output_dir=str(folder), **quiet(**{**fields, **overrides}))
+
+
+def make_trainer(model: DualTokenForCausalLM, args: TrainingArguments) -> DualTokenTrainer:
+    """An item of the data set is a whole micro-batch, so that the ranks' batches are those of one process."""
+    items = batches()
+    return DualTokenTrainer(
+        model,
+        args,
+        train_dataset=FixedItems(items),
+        eval_dataset=FixedItems(items[: 2 * len(PLAN[0])]),
+        data_collator=lambda batch: batch[0].copy(),
     )
 
 
-def trainer(model, args: TrainingArguments) -> DualTokenTrainer:
-    """An item of the data set is a whole micro-batch, so that the ranks' batches are those of one process."""
-    items = FixedItems(batches())
-    return DualTokenTrainer(model, args, train_dataset=items, eval_dataset=items, data_collator=lambda batch: batch[0])
+def losses(trainer: DualTokenTrainer) -> dict[str, list[float]]:
+    """By step: the loss, its three parts, and the norm of the gradient."""
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    return {
+        name: [float(log[name]) for log in logs]
+        for name in ("loss", "text_loss", "pixel_loss", "semantic_loss", "grad_norm")
+    }
 
 
-def losses(runner: DualTokenTrainer) -> dict[str, list[float]]:
-    """By step: the loss, its three parts, and the gradient's norm."""
-    names = ("loss", "text_loss", "pixel_loss", "semantic_loss", "grad_norm")
-    logs = [log for log in runner.state.log_history if "loss" in log]
-    return {name: [float(log[name]) for log in logs] for name in names}
-
-
-def generate(model) -> dict[str, list]:
-    """A text, and an image's pixel codes, of a model in training; every rank takes part."""
+def generate(model: DualTokenForCausalLM) -> dict[str, list]:
+    """A text, and the pixel codes of a drawing."""
     model.eval()
     input_ids = torch.tensor([[1, 5, 9, 20]])
     text = model.generate(input_ids, max_new_tokens=4, do_sample=False)
@@ -115,129 +136,133 @@ def generate(model) -> dict[str, list]:
 
 def deepspeed_config(name: str) -> dict:
     config = json.loads((EXAMPLES / "deepspeed" / f"{name}.json").read_text())
-    if "stage3_param_persistence_threshold" in config["zero_optimization"]:
+    if config["zero_optimization"]["stage"] == 3:
         # At these sizes nothing would be partitioned.
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return config
 
 
-def run_deepspeed(name: str, models: Path, folder: Path) -> None:
-    import deepspeed
+def use_fsdp_config() -> None:
+    """What `accelerate launch --config_file fsdp2.yaml` puts into the environment, without mixed precision."""
+    config = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    config["fsdp_transformer_cls_to_wrap"] = config.pop("fsdp_transformer_layer_cls_to_wrap")
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ.update({name.upper(): str(value) for name, value in config.items()})
 
-    deepspeed.init_distributed("gloo")
-    common = {"deepspeed": deepspeed_config(name), "ddp_backend": "gloo"}
-    saving = {"save_strategy": "steps", "save_steps": SAVED_AT}
 
-    args = arguments(folder / "whole", **saving, **common)
-    model = DualTokenForCausalLM.from_pretrained(models / "unified")
-    check_loaded(model, models / "unified", partitioned=name.startswith("zero3"))
-    runner = trainer(model, args)
-    runner.train()
-    result = {"whole": losses(runner), "eval_loss": runner.evaluate()["eval_loss"], "generated": generate(runner.model)}
-    runner.save_model(folder / "final")
-
-    args = arguments(folder / "resumed", **common)
-    runner = trainer(DualTokenForCausalLM.from_pretrained(models / "unified"), args)
-    runner.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{SAVED_AT}"))
-    result["resumed"] = losses(runner)
-    runner.save_model(folder / "resumed_final")
-
-    # In bfloat16, tied embeddings, a model assembled from its parts.
-    args = arguments(folder / "half", bf16=True, **common)
-    args.max_steps = 3
-    model = DualTokenForCausalLM.from_pretrained_parts(
-        models / "tokenizer", models / "language", **json.loads((models / "overrides.json").read_text())
-    )
-    check_loaded(model.vision_tokenizer, models / "tokenizer", partitioned=name.startswith("zero3"))
-    check_loaded(model.model.language_model, models / "language" / "base", partitioned=name.startswith("zero3"))
-    runner = trainer(model, args)
-    runner.train()
-    result["half"] = losses(runner)
-    check_codebooks(model, models / "tokenizer")
-    runner.save_model(folder / "half_final")
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(result))
+def with_fsdp(trainer: DualTokenTrainer) -> DualTokenTrainer:
+    """Where there is no GPU accelerate falls back to DDP, unless it is told otherwise: its FSDP2 runs on a CPU too."""
+    plugin = FullyShardedDataParallelPlugin()
+    if trainer.args.bf16:
+        plugin.set_mixed_precision("bf16")
+    state = trainer.accelerator.state
+    PartialState().distributed_type = state.distributed_type = DistributedType.FSDP
+    state.fsdp_plugin = plugin
+    trainer.is_fsdp_enabled = True
+    return trainer
 
 
 def check_loaded(model, folder: Path, partitioned: bool) -> None:
-    """Under ZeRO-3 the parameters of a loaded model are parts, its buffers whole; together they are the file's."""
+    """Under ZeRO-3 the parameters of a loaded model are parts and its buffers whole; together they are the file's."""
     import deepspeed
 
     stored = load_file(folder / "model.safetensors")
-    parameters = dict(model.named_parameters())
-    assert all(hasattr(parameter, "ds_id") == partitioned for parameter in parameters.values())
-    if partitioned:
-        assert all(parameter.numel() == 0 for parameter in parameters.values())
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=partitioned):
-        for name, value in model.state_dict().items():
-            if name in stored:  # a tied weight is stored once
-                assert torch.equal(value.float(), stored[name].to(value.dtype).float()), name
+    parameters = list(model.parameters())
+    assert all(hasattr(parameter, "ds_id") == partitioned for parameter in parameters)
+    assert not partitioned or all(parameter.numel() == 0 for parameter in parameters)
+    with deepspeed.zero.GatheredParameters(parameters, enabled=partitioned):
+        state = model.state_dict()
+        assert stored.keys() <= state.keys()  # a tied weight is stored once
+        for name, value in stored.items():
+            assert torch.equal(state[name], value.to(state[name].dtype)), name
 
 
-def check_codebooks(model, tokenizer_folder: Path) -> None:
-    """Exact and in float32 after training in bfloat16."""
-    stored = load_file(tokenizer_folder / "model.safetensors")
-    found = 0
-    for name, buffer in model.vision_tokenizer.named_buffers():
-        if "codebook" in name:
-            assert buffer.dtype == torch.float32 and torch.equal(buffer, stored[name]), name
-            found += 1
-    assert found == 6
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+def check_sharded(model) -> None:
+    """Every parameter is a DTensor, about half of it here; layers are gathered one at a time."""
+    parameters = list(model.parameters())
+    assert all(isinstance(parameter, DTensor) for parameter in parameters)
+    here, whole = (sum(p.numel() for p in part) for part in ([p.to_local() for p in parameters], parameters))
+    assert here < 0.6 * whole
+    for layer in (model.model.language_model.layers[0], model.depth_heads.layers[0]):
+        assert isinstance(layer, FSDPModule)
 
 
-def run_fsdp(models: Path, folder: Path) -> None:
-    use_fsdp_config()
-    saving = {"save_strategy": "steps", "save_steps": SAVED_AT}
-    args = arguments(folder / "whole", ddp_backend="gloo", **saving)
-    runner = on_cpu(trainer(DualTokenForCausalLM.from_pretrained(models / "unified"), args))
-    runner.train()
-    model = runner.model
-    parameters = dict(model.named_parameters())
-    assert all(isinstance(parameter, DTensor) for parameter in parameters.values())
-    whole = sum(parameter.numel() for parameter in parameters.values())
-    assert sum(parameter.to_local().numel() for parameter in parameters.values()) < 0.6 * whole
-    assert isinstance(model.model.language_model.layers[0], FSDPModule)
-    result = {"whole": losses(runner), "eval_loss": runner.evaluate()["eval_loss"], "generated": generate(runner.model)}
-    runner.save_model(folder / "final")
-
-    args = arguments(folder / "resumed", ddp_backend="gloo")
-    runner = on_cpu(trainer(DualTokenForCausalLM.from_pretrained(models / "unified"), args))
-    runner.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{SAVED_AT}"))
-    result["resumed"] = losses(runner)
-    runner.save_model(folder / "resumed_final")
-    if dist.get_rank() == 0:
-        (folder / "result.json").write_text(json.dumps(result))
+def check_codebooks(model, folder: Path) -> None:
+    """As they were, in float32."""
+    stored = load_file(folder / "model.safetensors")
+    codebooks = {name: buffer for name, buffer in model.vision_tokenizer.named_buffers() if "codebook" in name}
+    assert len(codebooks) == 6
+    for name, buffer in codebooks.items():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, stored[name]), name
 
 
-def use_fsdp_config() -> None:
-    """The environment that `accelerate launch --config_file fsdp2.yaml` makes, without mixed precision."""
-    config = yaml.safe_load((EXAMPLES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
-    config["fsdp_transformer_cls_to_wrap"] = config.pop("fsdp_transformer_layer_cls_to_wrap")
-    os.environ.update(
-        {name.upper(): str(value).lower() if isinstance(value, bool) else str(value) for name, value in config.items()}
-    )
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
-
-
-def on_cpu(runner: DualTokenTrainer) -> DualTokenTrainer:
-    """accelerate leaves FSDP out where there is no GPU, and goes on with DDP; its own code for FSDP2 runs on a CPU."""
-    PartialState().distributed_type = runner.accelerator.state.distributed_type = DistributedType.FSDP
-    runner.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-    runner.is_fsdp_enabled = True
-    return runner
-
-
-def main(engine: str, model_folder: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    set_seed(0)
-    if engine == "fsdp2":
-        run_fsdp(Path(model_folder), Path(folder))
+def run(engine: str, models: Path, folder: Path) -> None:
+    fsdp, partitioned = engine == "fsdp2", engine.startswith("zero3")
+    if fsdp:
+        use_fsdp_config()
+        engine_arguments = {"ddp_backend": "gloo"}
     else:
-        run_deepspeed(engine, Path(model_folder), Path(folder))
-    dist.barrier()
-    dist.destroy_process_group()
+        import deepspeed
+
+        # Saves a minute of compiling: gloo sums as well as DeepSpeed's own shared memory.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed("gloo")
+        engine_arguments = {"ddp_backend": "gloo", "deepspeed": deepspeed_config(engine)}
+
+    def train(name, load, resume_from_checkpoint=None, **overrides):
+        # The arguments first: they tell `from_pretrained` of ZeRO-3.
+        args = arguments(folder / name, **engine_arguments, **overrides)
+        trainer = make_trainer(load(), args)
+        trainer = with_fsdp(trainer) if fsdp else trainer
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        results[name] = losses(trainer)
+        return trainer
+
+    def unified():
+        model = DualTokenForCausalLM.from_pretrained(models / "unified")
+        if not fsdp:
+            check_loaded(model, models / "unified", partitioned)
+        return model
+
+    def tied():
+        return DualTokenForCausalLM.from_pretrained(models / "tied")
+
+    def new():
+        names = ("image_start_token_id", "image_token_id", "image_end_token_id", "depth_head_config")
+        config = tiny_unified_config()
+        model = DualTokenForCausalLM.from_pretrained_parts(
+            models / "tokenizer",
+            models / "language",
+            visual_features="projected",
+            **{name: getattr(config, name) for name in names},
+        )
+        if not fsdp:
+            check_loaded(model.vision_tokenizer, models / "tokenizer", partitioned)
+            check_loaded(model.model.language_model, models / "language_base", partitioned)
+        return model
+
+    results = {}
+    trainer = train("whole", unified, save_strategy="steps", save_steps=SAVED_AT)
+    if fsdp:
+        check_sharded(trainer.model)
+    results["eval_loss"] = trainer.evaluate()["eval_loss"]
+    results["generated"] = generate(trainer.model)
+    trainer.save_model(folder / "whole")
+
+    checkpoint = folder / "whole" / f"checkpoint-{SAVED_AT}"
+    train("resumed", unified, str(checkpoint)).save_model(folder / "resumed")
+    train("tied", tied, max_steps=FEW_STEPS).save_model(folder / "tied")
+    trainer = train("half", new, max_steps=FEW_STEPS, bf16=True)
+    check_codebooks(trainer.model, models / "tokenizer")
+    trainer.save_model(folder / "half")
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    set_seed(0)
+    run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    # A rank that ends before the other has read its last message takes it down.
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,15 +1,14 @@
-"""LoRA on the unified model: what it trains, saving, loading, merging; quantised loading; TRL."""
+"""LoRA on the unified model: what it trains, saving, loading, merging; quantised loading."""
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import lively_unified_model, tiny_unified_config
 from torch import nn
-from training_helpers import FixedItems, build_tiny_processor, changed, noise, quiet, state_of
+from training_helpers import FixedItems, build_tiny_processor, changed, quiet, state_of
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
 
 from transformers_dualtoken import DualTokenForCausalLM
@@ -17,12 +16,10 @@ from transformers_dualtoken.cli import main as cli
 from transformers_dualtoken.lora_targets import BACKBONE_PROJECTIONS
 from transformers_dualtoken.training.adapters import TRAINED_IN_FULL, add_lora, lora_config, merge_adapter
 from transformers_dualtoken.training.low_bit import load_quantized, low_bit_config
-from transformers_dualtoken.training.text_answers import TextAnswerCollator
 from transformers_dualtoken.training.unified_trainer import DualTokenTrainer
 
 
 START, IMAGE, END = 50, 51, 52  # of the tiny config
-HAS_TRL = importlib.util.find_spec("trl") is not None
 
 
 def example() -> dict[str, torch.Tensor]:
@@ -149,7 +146,7 @@ def test_disabled_adapter_is_the_base_model(base_folder):
     before = answers(AutoModelForCausalLM.from_pretrained(folder))
     with model.disable_adapter():
         assert_same(before, answers(model), tolerance=0)
-    assert not torch.equal(before["codes"], answers(model)["codes"])
+    assert not torch.equal(before["logits"], model(**example()).logits)
 
 
 def test_settings_reach_the_config():
@@ -300,9 +297,9 @@ def _save(trainer, tmp_path):
 # Loading and merging.
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_every_way_of_loading_gives_the_same_answers(tied, base_folder, tmp_path):
-    folder, adapter = base_folder(tie_word_embeddings=tied), tmp_path / "adapter"
+def test_every_way_of_loading_gives_the_same_answers(base_folder, tmp_path):
+    # Tied embeddings, whose rows PEFT must tie again; the tests of the trainer and of merging have untied ones.
+    folder, adapter = base_folder(tie_word_embeddings=True), tmp_path / "adapter"
     model = adapted(folder)
     model.save_pretrained(adapter)
     expected = answers(model)
@@ -415,71 +412,3 @@ def test_quantised_loading_and_training(bits, library, tmp_path):
     )
     torch.testing.assert_close(again.eval()(**inputs).logits, model(**inputs).logits, atol=0.1, rtol=0.1)
     assert answers(model)["codes"].shape == (2, 1, 3, 3, 3)
-
-
-# Text answers, by TRL.
-
-
-def test_images_among_text_targets_are_refused():
-    labels = torch.tensor([[-100, 5, -100], [5, IMAGE, 6]])
-    collator = TextAnswerCollator(lambda samples: {"labels": labels[samples]}, IMAGE)
-    assert collator([0])["labels"].shape == (1, 3)
-    with pytest.raises(ValueError, match=r"The samples \[1\] of this batch have images among their targets"):
-        collator([0, 1])
-
-
-@pytest.mark.skipif(not HAS_TRL, reason="TRL is not installed")
-def test_sft_on_questions_with_images(tmp_path, monkeypatch):
-    from datasets import Dataset
-
-    processor = build_tiny_processor()
-    text_config = {**tiny_unified_config().text_config.to_dict(), "vocab_size": 400}
-    text_config["eos_token_id"] = processor.tokenizer.eos_token_id
-    ids = {name: getattr(processor, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
-    model = lively_unified_model(text_config=text_config, **ids)
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    question, answer = ("What is in the picture?", "A blue one.")
-
-    def part(kind, text=None, index=None):
-        """As a parquet file has it, whose parts all have the same fields."""
-        return {"type": kind, "text": text, "index": index}
-
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": [part("image", index=0)] * bool(index) + [part("text", text=question)]},
-                {"role": "assistant", "content": [part("text", text=answer)]},
-            ],
-            # One without an image: a batch may mix them.
-            "images": [noise(index)] if index else [],
-        }
-        for index in range(4)
-    ]
-    (tmp_path / "data").mkdir()
-    Dataset.from_list(rows[1:] + rows[:1]).to_parquet(tmp_path / "data" / "train.parquet")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
-    arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
-    arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "6", "--per_device_train_batch_size", "4"]
-    arguments += ["--learning_rate", "1e-2", "--use_cpu", "1", "--bf16", "0", "--report_to", "none", "--use_peft"]
-    arguments += ["--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "1", "--lora_dropout", "0"]
-    trainer = importlib.import_module("sft_trl").main(arguments)
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    assert losses[-1] < losses[0] - 0.1
-
-    batch = trainer.data_collator([dict(row) for row in rows])
-    for labels in batch["labels"]:
-        assert processor.tokenizer.decode(labels[labels != -100]) == answer + "<|im_end|>"
-    # TRL's loss, made by itself, is the model's own text loss.
-    torch.testing.assert_close(losses[0], model.eval()(**batch).text_loss.item(), atol=1e-4, rtol=1e-4)
-    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
-
-    drawing = {
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "Draw it, please."}]},
-            {"role": "assistant", "content": [{"type": "image"}]},
-        ],
-        "images": [noise(9)],
-    }
-    with pytest.raises(ValueError, match=r"\[1\] .* images among their targets"):
-        trainer.data_collator([dict(rows[1]), drawing])

@@ -60,6 +60,7 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
     [
         ("run_tokenizer.py", "required: --train_dataset"),
         ("run_unified.py", "required: --train_dataset"),
+        ("precompute_codes.py", "required: --model_name_or_path"),
         ("digits/data.py", "required: --output_dir"),
         ("digits/train_siglip.py", "required: --data_dir"),
         ("digits/build_language_model.py", "required: --data_dir, --output_dir"),

@@ -404,6 +404,16 @@ def test_codes_of_another_tokenizer_are_refused(make_tokenizer, image_processor,
     with pytest.raises(ValueError, match=f"made by {own}, and the model's tokenizer is {foreign}. Make them again"):
         load_code_source(tmp_path, fingerprint=foreign)
 
+    # Training may hold the same tokenizer in bfloat16.
+    for model, fits in ((tokenizer, True), (other, False)):
+        rounded = tokenizer_fingerprint(model.to(torch.bfloat16), image_processor)
+        assert rounded not in (own, foreign)
+        if fits:
+            assert load_code_source(tmp_path, fingerprint=rounded).dataset.num_rows == 9
+        else:
+            with pytest.raises(ValueError, match="Make them again"):
+                load_code_source(tmp_path, fingerprint=rounded)
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -315,6 +315,21 @@ def test_last_whole_checkpoint_is_found(tmp_path):
         find_checkpoint(TrainingArguments(str(tmp_path / "none"), **quiet(resume_from_checkpoint="True")))
 
 
+def test_half_written_checkpoint_over_an_old_one_is_not_whole(tmp_path, monkeypatch):
+    """A run that begins anew in a folder with checkpoints of an earlier one, and is stopped while it saves."""
+    train_unified(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    arguments = TrainingArguments(str(tmp_path), **quiet())
+    assert find_checkpoint(arguments) == str(tmp_path / "checkpoint-1")
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "_save_optimizer_and_scheduler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_unified(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file() and find_checkpoint(arguments) is None
+
+
 @pytest.mark.slow
 def test_two_ranks_train_as_one(vision_tokenizer_folder, language_model_folder, tmp_path):
     arguments = unified_arguments(tmp_path, vision_tokenizer_folder, language_model_folder, samples=8)

@@ -24,6 +24,7 @@ from .convert import load_official_tokenizer
 from .generation import DualTokenGenerateOutput
 from .image_processing_dualtoken import DualTokenImageProcessor
 from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
+from .lora_targets import register_lora_targets
 from .modeling_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTokenPreTrainedModel
 from .modeling_vision_tokenizer import DualTokenEncoderOutput, DualTokenVisionTokenizer
 from .processing_dualtoken import DualTokenProcessor, DualTokenVisionTokenizerProcessor
@@ -44,6 +45,7 @@ AutoTokenizer.register(DualTokenConfig, tokenizer_class=Qwen2Tokenizer, exist_ok
 for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto_class.register(DualTokenConfig, DualTokenForCausalLM, exist_ok=True)
 del _config, _auto_class
+register_lora_targets()
 
 __all__ = [
     "DualTokenConfig",

@@ -29,12 +29,14 @@ class DualTokenStackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(*stack, out_features)) if bias else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """`(*stack, T, in)` -> `(*stack, T, out)`."""
-        return self._product(hidden_states, self.weight, self.bias)
+    def forward(self, hidden_states: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+        """
+        `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`.
 
-    def at(self, hidden_states: torch.Tensor, depth: int) -> torch.Tensor:
-        """The layers of one depth of a `(M, D)` stack: `(M, T, in)` -> `(M, T, out)`."""
+        One entry for both: ZeRO-3 and FSDP2 bring a module's weights together where it is called.
+        """
+        if depth is None:
+            return self._product(hidden_states, self.weight, self.bias)
         return self._product(hidden_states, self.weight[:, depth], None if self.bias is None else self.bias[:, depth])
 
     @staticmethod
@@ -88,7 +90,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         """
         All depths at once, `(M, D, T, W)` -> `(M, D, T, W)`, or one of them, `(M, T, W)` -> `(M, T, W)`, as `step`.
 
-        One entry for both: ZeRO-3 and FSDP2 bring a layer's weights together where it is called.
+        One entry for both, as in `DualTokenStackedLinear`.
         """
         if depth is not None:
             return self.step(hidden_states, depth, cache)
@@ -119,7 +121,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         context = F.scaled_dot_product_attention(query, key, value)
         hidden_states = hidden_states + self.o_proj(context.view(models, length, width))
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.down_proj.at(self.act_fn(self.up_proj.at(normed, depth)), depth)
+        return hidden_states + self.down_proj(self.act_fn(self.up_proj(normed, depth)), depth)
 
 
 @dataclass
@@ -168,7 +170,8 @@ class DualTokenDepthHeads(nn.Module):
 
     def _embed_hidden(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """u_1: `(T, H)` -> `(M, T, W)`."""
-        hidden_states = hidden_states.expand(NUM_KINDS, *hidden_states.shape)
+        # The language model may be of another dtype: bfloat16 or quantised, with heads trained in float32.
+        hidden_states = hidden_states.to(self.input_fc1.weight.dtype).expand(NUM_KINDS, *hidden_states.shape)
         return self.input_proj(self.input_fc2(self.act_fn(self.input_fc1(hidden_states))))
 
     def _features(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
@@ -254,7 +257,7 @@ class DualTokenDepthHeads(nn.Module):
             if guidance_scale is not None:
                 cond, uncond = normed.chunk(2, dim=1)
                 normed = uncond + guidance_scale * (cond - uncond)
-            chosen = sampler(self.classifier.at(normed, depth))
+            chosen = sampler(self.classifier(normed, depth))
             codes.append(chosen)
             running = running + codebooks[models, depth if codebooks.shape[1] > 1 else 0, chosen]
         return torch.stack(codes, dim=-1)

@@ -362,6 +362,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             if len(codes) == num_positions:
                 break
             embeds = self.model.embed_image_codes(*drawn.unsqueeze(2), cache=projection_cache)
+            # A projector trained beside a bfloat16 or quantised language model is float32.
+            embeds = embeds.to(context.hidden_states.dtype)
             context.step(embeds.repeat(2, 1, 1) if guided else embeds)
 
         image = torch.full_like(prompt.input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)

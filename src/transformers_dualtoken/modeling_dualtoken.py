@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -91,6 +92,10 @@ class DualTokenCausalLMOutputWithPast(ModelOutput):
     depth_loss_sums: torch.Tensor | None = None
     num_depth_correct: torch.LongTensor | None = None
     num_visual_targets: int | None = None
+
+
+def _has_other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class DualTokenVisualProjector(nn.Module):
@@ -318,7 +323,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
             if not torch.compiler.is_compiling() and input_ids is not None and past_length == 0:
                 # Only at the start of a sequence: image placeholders are never generated without their codes.
                 self.check_placeholders(input_ids == self.config.image_token_id, 0)
-            if self.training:
+            if past_length == 0 and (self.training or _has_other_ranks()):
                 # On no rows, for a zero: every rank must run the same modules (DDP, ZeRO-3), whoever has the images.
                 weight = self.visual_projector.linear_1.weight
                 nothing = self.visual_projector(weight.new_zeros(0, self.visual_projector.linear_1.in_features))
@@ -638,10 +643,11 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         self, hidden_states: torch.Tensor, targets: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
-        if type(self.lm_head) is nn.Linear:
-            output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets, bias=self.lm_head.bias)
+        # PEFT's wrappers of trained rows or a trained copy say the weight they compute with; its LoRA layers do not.
+        if type(self.lm_head) is nn.Linear or hasattr(self.lm_head, "original_module"):
+            output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
             return output.loss_sums, output.num_correct
-        # An adapter, or quantised: its weight alone is not what it computes. The logits of a chunk are made again in
+        # LoRA, or quantised: its weight alone is not what it computes. The logits of a chunk are made again in
         # the backward, so that here too those of all rows never exist together.
         sums, correct = [], []
         for chunk, target in zip(hidden_states.split(_ADAPTED_HEAD_ROWS), targets.split(_ADAPTED_HEAD_ROWS)):

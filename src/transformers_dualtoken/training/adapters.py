@@ -10,13 +10,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from ..lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
 from ..modeling_dualtoken import DualTokenForCausalLM
 
-
-logger = logging.get_logger(__name__)
 
 TRAINED_IN_FULL = ("projector", "heads", "image_tokens")
 _MODULES_IN_FULL = {"projector": "visual_projector", "heads": "depth_heads"}
@@ -49,7 +47,8 @@ def lora_config(
             blocks, all seven by default, and `"lm_head"`; a `str` goes to PEFT as it is.
         train_in_full (`Sequence[str]`): of `"projector"`, `"heads"` (the depth heads), each a whole trained copy in
             the adapter, and `"image_tokens"`: the embeddings of `<image_start>`, `<image_pad>` and `<image_end>`, and
-            their rows of the text head.
+            their rows of the text head (unless LoRA adapts it). PEFT makes those under ZeRO-3 on GPUs only, and TRL
+            1.16 cannot train them.
         kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
 
     Raises:
@@ -106,7 +105,7 @@ def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
 
 def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kwargs) -> PeftModel:
     """
-    Give a unified model a new, trainable adapter; everything else is frozen.
+    Give a unified model a new, trainable adapter, and print its size; everything else is frozen.
 
     What is trained is held in float32, whatever the base model's dtype: in bfloat16 most steps would round to nothing.
     Not so under DeepSpeed ZeRO-3, which keeps its own float32 copies, and FSDP, which wants one dtype.
@@ -128,10 +127,8 @@ def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kw
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.float()
-    # For reentrant gradient checkpointing, which ZeRO-3 needs: it passes no gradient on to blocks whose input wants none.
-    adapted.enable_input_require_grads()
-    trained, total = adapted.get_nb_trainable_parameters()
-    logger.info(f"The adapter trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %).")
+    if os.environ.get("RANK", "0") == "0":
+        adapted.print_trainable_parameters()
     return adapted
 
 

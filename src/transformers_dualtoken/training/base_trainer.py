@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .sample_stream import SampleStream, StreamProgress
 
@@ -130,6 +132,13 @@ class DualTokenBaseTrainer(Trainer):
         # The last that is made before training begins.
         self._num_seen, self._logged_at = 0, time.perf_counter()
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        if self.args.should_save:
+            # One of an earlier run may lie there, whose state would make a half-written one pass for whole.
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -115,6 +115,8 @@ def precompute_codes(
     settings = {
         "format_version": FORMAT_VERSION,
         "tokenizer_fingerprint": tokenizer_fingerprint(vision_tokenizer, image_processor),
+        # Training often holds frozen weights so, and codes made in float32 are the better ones.
+        "bfloat16_fingerprint": tokenizer_fingerprint(vision_tokenizer, image_processor, torch.bfloat16),
         "autocast": "bfloat16" if bf16 else None,
         "grid": [config.grid_size] * 2,
         "num_depths": {kind: vision_tokenizer.quantizer(kind).config.num_depths for kind in CODE_KINDS},
@@ -262,14 +264,15 @@ def load_code_source(
         weight (`float`, *optional*): in a mixture.
         streaming (`bool`, defaults to `False`): read while training, a shard per file; else the rows are copied to the
             cache of `datasets` once and mapped into memory.
-        fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with.
+        fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with: the one that
+            made the codes, or the same one rounded to bfloat16.
 
     Raises:
         ValueError: if the codes are another tokenizer's, the folder is not finished, or holds no codes.
     """
     description = read_description(path)
     found = description["tokenizer_fingerprint"]
-    if fingerprint is not None and fingerprint != found:
+    if fingerprint not in (None, found, description["bfloat16_fingerprint"]):
         raise ValueError(
             f"The precomputed codes in {str(path)!r} are of another tokenizer: they were made by {found}, and the "
             f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and its "

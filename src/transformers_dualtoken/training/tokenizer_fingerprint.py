@@ -13,7 +13,9 @@ _ENCODER_FIELDS = ("image_size", "patch_size", "num_attention_heads", "hidden_ac
 _IMAGE_SWITCHES = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
 
 
-def tokenizer_fingerprint(vision_tokenizer: DualTokenVisionTokenizer, image_processor) -> str:
+def tokenizer_fingerprint(
+    vision_tokenizer: DualTokenVisionTokenizer, image_processor, dtype: torch.dtype | None = None
+) -> str:
     """
     SHA-256 of everything that decides the codes of an image, as 64 hexadecimal digits.
 
@@ -26,11 +28,14 @@ def tokenizer_fingerprint(vision_tokenizer: DualTokenVisionTokenizer, image_proc
     Args:
         vision_tokenizer ([`DualTokenVisionTokenizer`]): under ZeRO-3 every rank must call, since parts are gathered.
         image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`]).
+        dtype (`torch.dtype`, *optional*): the fingerprint that it has when its weights are loaded in this dtype.
     """
     settings = {"config": _config_settings(vision_tokenizer.config), "images": _image_settings(image_processor)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(_deciding_tensors(vision_tokenizer).items()):
         tensor = _whole(tensor)
+        if dtype is not None and not name.endswith("_codebook"):  # which stays in float32
+            tensor = tensor.to(dtype)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

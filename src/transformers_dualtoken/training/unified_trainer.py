@@ -32,6 +32,11 @@ def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
     unknown = sorted(set(parts) - set(TRAINABLE_PARTS))
     if unknown or not parts:
         raise ValueError(f"`parts` must name some of {', '.join(TRAINABLE_PARTS)}, got {parts}.")
+    if not isinstance(model, DualTokenForCausalLM):
+        raise TypeError(
+            f"`model` must be a DualTokenForCausalLM, got {type(model).__name__}. What an adapter trains is set when it is "
+            "made (`lora_config`, `train_in_full`)."
+        )
     prefixes = tuple(prefix for part in parts for prefix in TRAINABLE_PARTS[part])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(prefixes))
