@@ -14,13 +14,15 @@ The cases:
 
 Memory is the peak beyond what was held before: the inputs, and with accumulation `.grad`. Of the first two cases it is
 given as well without the new gradients themselves, which any implementation returns. On a CPU every implementation
-has a child process of its own (VmHWM, Linux). Times are medians of runs that alternate in one process. torch's own
+has a child process of its own (VmHWM, Linux). Times are medians of runs that alternate in
+one process, on a CPU of the processor's time. torch's own
 (`torch.nn.functional.linear_cross_entropy`, from 2.13 on) is called once for every classifier, its weight a parameter
 of its own; it does not count right answers.
 """
 
 import argparse
 import json
+import time
 
 import torch
 import torch.nn.functional as F
@@ -177,11 +179,12 @@ def measure_times(args):
         del values
         loss.prepare("evaluation")
     del reference
+    clock = time.process_time if args.device == "cpu" else time.perf_counter
     for case in args.cases:
         for loss in losses.values():
             loss.prepare(case)
         runs = {name: lambda loss=loss, case=case: loss.run(case) for name, loss in losses.items()}
-        seconds |= {(name, case): value for name, value in alternating_medians(runs, args.repeats).items()}
+        seconds |= {(name, case): value for name, value in alternating_medians(runs, args.repeats, clock).items()}
         for loss in losses.values():
             loss.prepare("evaluation")
     return seconds, errors

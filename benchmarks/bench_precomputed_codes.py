@@ -6,8 +6,8 @@
 Pictures of 640 x 480 px in JPEG files, each to be drawn from a caption. One side reads, decodes and resizes them and runs
 the frozen encoder in every step; the other reads the codes that `precompute_codes` wrote to parquet. Everything else is
 the same: data set, order, collator, model. Losses are compared first. The model is a miniature with the proportions of
-the paper's (the encoder takes about a tenth of a step of stage 3). Times are medians of runs that alternate in one
-process, on one CPU thread.
+the paper's (the encoder takes about a tenth of a step of stage 3). Times are the processor's, on one thread, medians of
+runs that alternate in one process; a row of its own gives the encoder, whose share drowns in the noise of a busy machine.
 
 The shares of the paper's 3B-384 are computed, from its layers, on the meta device.
 """
@@ -15,6 +15,7 @@ The shares of the paper's 3B-384 are computed, from its layers, on the meta devi
 import argparse
 import contextlib
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,7 @@ def make_loaders(args, model, processor, folder):
             )
         },
         1,
+        time.process_time,
     )["precompute"]
     encoder = ChatEncoder(processor, prompt_drop_probability=0)
     collate = DualTokenDataCollator(processor.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
@@ -139,18 +141,22 @@ def measure(args, folder):
     print(f"{size / 1e6:.1f} M parameters; medians of {args.repeats}; losses equal\n")
     print_head(NAMES)
     runs = {name: lambda loader=loader: next(iter(loader)) for name, loader in loaders.items()}
-    load = alternating_medians(runs, args.repeats)
+    load = alternating_medians(runs, args.repeats, time.process_time)
     print_row("loading a batch", [1e3 * load[name] for name in NAMES], "ms", 1)
     for part, trained in PARTS.items():
         set_trainable(model, trained)
         flops, lengths = TrainingFlops(model), batches["codes"]["attention_mask"].sum(-1)
         share = encoder_share(flops, model.config, int(lengths[0]))
         runs = {name: lambda batch=batch: step(model, batch) for name, batch in batches.items()}
-        seconds = alternating_medians(runs, args.repeats)
+        seconds = alternating_medians(runs, args.repeats, time.process_time)
         label = f"forward and backward, {part} ({100 * share:.0f} % encoder)"
         print_row(label, [1e3 * seconds[name] for name in NAMES], "ms", 1)
         whole = [1e3 * (seconds[name] + load[name]) for name in NAMES]
         print_row(f"{part}: both, one after the other", whole, "ms", 1)
+    pixel_values = batches["pixels"]["pixel_values"]
+    runs = {"encoder": lambda: model.model.get_image_codes(pixel_values)}
+    encoder = alternating_medians(runs, args.repeats, time.process_time)["encoder"]
+    print(f"{'the encoder alone':46}{1e3 * encoder:>11.1f} ms")
     print(f"\nThe codes were computed and written once, at {1e3 * precompute_seconds / args.images:.1f} ms a picture.")
 
 

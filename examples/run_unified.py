@@ -6,7 +6,7 @@ A new model from a trained vision tokenizer and a language model:
     python examples/run_unified.py --vision_tokenizer_name_or_path tokenizer --language_model_name_or_path \\
         Qwen/Qwen2.5-0.5B --train_dataset chat.jsonl --output_dir unified --max_steps 10000 --bf16
 
-On from a unified model, all of it, parts of it (the paper's stages: examples/configs/unified_stage_*.json), or by LoRA,
+On from a unified model, all of it, parts of it (the paper's stages: examples/configs/unified_stage1.json to 4), or by LoRA,
 on one GPU also with a 4-bit language model (`--quantization 4`):
 
     python examples/run_unified.py --model_name_or_path unified --train_dataset chat.jsonl --output_dir adapter \\
@@ -35,6 +35,7 @@ from transformers import (
     HfArgumentParser,
     set_seed,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from transformers_dualtoken import (
@@ -120,7 +121,7 @@ class DataArguments:
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "rows that a stream shuffles at a time"})
     precompute_codes: bool = field(
         default=False,
-        metadata={"help": "encode all images once, into OUTPUT_DIR/codes, rather than in every step"},
+        metadata={"help": "encode all images once, into OUTPUT_DIR/_codes, rather than in every step"},
     )
     max_length: int | None = field(default=None, metadata={"help": "tokens a sample may have"})
     cut_long_samples: bool = field(
@@ -143,7 +144,8 @@ class DataArguments:
         default=0, metadata={"help": "processes that tokenise or encode beforehand"}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "take only the first so many of each source"}
+        default=None,
+        metadata={"help": "take only so many of each source; the first ones, but of a stream some of every shard"},
     )
     max_eval_samples: int | None = field(default=None)
     sample_prompts: str | None = field(
@@ -153,6 +155,10 @@ class DataArguments:
     peak_tflops: float | None = field(
         default=None, metadata={"help": "what a GPU that is not known can do, for its utilisation"}
     )
+
+    def spec(self, which: str) -> str | None:
+        """What was given for the `"train"` or the `"eval"` set."""
+        return getattr(self, f"{which}_dataset")
 
     def __post_init__(self):
         if self.packing and self.max_length is None:
@@ -234,7 +240,7 @@ def assemble(
 
 def read_sources(data: DataArguments, which: str, fingerprint: str) -> list:
     """The sources of `"train"` or `"eval"`, cut to the number of samples asked for."""
-    spec, limit = getattr(data, f"{which}_dataset"), getattr(data, f"max_{which}_samples")
+    spec, limit = data.spec(which), getattr(data, f"max_{which}_samples")
     options = json_object(data.dataset_options, "dataset_options")
     streaming = data.streaming and which == "train"
     sources = load_chat_sources(
@@ -257,12 +263,13 @@ def load_data(data: DataArguments, model, processor, training):
     settings = {"max_length": data.max_length, "cut_long_samples": data.cut_long_samples}
     encoder = ChatEncoder(processor, prompt_drop_probability=data.prompt_drop_probability, **settings)
 
-    sources = {"train": read_sources(data, "train", fingerprint)}
-    if data.eval_dataset is not None:
-        sources["eval"] = read_sources(data, "eval", fingerprint)
+    # One process of a machine reads and tokenises, the others find the result in the cache.
+    with training.main_process_first(desc="reading the data"):
+        sources = {name: read_sources(data, name, fingerprint) for name in ("train", "eval") if data.spec(name)}
     if data.precompute_codes:
         sources = {
-            name: encode_once(data, name, of, vision_tokenizer, processor, training) for name, of in sources.items()
+            name: encode_once(data, name, listed, vision_tokenizer, processor, training)
+            for name, listed in sources.items()
         }
     if data.streaming:
         train_dataset = DualTokenChatStream(
@@ -275,18 +282,20 @@ def load_data(data: DataArguments, model, processor, training):
             world_size=training.world_size,
         )
     else:
-        train_dataset = DualTokenChatDataset(
-            sources["train"], encoder, training.seed, data.on_bad_sample, data.preprocessing_num_workers
-        )
+        with training.main_process_first(desc="tokenising"):
+            train_dataset = DualTokenChatDataset(
+                sources["train"], encoder, training.seed, data.on_bad_sample, data.preprocessing_num_workers
+            )
     eval_dataset = None
     if "eval" in sources:
-        # Nothing is drawn in an evaluation, and no source is weighted: every sample counts once.
+        # Every sample counts once: nothing is drawn, no source is weighted, and no sample stands in for a broken one.
         for source in sources["eval"]:
             source.weight = None
         eval_encoder = ChatEncoder(processor, prompt_drop_probability=0.0, **settings)
-        eval_dataset = DualTokenChatDataset(
-            sources["eval"], eval_encoder, training.seed, data.on_bad_sample, data.preprocessing_num_workers
-        )
+        with training.main_process_first(desc="tokenising"):
+            eval_dataset = DualTokenChatDataset(
+                sources["eval"], eval_encoder, num_workers=data.preprocessing_num_workers
+            )
     return train_dataset, eval_dataset
 
 
@@ -295,7 +304,7 @@ def encode_once(data: DataArguments, name: str, sources: list, vision_tokenizer,
     vision_tokenizer.to(training.device)
     encoded = []
     for number, source in enumerate(sources):
-        folder = Path(training.output_dir, "codes", f"{name}-{number}")
+        folder = Path(training.output_dir, "_codes", f"{name}-{number}")
         precompute_codes(
             vision_tokenizer,
             processor.image_processor,
@@ -325,6 +334,11 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)
     transformers_logging.set_verbosity(training_arguments.get_process_log_level())
+    if data_arguments.precompute_codes and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "--precompute_codes does not run under ZeRO-3, which splits the tokenizer over the ranks. Run "
+            "examples/precompute_codes.py first, and train on what it wrote."
+        )
     set_seed(training_arguments.seed)
 
     model, processor = load_model(model_arguments, training_arguments)
@@ -352,9 +366,12 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         logger.info("Going on from %s.", checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    metrics = result.metrics
+    metrics = result.metrics | trainer.sample_counts()
     if not data_arguments.streaming:
-        metrics |= {"train_samples": len(train_dataset), "train_samples_skipped": train_dataset.num_skipped}
+        metrics["train_samples"] = len(train_dataset)
+        # Those that were found before training.
+        metrics["samples_skipped"] += train_dataset.num_skipped
+        metrics["samples_cut"] += train_dataset.num_cut
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()

@@ -8,6 +8,7 @@ imports this file too, and trains the same in one process.
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from transformers import Qwen2ForCausalLM, TrainingArguments, set_seed
 
 from transformers_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.training import DualTokenTrainer
+from transformers_dualtoken.training.adapters import add_lora
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -113,6 +115,15 @@ def make_trainer(model: DualTokenForCausalLM, args: TrainingArguments) -> DualTo
         eval_dataset=FixedItems(items[: 2 * len(PLAN[0])]),
         data_collator=lambda batch: batch[0].copy(),
     )
+
+
+def load(models: Path, start: str):
+    """`unified` or `tied`, or `lora`: an adapter on `unified`, with trained copies of the projector and the heads."""
+    model = DualTokenForCausalLM.from_pretrained(models / ("unified" if start == "lora" else start))
+    if start != "lora":
+        return model
+    torch.manual_seed(0)
+    return add_lora(model, r=4, dropout=0.0, train_in_full=("projector", "heads"))
 
 
 def losses(trainer: DualTokenTrainer) -> dict[str, list[float]]:
@@ -209,23 +220,20 @@ def run(engine: str, models: Path, folder: Path) -> None:
         deepspeed.init_distributed("gloo")
         engine_arguments = {"ddp_backend": "gloo", "deepspeed": deepspeed_config(engine)}
 
-    def train(name, load, resume_from_checkpoint=None, **overrides):
+    def train(name, make_model, resume_from_checkpoint=None, **overrides):
         # The arguments first: they tell `from_pretrained` of ZeRO-3.
         args = arguments(folder / name, **engine_arguments, **overrides)
-        trainer = make_trainer(load(), args)
+        trainer = make_trainer(make_model(), args)
         trainer = with_fsdp(trainer) if fsdp else trainer
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         results[name] = losses(trainer)
         return trainer
 
     def unified():
-        model = DualTokenForCausalLM.from_pretrained(models / "unified")
+        model = load(models, "unified")
         if not fsdp:
             check_loaded(model, models / "unified", partitioned)
         return model
-
-    def tied():
-        return DualTokenForCausalLM.from_pretrained(models / "tied")
 
     def new():
         names = ("image_start_token_id", "image_token_id", "image_end_token_id", "depth_head_config")
@@ -251,7 +259,9 @@ def run(engine: str, models: Path, folder: Path) -> None:
 
     checkpoint = folder / "whole" / f"checkpoint-{SAVED_AT}"
     train("resumed", unified, str(checkpoint)).save_model(folder / "resumed")
-    train("tied", tied, max_steps=FEW_STEPS).save_model(folder / "tied")
+    for name in ("tied", "lora"):
+        overrides = {"max_steps": FEW_STEPS, "gradient_checkpointing": name == "tied"}
+        train(name, partial(load, models, name), **overrides).save_model(folder / name)
     trainer = train("half", new, max_steps=FEW_STEPS, bf16=True)
     check_codebooks(trainer.model, models / "tokenizer")
     trainer.save_model(folder / "half")

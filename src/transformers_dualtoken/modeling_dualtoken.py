@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -28,6 +28,7 @@ from .depth_heads import (
 from .generation import DualTokenGenerationMixin
 from .linear_cross_entropy import linear_cross_entropy
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
+from .sharding import any_rank, copy_weights, gathered, is_sharded
 
 
 # Rows whose logits an adapted text head makes at once.
@@ -94,10 +95,6 @@ class DualTokenCausalLMOutputWithPast(ModelOutput):
     num_visual_targets: int | None = None
 
 
-def _has_other_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 class DualTokenVisualProjector(nn.Module):
     """Embedding of an image position in the language model's width: W_2 GELU(W_1 x)."""
 
@@ -108,6 +105,22 @@ class DualTokenVisualProjector(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(F.gelu(self.linear_1(features)))
+
+
+class DualTokenTextHead(nn.Linear):
+    """
+    Classifier of the text vocabulary, which also makes its loss: `(..., H)` -> logits `(..., vocab_size)`, or with
+    targets `(T, H)`, `(T,)` -> the summed cross-entropy and the number of right predictions.
+
+    In its own forward, since FSDP2 brings a weight together only there.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, targets: torch.LongTensor | None = None):
+        if targets is None:
+            return super().forward(hidden_states)
+        output = linear_cross_entropy(hidden_states, self.weight, targets, bias=self.bias)
+        # No view: FSDP2 hangs its work for the backward on what it is given.
+        return output.loss_sums.clone(), output.num_correct
 
 
 class DualTokenPreTrainedModel(PreTrainedModel):
@@ -134,6 +147,9 @@ class DualTokenPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading makes new parameters, which all require a gradient.
         model.base_model._freeze_vision_tokenizer()
+        if is_deepspeed_zero3_enabled():
+            # There transformers notes all renamings it knows, used or not, and would save the weights by other names.
+            model._weight_conversions = None
         return loaded
 
     @torch.no_grad()
@@ -308,26 +324,34 @@ class DualTokenModel(DualTokenPreTrainedModel):
 
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_mask = None
-        if pixel_values is not None or pixel_codes is not None or semantic_codes is not None:
+        has_images = pixel_values is not None or pixel_codes is not None or semantic_codes is not None
+        sharded = past_length == 0 and is_sharded(self)
+        if sharded and any_rank(pixel_values is not None, inputs_embeds.device) and pixel_values is None:
+            # The ranks bring the encoder's weights together, layer by layer: those without pixels encode a blank.
+            vision = self.config.vision_tokenizer_config
+            shape = (1, vision.vision_config.num_channels, vision.image_size, vision.image_size)
+            self.get_image_codes(inputs_embeds.new_zeros(shape))
+        if not has_images and (self.training or sharded):
+            # No images go the way of images, for a zero gradient: every rank must run the same modules (DDP, ZeRO-3,
+            # FSDP2), whoever has some.
+            grid = self.config.vision_tokenizer_config.grid_size
+            shape = (0, grid, grid, self.config.num_depths)
+            pixel_codes = semantic_codes = torch.zeros(shape, dtype=torch.long, device=inputs_embeds.device)
+        if has_images or pixel_codes is not None:
             if pixel_values is not None:
                 pixel_codes, semantic_codes = self.get_image_codes(pixel_values)
             embeds = self.get_image_features(
                 pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
             ).pooler_output
             image_mask = self.image_mask(input_ids, inputs_embeds)
-            self.check_placeholders(image_mask, len(pixel_codes))
+            if len(pixel_codes) or not torch.compiler.is_compiling():
+                self.check_placeholders(image_mask, len(pixel_codes))
             inputs_embeds = inputs_embeds.masked_scatter(
                 image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             )
-        else:
-            if not torch.compiler.is_compiling() and input_ids is not None and past_length == 0:
-                # Only at the start of a sequence: image placeholders are never generated without their codes.
-                self.check_placeholders(input_ids == self.config.image_token_id, 0)
-            if past_length == 0 and (self.training or _has_other_ranks()):
-                # On no rows, for a zero: every rank must run the same modules (DDP, ZeRO-3), whoever has the images.
-                weight = self.visual_projector.linear_1.weight
-                nothing = self.visual_projector(weight.new_zeros(0, self.visual_projector.linear_1.in_features))
-                inputs_embeds = inputs_embeds + nothing.sum().to(inputs_embeds)
+        elif not torch.compiler.is_compiling() and input_ids is not None and past_length == 0:
+            # Only at the start of a sequence: image placeholders are never generated without their codes.
+            self.check_placeholders(input_ids == self.config.image_token_id, 0)
 
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
@@ -344,8 +368,10 @@ class DualTokenModel(DualTokenPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        hidden_states = outputs.last_hidden_state
         return DualTokenModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state.view(shape),
+            # No view where none is needed, of which FSDP2 would warn.
+            last_hidden_state=hidden_states if hidden_states.shape == shape else hidden_states.view(shape),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -405,7 +431,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
         self.model = DualTokenModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = DualTokenTextHead(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.depth_heads = DualTokenDepthHeads(
             config.depth_head_config,
             config.text_config.hidden_size,
@@ -451,14 +477,17 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             **config_overrides,
         )
         model = cls._from_config(config, dtype=dtype or language_model.dtype)
-        model.vision_tokenizer.load_state_dict(vision_tokenizer.state_dict())
-        model.model.language_model.load_state_dict(language_model.base_model.state_dict())
+        copy_weights(vision_tokenizer, model.vision_tokenizer)
+        copy_weights(language_model.base_model, model.model.language_model)
         if not config.tie_word_embeddings:
-            model.lm_head.load_state_dict(language_model.get_output_embeddings().state_dict())
+            copy_weights(language_model.get_output_embeddings(), model.lm_head)
         model.generation_config = type(language_model.generation_config).from_dict(
             language_model.generation_config.to_dict()
         )
-        model._scale_visual_projector()
+        up_projections = [getattr(model.vision_tokenizer, f"{kind}_up_proj") for kind in CODE_KINDS]
+        scaled_by = [model.model.visual_projector, model.get_input_embeddings(), *up_projections]
+        with gathered(parameter for module in scaled_by for parameter in module.parameters()):
+            model._scale_visual_projector()
         return model
 
     @torch.no_grad()
@@ -496,6 +525,9 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module):
+        if type(value) is nn.Linear:
+            # What `resize_token_embeddings` makes.
+            value.__class__ = DualTokenTextHead
         self.lm_head = value
 
     def get_image_features(self, *args, **kwargs) -> BaseModelOutputWithPooling:
@@ -643,14 +675,19 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         self, hidden_states: torch.Tensor, targets: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
-        # PEFT's wrappers of trained rows or a trained copy say the weight they compute with; its LoRA layers do not.
-        if type(self.lm_head) is nn.Linear or hasattr(self.lm_head, "original_module"):
+        # PEFT's wrapper of a trained copy hands on what it is given, that of trained rows says the weight it computes
+        # with; its LoRA layers do neither.
+        if isinstance(self.lm_head, DualTokenTextHead) or hasattr(self.lm_head, "modules_to_save"):
+            return self.lm_head(hidden_states, targets)
+        if hasattr(self.lm_head, "original_module"):
             output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
             return output.loss_sums, output.num_correct
         # LoRA, or quantised: its weight alone is not what it computes. The logits of a chunk are made again in
         # the backward, so that here too those of all rows never exist together.
+        # Ranks that share its weights must call it equally often.
+        rows = max(len(targets), 1) if is_sharded(self.lm_head) else _ADAPTED_HEAD_ROWS
         sums, correct = [], []
-        for chunk, target in zip(hidden_states.split(_ADAPTED_HEAD_ROWS), targets.split(_ADAPTED_HEAD_ROWS)):
+        for chunk, target in zip(hidden_states.split(rows), targets.split(rows)):
             loss_sum, num_correct = checkpoint(self._adapted_head_loss, chunk, target, use_reentrant=False)
             sums.append(loss_sum)
             correct.append(num_correct)

@@ -123,7 +123,7 @@ class DualTokenProjectionAttention(nn.Module):
         if self.is_down:
             context = context.mean(dim=1)
         else:
-            context = context.transpose(1, 2).reshape(batch, length, -1)
+            context = context.transpose(1, 2).flatten(2)
         return self.out_proj(context), (key, value)
 
 

@@ -68,6 +68,11 @@ def lora_config(
             "`target_modules` names lm_head, but it is tied to the embeddings, which merging the adapter would change "
             "with it. Leave it out; `train_in_full` with 'image_tokens' trains the rows of the image tokens."
         )
+    if adapts_head and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "`target_modules` names lm_head, which does not run under ZeRO-3: ranks with unequal numbers of text targets "
+            "would gather its weight unequally often, and wait for each other. Leave it out, or use ZeRO-2."
+        )
     token_indices = None
     if "image_tokens" in train_in_full:
         # Of a tied head PEFT ties the rows as well.

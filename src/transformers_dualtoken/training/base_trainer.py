@@ -15,6 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .sample_stream import SampleStream, StreamProgress
 
 
+_COUNTED = ("num_skipped", "num_cut")
+
+
 class DatasetEpochCallback(TrainerCallback):
     """
     Tells the training data set the epoch.
@@ -48,8 +51,8 @@ class DualTokenBaseTrainer(Trainer):
     `Trainer` that logs the terms a loss is made of, keeps data sets with `set_epoch` up to date, and reads streams
     ([`SampleStream`]), whose position is part of its checkpoints.
 
-    A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it;
-    their number since the beginning is logged) and a stream's `"stream_position"`.
+    A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it)
+    and `"num_cut"` (how many were cut), whose sums since the beginning are logged, and a stream's `"stream_position"`.
 
     Raises:
         ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
@@ -84,13 +87,15 @@ class DualTokenBaseTrainer(Trainer):
             self.args.ignore_data_skip = True
             self.add_callback(StreamEpochCallback(steps_per_epoch))
         self._resumed_from: str | None = None
-        self._num_skipped, self._num_seen, self._logged_at = 0, 0, time.perf_counter()
+        self._counts: dict[str, int | torch.Tensor] = dict.fromkeys(_COUNTED, 0)
+        self._num_seen, self._logged_at = 0, time.perf_counter()
 
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
         """A stream divides itself over ranks and workers: accelerate's dispatching is left out."""
         if not self.is_stream:
+            self.check_ranks_agree(self.train_dataset)
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
         return DataLoader(
@@ -103,6 +108,17 @@ class DualTokenBaseTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
+
+    def check_ranks_agree(self, dataset) -> None:
+        """Raise unless all ranks have the same samples: they would else wait for each other for ever."""
+        if self.args.world_size == 1 or dataset is None:
+            return
+        mine = torch.tensor([[len(dataset), getattr(dataset, "digest", 0)]], device=self.args.device)
+        each = self.accelerator.gather(mine).tolist()
+        if any(other != each[0] for other in each):
+            raise ValueError(
+                f"The ranks have different data (samples and their checksum): {each}. Do all machines see the same files?"
+            )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # A finished run that is started again would take a step more, where it ended within an epoch.
@@ -118,10 +134,10 @@ class DualTokenBaseTrainer(Trainer):
     def note_batch(self, inputs: dict, num_samples: int = 0) -> None:
         """Take what is not the model's out of a training batch, and count its samples for `<noun>_per_second`."""
         self._num_seen += num_samples
-        num_skipped = inputs.pop("num_skipped", None)
-        if num_skipped is not None:
-            # Summed where it is: to look at it would wait for the device.
-            self._num_skipped = self._num_skipped + num_skipped.sum()
+        for name in _COUNTED:
+            if name in inputs:
+                # Summed where it is: to look at it would wait for the device.
+                self._counts[name] = self._counts[name] + inputs.pop(name).sum()
         position = inputs.pop("stream_position", None)
         if position is not None:
             self.stream_progress.update(position)
@@ -144,7 +160,8 @@ class DualTokenBaseTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         # Of every rank; rank 0 may not have made the folder yet.
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        state = {"num_skipped": int(self._num_skipped), "stream": self.stream_progress.state_dict()}
+        counts = {name: int(count) for name, count in self._counts.items()}
+        state = {"counts": counts, "stream": self.stream_progress.state_dict()}
         Path(output_dir, self._data_state_name).write_text(json.dumps(state))
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -161,7 +178,7 @@ class DualTokenBaseTrainer(Trainer):
         path = Path(checkpoint, self._data_state_name)
         if path.is_file():
             state = json.loads(path.read_text())
-            self._num_skipped = state["num_skipped"]
+            self._counts = state["counts"]
             if self.is_stream:
                 self.train_dataset.load_state_dict(state["stream"])
                 self.stream_progress.load_state_dict(state["stream"])
@@ -177,6 +194,12 @@ class DualTokenBaseTrainer(Trainer):
 
     # Logs
 
+    def sample_counts(self) -> dict[str, int]:
+        """How many samples were skipped and cut in training so far, on all ranks: `<noun>_skipped`, `<noun>_cut`."""
+        counts = torch.tensor([int(self._counts[name]) for name in _COUNTED], device=self.args.device)
+        counts = self.accelerator.reduce(counts, "sum").tolist()
+        return {f"{self.noun}_{name.removeprefix('num_')}": count for name, count in zip(_COUNTED, counts)}
+
     def add_terms(self, terms: dict[str, torch.Tensor], completes: bool = True) -> None:
         """Note the terms of a loss, to be logged as means over all calls with `completes`."""
         for name, term in terms.items():
@@ -191,12 +214,10 @@ class DualTokenBaseTrainer(Trainer):
             self._term_sums.clear()
             self._term_count = 0
         if "loss" in logs:
-            counts = torch.tensor([self._num_seen, int(self._num_skipped)], device=self.args.device)
-            seen, skipped = self.accelerator.reduce(counts, "sum").tolist()
+            seen = int(self.accelerator.reduce(torch.tensor(self._num_seen, device=self.args.device), "sum"))
             now = time.perf_counter()
             if seen:
                 logs[f"{self.noun}_per_second"] = seen / (now - self._logged_at)
-            if skipped:
-                logs[f"{self.noun}_skipped"] = skipped
             self._num_seen, self._logged_at = 0, now
+            logs.update({name: count for name, count in self.sample_counts().items() if count})
         super().log(logs, *args, **kwargs)

@@ -22,6 +22,8 @@ class DualTokenDataCollator:
     """
 
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, packed_length: int | None = None):
+        if pad_token_id is None:
+            raise ValueError("`pad_token_id` is None: the tokenizer has no padding token. Set its `pad_token`.")
         if packed_length is not None and packed_length < 1:
             raise ValueError(f"`packed_length` must be at least 1 token, got {packed_length}.")
         self.pad_token_id, self.packed_length = pad_token_id, packed_length
@@ -66,8 +68,9 @@ class DualTokenDataCollator:
                 "Some samples of a batch have images as pixels and others as codes; precompute the codes of all sources "
                 "of a mixture, or of none."
             )
-        if "num_skipped" in samples[0]:
-            batch["num_skipped"] = torch.tensor([sum(sample["num_skipped"] for sample in samples)])
+        for name in ("num_skipped", "num_cut"):
+            if name in samples[0]:
+                batch[name] = torch.tensor([sum(sample[name] for sample in samples)])
         if "stream_position" in samples[-1]:
             batch["stream_position"] = samples[-1]["stream_position"]
         return batch

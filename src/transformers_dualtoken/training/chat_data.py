@@ -1,15 +1,18 @@
 """Conversations and documents for unified training, from data sets of known length."""
 
+import zlib
 from collections.abc import Sequence
 
+import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from datasets.fingerprint import Hasher
+from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .chat_encoding import ChatEncoder, EncodedExample
 from .chat_sources import BadSampleError, ChatSource
-from .image_reading import MAX_SKIPPED_IN_A_ROW
+from .image_reading import MAX_NAMED, MAX_SKIPPED_IN_A_ROW
 
 
 logger = logging.get_logger(__name__)
@@ -33,35 +36,27 @@ def refusal(name: str, error: BadSampleError) -> ValueError:
 
 
 class _EncodedSource:
-    """The samples of one source that can be trained on, as ids; what its images hold stays where it is."""
+    """
+    The samples of one source that can be trained on, as ids; what its images hold stays where it is.
+
+    The ids lie beside the source in the cache of `datasets`, mapped into memory: ranks and workers share them, and a run
+    that is started again finds them there.
+    """
 
     def __init__(self, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str, num_workers: int):
         self.source, self.encoder = source, encoder
-        ids, is_target, lengths, self.rows, self.faults, self.num_cut = [], [], [], [], [], 0
-        loader = DataLoader(
-            _Encoding(source, encoder), batch_size=64, num_workers=num_workers, collate_fn=list, shuffle=False
-        )
-        row = -1
-        for results in loader:
-            for result in results:
-                row += 1
-                if isinstance(result, EncodedExample):
-                    ids.append(result.input_ids)
-                    is_target.append(result.is_target)
-                    lengths.append(len(result.input_ids))
-                    self.rows.append(row)
-                    self.num_cut += result.cut
-                    continue
-                name, error = result
-                if on_bad_sample == "error":
-                    raise refusal(name, error)
-                self.faults.append((name, str(error)))
-        # Flat arrays: a million samples are no million objects, and forked workers share them.
-        self.ids = np.concatenate(ids) if ids else np.zeros(0, dtype=np.int32)
-        self.is_target = np.concatenate(is_target) if ids else np.zeros(0, dtype=bool)
-        self.lengths = np.array(lengths, dtype=np.int64)
-        self.ends = self.lengths.cumsum()
-        self.rows = np.array(self.rows, dtype=np.int64)
+        encode = _EncodeRow(source, encoder, on_bad_sample)
+        tokens = encode.all_rows(num_workers)
+        faults = [index for index, fault in enumerate(tokens["fault"]) if fault is not None]
+        if any(encode(source.dataset[index], index)["fault"] is None for index in faults):
+            # Mended since the ids were cached, such as an image file that was missing.
+            tokens = encode.all_rows(num_workers, use_cache=False)
+            faults = [index for index, fault in enumerate(tokens["fault"]) if fault is not None]
+        self.faults = [(tokens[index]["name"], tokens[index]["fault"]) for index in faults]
+        self.tokens = tokens.with_format("numpy")
+        self.rows = np.setdiff1d(np.arange(len(tokens)), faults)
+        self.lengths = np.asarray(self.tokens["length"][:], dtype=np.int64)[self.rows]
+        self.num_cut = int(np.asarray(self.tokens["cut"][:]).sum())
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,14 +66,66 @@ class _EncodedSource:
         return sample_name(self.source, row, self.source.dataset[row])
 
     def sample(self, index: int, key: str) -> dict[str, torch.Tensor]:
-        end = int(self.ends[index])
-        start = end - int(self.lengths[index])
-        encoded = EncodedExample(self.ids[start:end], self.is_target[start:end])
+        row = int(self.rows[index])
+        tokens = self.tokens[row]
+        encoded = EncodedExample(tokens["input_ids"], tokens["is_target"])
         num_images = len(self.encoder.image_starts(encoded.input_ids))
         if num_images:
-            example = self.source.to_example(self.source.dataset[int(self.rows[index])])
+            example = self.source.to_example(self.source.dataset[row])
             encoded.images = self.encoder.images(example)[:num_images]
         return self.encoder.sample(encoded, key)
+
+
+class _EncodeRow:
+    """A raw row of a source as a row of ids, or of what is wrong with it."""
+
+    FEATURES = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.Value("int32")),
+            "is_target": datasets.List(datasets.Value("bool")),
+            "length": datasets.Value("int32"),
+            "cut": datasets.Value("bool"),
+            "name": datasets.Value("string"),
+            "fault": datasets.Value("string"),
+        }
+    )
+
+    def __init__(self, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str):
+        self.source, self.encoder, self.on_bad_sample = source, encoder, on_bad_sample
+
+    def __call__(self, raw: dict, index: int) -> dict:
+        name = fault = None
+        try:
+            encoded = self.encoder.encode(self.source.to_example(raw))
+        except BadSampleError as error:
+            name, fault = sample_name(self.source, index, raw), str(error)
+            if self.on_bad_sample == "error":
+                raise refusal(name, error) from error
+            encoded = EncodedExample(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))
+        return {
+            "input_ids": encoded.input_ids,
+            "is_target": encoded.is_target,
+            "length": len(encoded.input_ids),
+            "cut": encoded.cut,
+            "name": name,
+            "fault": fault,
+        }
+
+    def all_rows(self, num_workers: int, use_cache: bool = True) -> datasets.Dataset:
+        rows = self.source.dataset
+        if not isinstance(rows, datasets.Dataset):
+            return datasets.Dataset.from_list([self(raw, i) for i, raw in enumerate(rows)], features=self.FEATURES)
+        state = [rows._fingerprint, self.source.to_example, self.encoder.settings, self.on_bad_sample]
+        return rows.with_format(None).map(
+            self,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=self.FEATURES,
+            num_proc=num_workers or None,
+            load_from_cache_file=use_cache,
+            new_fingerprint=Hasher.hash(state),
+            desc=f"Tokenising {self.source.name}",
+        )
 
 
 def sample_name(source: ChatSource, row: int, raw: dict) -> str:
@@ -90,30 +137,11 @@ def sample_name(source: ChatSource, row: int, raw: dict) -> str:
     return f"{row} of {source.name}" + (f" (id {identity})" if identity is not None else "")
 
 
-class _Encoding(Dataset):
-    """Every sample of a source as an `EncodedExample` without images, or as its name and what is wrong with it."""
-
-    def __init__(self, source: ChatSource, encoder: ChatEncoder):
-        self.source, self.encoder = source, encoder
-
-    def __len__(self) -> int:
-        return len(self.source.dataset)
-
-    def __getitem__(self, row: int) -> EncodedExample | tuple[str, BadSampleError]:
-        raw = self.source.dataset[row]
-        try:
-            encoded = self.encoder.encode(self.source.to_example(raw))
-        except BadSampleError as error:
-            return sample_name(self.source, row, raw), error
-        encoded.images = []
-        return encoded
-
-
 class DualTokenChatDataset(Dataset):
     """
     Samples of one or several sources, as [`ChatEncoder`] makes them.
 
-    All samples are tokenised at once, when the data set is made, and whatever is wrong with one is found then: an image
+    All samples are tokenised when the data set is made (the result is cached), and whatever is wrong with one is found then: an image
     file that is missing, a placeholder without an image, an image that `max_length` would cut, a sample without
     anything to learn. Images are read when their sample is asked for.
 
@@ -168,7 +196,8 @@ class DualTokenChatDataset(Dataset):
             logger.warning(f"{self.num_cut} samples are cut to `max_length` = {encoder.max_length} tokens.")
         self.counts = self._samples_per_epoch([source.weight for source in sources])
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._orders: dict[tuple[int, int], np.ndarray] = {}
+        self._num_named = 0
+        self._items_of: dict[tuple[int, int], np.ndarray] = {}
         # Shared, so that workers which live on from epoch to epoch (`persistent_workers`) see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -188,29 +217,45 @@ class DualTokenChatDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
+    @property
+    def digest(self) -> int:
+        """A checksum of which samples these are and how long, by which ranks find out whether theirs are the same."""
+        value = 0
+        for source in self.sources:
+            value = zlib.crc32(source.lengths.tobytes(), zlib.crc32(source.rows.tobytes(), value))
+        return value
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every sample of this epoch, prompts included, `(len(self),)`."""
-        places = [self._place(index) for index in range(len(self))]
-        return np.array([self.sources[source].lengths[item] for source, item in places])
+        return np.concatenate([source.lengths[self._items(number)] for number, source in enumerate(self.sources)])
+
+    def _items(self, number: int) -> np.ndarray:
+        """Which items of a source are this epoch's, in their order, `(counts[number],)`."""
+        key = (number, self.epoch)
+        if key not in self._items_of:
+            # Those of the epoch before are no longer asked for.
+            self._items_of.pop((number, self.epoch - 1), None)
+            self._items_of[key] = self._choose_items(number)
+        return self._items_of[key]
+
+    def _choose_items(self, number: int) -> np.ndarray:
+        count, length = self.counts[number], len(self.sources[number])
+        if not self.is_weighted:
+            return np.arange(count)
+        cycles, items = np.divmod(self.epoch * count + np.arange(count), length)
+        for cycle in np.unique(cycles):
+            in_cycle = cycles == cycle
+            items[in_cycle] = np.random.default_rng([self.seed, number, cycle]).permutation(length)[items[in_cycle]]
+        return items
 
     def _place(self, index: int) -> tuple[int, int]:
         """The source and the item in it that stand at an index in this epoch."""
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        item = index - int(self._starts[number])
-        if not self.is_weighted:
-            return number, item
-        cycle, item = divmod(self.epoch * self.counts[number] + item, len(self.sources[number]))
-        if (number, cycle) not in self._orders:
-            # Samples of one epoch come from few cycles of a source, except where it is small.
-            if len(self._orders) > 64:
-                self._orders.clear()
-            rng = np.random.default_rng([self.seed, number, cycle])
-            self._orders[number, cycle] = rng.permutation(len(self.sources[number]))
-        return number, int(self._orders[number, cycle][item])
+        return number, int(self._items(number)[index - int(self._starts[number])])
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         """What [`ChatEncoder.sample`] makes, and `"num_skipped"`: 1 if it stands in for a sample that cannot be read."""
@@ -225,8 +270,10 @@ class DualTokenChatDataset(Dataset):
             except BadSampleError as error:
                 if self.on_bad_sample == "error":
                     raise refusal(source.name(item), error) from error
-                logger.warning_once(f"The sample {source.name(item)} is skipped: {error}.")
                 num_skipped += 1
+                self._num_named += 1
+                if self._num_named <= MAX_NAMED:
+                    logger.warning(f"The sample {source.name(item)} is skipped: {error}.")
                 if num_skipped == min(len(self), MAX_SKIPPED_IN_A_ROW):
                     raise ValueError(
                         f"{num_skipped:,} samples in a row cannot be read. The last is {source.name(item)}: {error}."

@@ -3,10 +3,11 @@
 import random
 from dataclasses import dataclass, field
 
+import jinja2
 import numpy as np
 import torch
 
-from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats
+from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats, stack_codes
 from ..processing_dualtoken import DualTokenProcessor
 from .chat_sources import BadSampleError
 from .image_reading import UnreadableImageError, image_name, read_image
@@ -64,11 +65,24 @@ class ChatEncoder:
             raise ValueError("`cut_long_samples` needs a `max_length` to cut at.")
         if not 0 <= prompt_drop_probability <= 1:
             raise ValueError(f"`prompt_drop_probability` must lie in [0, 1], got {prompt_drop_probability}.")
+        if processor.tokenizer.eos_token_id is None:
+            raise ValueError(
+                "The tokenizer has no end-of-sequence token, which closes every document. Set `eos_token`."
+            )
         self.processor = processor
         self.max_length, self.cut_long_samples = max_length, cut_long_samples
         self.prompt_drop_probability = prompt_drop_probability
         tokens = processor.image_tokens
         self.image_ids, self.image_token_id = np.array(tokens.ids, dtype=np.int32), tokens.pad_id
+
+    @property
+    def settings(self) -> list:
+        """What decides the ids of an example: the tokenizer, the chat template, the image tokens, and the lengths."""
+        tokenizer = self.processor.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = tokenizer.get_vocab() if backend is None else backend.to_str()
+        chats = [self.processor.chat_template, self.processor.image_tokens, tokenizer.special_tokens_map]
+        return [vocabulary, *chats, self.max_length, self.cut_long_samples]
 
     def encode(self, example: dict) -> EncodedExample:
         """
@@ -103,7 +117,7 @@ class ChatEncoder:
             encoded = self.processor.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, placeholders_only=True
             )
-        except ValueError as error:
+        except (ValueError, jinja2.TemplateError) as error:
             raise BadSampleError(f"its chat cannot be rendered ({error})") from error
         return EncodedExample(
             np.array(encoded["input_ids"][0], dtype=np.int32),
@@ -185,10 +199,11 @@ class ChatEncoder:
             return {"pixel_values": torch.stack([self._pixel_values(part) for part in parts])}
         if not all(with_codes):
             raise BadSampleError(f"{sum(with_codes)} of its {len(parts)} images have codes; it must be all or none")
-        return {
-            key: torch.stack([torch.as_tensor(np.asarray(part[key]), dtype=torch.int64) for part in parts])
-            for key in CODE_KEYS
-        }
+        try:
+            codes = stack_codes(parts, len(self.image_ids) - 2)
+        except ValueError as error:
+            raise BadSampleError(str(error)) from error
+        return {key: torch.from_numpy(stacked) for key, stacked in codes.items()}
 
     def _pixel_values(self, part: dict) -> torch.Tensor:
         value = next(part[key] for key in IMAGE_DATA_KEYS if part.get(key) is not None)

@@ -67,7 +67,10 @@ def convert_messages(record: Mapping, folder: str | None) -> dict:
     """
     messages = record.get("messages")
     if messages is None:
-        messages = [*_rows(record.get("prompt") or []), *_rows(record.get("completion") or [])]
+        parts = [_rows(record.get(name) or []) for name in ("prompt", "completion")]
+        if not all(isinstance(part, (list, tuple)) for part in parts):
+            raise BadSampleError("its prompt and completion must be lists of messages")
+        messages = [*parts[0], *parts[1]]
     chat = _normalized(_rows(messages))
     _fill_images([message["content"] for message in chat], _images_of(record), folder)
     return {"messages": chat}
@@ -81,7 +84,7 @@ def convert_llava(record: Mapping, folder: str | None) -> dict:
     messages = []
     for turn in turns:
         role = turn.get("from") if isinstance(turn, Mapping) else None
-        if role not in _LLAVA_ROLES or not isinstance(turn.get("value"), str):
+        if not isinstance(role, str) or role not in _LLAVA_ROLES or not isinstance(turn.get("value"), str):
             raise BadSampleError(
                 f"a turn must have a 'from' of {', '.join(_LLAVA_ROLES)} and a string as 'value', got {turn!r:.200}"
             )

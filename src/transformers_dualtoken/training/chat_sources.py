@@ -291,6 +291,8 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
         dataset = _undecoded(dataset, [*known.columns, *roles.values(), "id", "__key__", "json"])
     options = {**known.options, **{option: spec[option] for option in known.options if option in spec}, **roles}
     tasks = ("draw", "describe") if options.get("task") == "both" else (options.get("task"),)
+    if len(tasks) > 1 and weight is None and streaming:
+        weight = 1.0  # a single source, then: its two tasks are mixed evenly
     sources = []
     for task in tasks:
         options_of_task = {**options, "task": task} if "task" in options else options

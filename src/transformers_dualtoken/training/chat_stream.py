@@ -11,6 +11,8 @@ class DualTokenChatStream(SampleStream):
     Samples of streamed sources, as [`ChatEncoder`] makes them. How they are divided, mixed, shuffled and resumed:
     [`SampleStream`].
 
+    A sample says with `"num_cut"` (`int`) whether it was cut to the encoder's `max_length`; they are counted.
+
     Args:
         sources (`list[ChatSource]`): of `load_chat_sources(..., streaming=True)`; several need weights.
         encoder ([`ChatEncoder`]).
@@ -28,7 +30,8 @@ class DualTokenChatStream(SampleStream):
 
     def prepare(self, source: int, row: dict, key: str) -> dict:
         try:
-            return self.encoder.sample(self.encoder.encode(self.sources[source].to_example(row)), key)
+            encoded = self.encoder.encode(self.sources[source].to_example(row))
+            return {**self.encoder.sample(encoded, key), "num_cut": int(encoded.cut)}
         except BadSampleError as error:
             if self.passed_over:
                 raise

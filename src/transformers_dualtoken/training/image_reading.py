@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 MAX_DECODED_PIXELS = 2**26
 # More unreadable images than this in a row are a broken data set, not a few broken files.
 MAX_SKIPPED_IN_A_ROW = 1000
+# So many of them are named in a process's log; all are counted.
+MAX_NAMED = 20
 
 
 class UnreadableImageError(ValueError):

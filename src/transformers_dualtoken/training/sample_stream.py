@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
-from .image_reading import MAX_SKIPPED_IN_A_ROW
+from .image_reading import MAX_NAMED, MAX_SKIPPED_IN_A_ROW
 
 
 logger = logging.get_logger(__name__)
@@ -133,7 +133,7 @@ class SampleStream(IterableDataset):
             self._rows(dataset, place, position, reader, f"{position['seed']}/{source}")
             for source, (dataset, place) in enumerate(zip(self.datasets, places))
         ]
-        left, drawn, num_skipped = list(range(len(rows))), position["drawn"], 0
+        left, drawn, num_skipped, num_named = list(range(len(rows))), position["drawn"], 0, 0
         while left:
             source = left[0]
             if len(left) > 1:
@@ -150,7 +150,9 @@ class SampleStream(IterableDataset):
             except self.passed_over as error:
                 num_skipped += 1
                 name = self.row_name(source, values) or f"at {key}"
-                logger.warning_once(f"The {self.noun} {name} is skipped: {error}.")
+                if num_named < MAX_NAMED:
+                    num_named += 1
+                    logger.warning(f"The {self.noun} {name} is skipped: {error}.")
                 if num_skipped == MAX_SKIPPED_IN_A_ROW:
                     raise ValueError(
                         f"{num_skipped:,} {self.noun}s of the stream in a row cannot be read. The last is {name}: "

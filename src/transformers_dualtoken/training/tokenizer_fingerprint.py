@@ -22,7 +22,8 @@ def tokenizer_fingerprint(
     That is: the encoder up to the semantic layer, the down-projections, the vectors of both codebooks, the layers and
     sizes of the config, and how the image processor makes pixels of an image. Not: the layers above, the text tower,
     the decoder, the codebooks' statistics. The same tokenizer has the same fingerprint by itself and within a unified
-    model, before and after saving. In another dtype it has another one: rounded weights make other codes. The two
+    model, before and after saving. Rounded to
+    bfloat16 it has another one, since rounded weights make other codes. The two
     backends of the image processor count as one; they differ by one level of 255 at a few pixels.
 
     Args:
@@ -36,6 +37,9 @@ def tokenizer_fingerprint(
         tensor = _whole(tensor)
         if dtype is not None and not name.endswith("_codebook"):  # which stays in float32
             tensor = tensor.to(dtype)
+        # Weights that were rounded once are the same ones, whatever holds them now.
+        rounded = tensor.to(torch.bfloat16)
+        tensor = rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

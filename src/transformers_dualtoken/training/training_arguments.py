@@ -28,5 +28,7 @@ class DualTokenTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: int = field(default=50)
     report_to: str = field(default="none")
+    # Every parameter takes part in every step, on every rank, whatever the batch holds.
+    ddp_find_unused_parameters: bool | None = field(default=False)
     # The Trainer would cut them from what a data set gives.
     remove_unused_columns: bool = field(default=False)

@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from ..modeling_dualtoken import DualTokenForCausalLM
 from .base_trainer import DualTokenBaseTrainer
 from .throughput import ThroughputMeter, TrainingFlops, peak_flops
+from .training_arguments import DualTokenTrainingArguments
 from .unified_evaluation import UnifiedEvaluationMixin, UnifiedLossSums
 
 
@@ -55,7 +56,8 @@ class _EpochLengthGroupedSampler(LengthGroupedSampler):
     """
 
     def __init__(self, dataset, batch_size: int, seed: int):
-        super().__init__(batch_size, lengths=dataset.lengths.tolist(), generator=torch.Generator())
+        # The lengths of the epoch at hand are asked for when it begins.
+        super().__init__(batch_size, lengths=[1] * len(dataset), generator=torch.Generator())
         self.dataset, self.seed = dataset, seed
 
     def __iter__(self):
@@ -101,14 +103,19 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
             raise ValueError(
                 f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {', '.join(unknown)}."
             )
-        if args is not None:
-            # Samples hold more than what the model takes.
-            args.remove_unused_columns = False
-            # It would hide what `log` stops for, and wait for the device to do so.
-            args.logging_nan_inf_filter = False
-            if args.device.type == "cpu":
-                # It serves the copy to another device, and torch warns of it at every epoch.
-                args.dataloader_pin_memory = False
+        args = DualTokenTrainingArguments() if args is None else args
+        if args.label_smoothing_factor:
+            raise ValueError(
+                "`label_smoothing_factor` must be 0: the Trainer would smooth the labels of images by the text head, which "
+                f"does not predict them; got {args.label_smoothing_factor}."
+            )
+        # Samples hold more than what the model takes.
+        args.remove_unused_columns = False
+        # It would hide what `log` stops for, and wait for the device to do so.
+        args.logging_nan_inf_filter = False
+        if args.device.type == "cpu":
+            # It serves the copy to another device, and torch warns of it at every epoch.
+            args.dataloader_pin_memory = False
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.learning_rates and self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -138,7 +145,8 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         if self.args.train_sampling_strategy != "group_by_length" or not hasattr(dataset, "lengths"):
             return super()._get_train_sampler(train_dataset)
         batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return _EpochLengthGroupedSampler(dataset, batch_size, self.args.data_seed or self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _EpochLengthGroupedSampler(dataset, batch_size, seed)
 
     # The step
 
@@ -176,6 +184,10 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.learning_rates:
             parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
+            trained = {parts.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
+            frozen = sorted(set(self.learning_rates) - trained)
+            if frozen:
+                raise ValueError(f"`learning_rates` names parts that are not trained: {', '.join(frozen)}.")
             groups = []
             for group in optimizer.param_groups:
                 by_part = defaultdict(list)
@@ -230,6 +242,6 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
-    """Whether all of a parameter, or of this rank's share of it, is finite."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    """Whether all of a parameter, or of this rank's share of it (FSDP2, ZeRO-3), is finite."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
     return bool(local.isfinite().all())
