@@ -4,6 +4,7 @@ import collections
 import copy
 import itertools
 import json
+import os
 import pickle
 
 import datasets
@@ -222,6 +223,23 @@ def test_images_with_and_without_codes_do_not_mix(processor, encoder, tmp_path):
         DualTokenDataCollator(0)([dataset[0], dataset[1]])
 
 
+def test_codes_that_cannot_be_the_tokenizers_are_bad(processor):
+    small = {"type": "image", "pixel_codes": np.zeros((2, 2, 4), int), "semantic_codes": np.zeros((2, 2, 4), int)}
+    dataset = dataset_of([chat([small], ["b"]), chat([small, coded(1)], ["b"])], processor)
+    for index, shapes in ((0, r"\(2, 2, 4\)"), (1, r"\(2, 2, 4\), \(3, 3, 3\)")):
+        with pytest.raises(
+            ValueError, match=rf"The sample {index} of .*one shape \(H, W, D\) with H \* W = 9, got {shapes}"
+        ):
+            dataset[index]
+
+
+def test_template_that_refuses_a_chat(processor):
+    processor = copy.deepcopy(processor)
+    processor.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="The sample 0 of the examples .*cannot be rendered .roles must alternate"):
+        dataset_of([TEXT], processor)
+
+
 def test_long_samples_are_cut_before_an_image(processor):
     example = {"content": [{"type": "text", "text": "A blue one: "}, coded(1), coded(2)]}
     whole = dataset_of([example], processor)[0]
@@ -301,6 +319,47 @@ def test_tokenising_in_processes_changes_nothing(processor):
         assert all(
             torch.equal(torch.as_tensor(one[index][key]), torch.as_tensor(two[index][key])) for key in one[index]
         )
+
+
+def table(tmp_path, count: int) -> ChatSource:
+    """Rows in the cache of `datasets`, each with an image file."""
+    rows = datasets.Dataset.from_list([{"path": str(tmp_path / f"{n}.png")} for n in range(count)])
+    rows.save_to_disk(tmp_path / "rows")
+    return ChatSource("rows", datasets.load_from_disk(tmp_path / "rows"), to_question, None)
+
+
+def to_question(row: dict) -> dict:
+    if not os.path.exists(row["path"]):
+        raise BadSampleError(f"{row['path']} is missing")
+    return chat([(row["path"],)], ["ok"])
+
+
+def test_ids_are_cached_until_something_changes(processor, tmp_path, monkeypatch):
+    write_images(tmp_path, 2)
+    source = table(tmp_path, 3)
+    encoder = ChatEncoder(processor, prompt_drop_probability=0)
+    calls = []
+    monkeypatch.setattr(
+        ChatEncoder,
+        "encode",
+        lambda self, example, encode=ChatEncoder.encode: calls.append(1) or encode(self, example),
+    )
+    with pytest.raises(ValueError, match=r"The sample 2 of rows cannot be trained on: .*2.png is missing"):
+        DualTokenChatDataset([source], encoder)
+    first = DualTokenChatDataset([source], encoder, on_bad_sample="skip")
+    assert len(first) == 2 and first.num_skipped == 1
+    calls.clear()
+    again = DualTokenChatDataset([table(tmp_path, 3)], encoder, on_bad_sample="skip")
+    assert not calls and again.digest == first.digest
+    assert torch.equal(again[1]["input_ids"], first[1]["input_ids"])
+
+    # The fault is mended, and is not remembered.
+    write_images(tmp_path, 3)
+    mended = DualTokenChatDataset([source], encoder, on_bad_sample="skip")
+    assert len(mended) == 3 and mended.num_skipped == 0 and mended.digest != first.digest
+    calls.clear()
+    DualTokenChatDataset([source], ChatEncoder(processor, max_length=90, prompt_drop_probability=0))
+    assert len(calls) == 3
 
 
 # Batches
@@ -431,6 +490,21 @@ def test_stream_refuses_bad_samples_and_mixtures_without_weights(encoder):
         first(DualTokenChatStream([streamed("a", 5)], encoder), 5)
     with pytest.raises(ValueError, match="Streams have no length by which 2 of them could be mixed"):
         DualTokenChatStream([streamed("a", 5), streamed("b", 5)], encoder)
+
+
+def test_stream_counts_what_it_cuts(processor):
+    encoder = ChatEncoder(processor, max_length=4, cut_long_samples=True, prompt_drop_probability=0)
+    batches = first(
+        DualTokenChatStream(
+            [
+                streamed("A blue one, a", 2),
+            ],
+            encoder,
+        ),
+        3,
+    )
+    assert [int(batch["num_cut"]) for batch in batches] == [2, 2, 2]
+    assert all(batch["input_ids"].shape == (2, 4) for batch in batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

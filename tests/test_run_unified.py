@@ -16,7 +16,13 @@ from tiny_models import lively_unified_model
 from training_helpers import RUN, assert_same_run, build_tiny_processor, changed, check_resume, say, write_images
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from transformers_dualtoken.training import TrainingFlops
+from transformers_dualtoken.training import (
+    ChatEncoder,
+    DualTokenChatDataset,
+    DualTokenTrainer,
+    DualTokenTrainingArguments,
+    set_trainable,
+)
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -166,8 +172,6 @@ def test_evaluation_samples_and_card(unified_folder, data, tmp_path):
 
 
 def test_rates_of_parts(unified_folder, data, tmp_path):
-    from transformers_dualtoken.training import DualTokenTrainer, DualTokenTrainingArguments
-
     model = AutoModelForCausalLM.from_pretrained(unified_folder)
     training = DualTokenTrainingArguments(str(tmp_path), use_cpu=True, learning_rate=1e-3, weight_decay=0.1)
     trainer = DualTokenTrainer(model, training, learning_rates={"heads": 1e-4})
@@ -182,7 +186,27 @@ def test_rates_of_parts(unified_folder, data, tmp_path):
     assert {id(p) for p in model.parameters() if p.requires_grad} <= seen
     with pytest.raises(ValueError, match="must name parts of projector, language_model, heads, got head"):
         DualTokenTrainer(model, training, learning_rates={"head": 1e-4})
-    assert TrainingFlops(model) is not None
+    set_trainable(model, ["heads"])
+    with pytest.raises(ValueError, match="names parts that are not trained: projector"):
+        DualTokenTrainer(model, training, learning_rates={"projector": 1e-4}).create_optimizer()
+    training.label_smoothing_factor = 0.1
+    with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0"):
+        DualTokenTrainer(model, training)
+
+
+def test_ranks_with_different_data_are_told(unified_folder, tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(unified_folder)
+    training = DualTokenTrainingArguments(str(tmp_path), use_cpu=True)
+    dataset = DualTokenChatDataset([{"content": "A blue one."}] * 3, ChatEncoder(build_tiny_processor()))
+    trainer = DualTokenTrainer(model, training, train_dataset=dataset)
+    monkeypatch.setattr(DualTokenTrainingArguments, "world_size", 2)
+    others = torch.tensor([[3, dataset.digest]])
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda mine: torch.cat([mine, others]))
+    trainer.check_ranks_agree(dataset)
+    for others in (torch.tensor([[2, dataset.digest]]), torch.tensor([[3, dataset.digest + 1]])):
+        monkeypatch.setattr(trainer.accelerator, "gather", lambda mine, others=others: torch.cat([mine, others]))
+        with pytest.raises(ValueError, match="The ranks have different data .*Do all machines see the same files"):
+            trainer.check_ranks_agree(dataset)
 
 
 def test_lora_run_is_resumed_merged_and_loaded(unified_folder, data, tmp_path):

@@ -730,9 +730,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             # No targets: 0 / 1 keeps the term a connected zero.
             return max(num_text, 1), max(num_visual, 1)
         if isinstance(num_items_in_batch, torch.Tensor):
-            pair = num_items_in_batch.flatten().tolist() if num_items_in_batch.numel() == 2 else None
-        else:
-            pair = list(num_items_in_batch) if isinstance(num_items_in_batch, Sequence) else None
+            # Stays where it is: to look at it would wait for the device.
+            pair = num_items_in_batch.flatten().clamp(min=1).unbind() if num_items_in_batch.numel() == 2 else None
+            return (num_items_in_batch, num_items_in_batch) if pair is None else pair
+        pair = list(num_items_in_batch) if isinstance(num_items_in_batch, Sequence) else None
         if pair is None:
             return num_items_in_batch, num_items_in_batch
         if len(pair) != 2:

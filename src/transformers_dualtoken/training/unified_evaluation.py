@@ -137,6 +137,7 @@ class UnifiedEvaluationMixin:
             )
         if len(eval_dataset) == 0:
             raise ValueError("The evaluation set holds no samples.")
+        self.check_ranks_agree(eval_dataset)
         args = self.args
         batches, num_counted = evaluation_batches(
             len(eval_dataset), args.eval_batch_size, args.process_index, args.world_size
