@@ -39,8 +39,8 @@ from transformers_dualtoken.training import (
     precompute_codes,
     set_trainable,
 )
-from transformers_dualtoken.training.adapters import add_lora
-from transformers_dualtoken.training.throughput import StepCounts
+from transformers_dualtoken.training.unified.adapters import add_lora
+from transformers_dualtoken.training.unified.throughput import StepCounts
 
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")

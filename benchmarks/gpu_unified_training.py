@@ -37,8 +37,8 @@ import transformers  # noqa: E402
 from unified_models import full_size_config, small_config  # noqa: E402
 
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM  # noqa: E402
-from transformers_dualtoken.training.chat_collator import DualTokenDataCollator  # noqa: E402
-from transformers_dualtoken.training.throughput import StepCounts, TrainingFlops, find_peak_flops  # noqa: E402
+from transformers_dualtoken.training.data.chat_collator import DualTokenDataCollator  # noqa: E402
+from transformers_dualtoken.training.unified.throughput import StepCounts, TrainingFlops, find_peak_flops  # noqa: E402
 
 
 # Training, input, gradient checkpointing. Without a gradient in the language model there is nothing to checkpoint.
@@ -189,7 +189,7 @@ def make_model(training, checkpointing, args, device):
             layer.compile()
     trained = model
     if training == "lora":
-        from transformers_dualtoken.training.adapters import add_lora
+        from transformers_dualtoken.training.unified.adapters import add_lora
 
         trained = add_lora(model)
     if checkpointing:

@@ -29,10 +29,10 @@ from transformers.utils import logging
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizer, load_official_tokenizer
 from transformers_dualtoken.convert import is_official_folder
-from transformers_dualtoken.training.chat_sources import load_chat_sources
-from transformers_dualtoken.training.image_codes import PrecomputeSummary, precompute_codes
-from transformers_dualtoken.training.recipe import json_object
-from transformers_dualtoken.training.tokenizer_fingerprint import tokenizer_fingerprint
+from transformers_dualtoken.training.data.chat_sources import load_chat_sources
+from transformers_dualtoken.training.data.image_codes import PrecomputeSummary, precompute_codes
+from transformers_dualtoken.training.data.tokenizer_fingerprint import tokenizer_fingerprint
+from transformers_dualtoken.training.training_arguments import json_object
 
 
 @dataclass

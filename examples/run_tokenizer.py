@@ -46,7 +46,7 @@ from transformers_dualtoken.training import (
     find_checkpoint,
     load_image_dataset,
 )
-from transformers_dualtoken.training.recipe import json_object
+from transformers_dualtoken.training.training_arguments import json_object
 
 
 @dataclass

@@ -60,7 +60,7 @@ from transformers_dualtoken.training import (
     set_trainable,
     tokenizer_fingerprint,
 )
-from transformers_dualtoken.training.recipe import json_object
+from transformers_dualtoken.training.training_arguments import json_object
 
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
             raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
         processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
         if arguments.quantization is not None:
-            from transformers_dualtoken.training.low_bit import load_quantized
+            from transformers_dualtoken.training.unified.low_bit import load_quantized
 
             model = load_quantized(arguments.model_name_or_path, bits=arguments.quantization, **options)
         else:
@@ -200,7 +200,7 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
             )
         model, processor = assemble(*parts, json_object(arguments.config_overrides, "config_overrides"), options)
     if arguments.lora:
-        from transformers_dualtoken.training.adapters import add_lora
+        from transformers_dualtoken.training.unified.adapters import add_lora
 
         in_full = [part for part in arguments.lora_train_in_full if part != "none"]
         model = add_lora(

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
-from transformers_dualtoken.training.text_answers import TextAnswerCollator
+from transformers_dualtoken.training.data.text_answers import TextAnswerCollator
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:

@@ -25,7 +25,7 @@ from transformers import Qwen2ForCausalLM, TrainingArguments, set_seed
 
 from transformers_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.training import DualTokenTrainer
-from transformers_dualtoken.training.adapters import add_lora
+from transformers_dualtoken.training.unified.adapters import add_lora
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
 from transformers_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.cli import main as cli
 from transformers_dualtoken.lora_targets import BACKBONE_PROJECTIONS
-from transformers_dualtoken.training.adapters import TRAINED_IN_FULL, add_lora, lora_config, merge_adapter
-from transformers_dualtoken.training.low_bit import load_quantized, low_bit_config
-from transformers_dualtoken.training.unified_trainer import DualTokenTrainer
+from transformers_dualtoken.training.unified.adapters import TRAINED_IN_FULL, add_lora, lora_config, merge_adapter
+from transformers_dualtoken.training.unified.low_bit import load_quantized, low_bit_config
+from transformers_dualtoken.training.unified.trainer import DualTokenTrainer
 
 
 START, IMAGE, END = 50, 51, 52  # of the tiny config

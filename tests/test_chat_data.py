@@ -24,8 +24,8 @@ from transformers_dualtoken.training import (
     DualTokenDataCollator,
     StreamProgress,
 )
-from transformers_dualtoken.training.chat_collator import pack
-from transformers_dualtoken.training.chat_sources import BadSampleError
+from transformers_dualtoken.training.data.chat_collator import pack
+from transformers_dualtoken.training.data.chat_sources import BadSampleError
 
 
 IMAGE = "<|vision_start|>" + N * "<|image_pad|>" + "<|vision_end|>"

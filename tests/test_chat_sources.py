@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from training_helpers import noise
 
-from transformers_dualtoken.training import chat_rows
-from transformers_dualtoken.training.chat_sources import BadSampleError, ChatSource, load_chat_sources
-from transformers_dualtoken.training.image_reading import read_image
-from transformers_dualtoken.training.sample_stream import SampleStream
+from transformers_dualtoken.training.data import chat_rows
+from transformers_dualtoken.training.data.chat_sources import BadSampleError, ChatSource, load_chat_sources
+from transformers_dualtoken.training.data.image_reading import read_image
+from transformers_dualtoken.training.data.sample_stream import SampleStream
 
 
 @pytest.fixture(autouse=True)
@@ -600,7 +600,7 @@ def test_bad_documents_are_refused(tmp_path, row, match):
 
 
 def test_code_folders_are_handed_on(tmp_path, monkeypatch):
-    from transformers_dualtoken.training import image_codes
+    from transformers_dualtoken.training.data import image_codes
 
     write(tmp_path / "codes/dualtoken_codes.json", "{}")
     calls = []
@@ -668,7 +668,7 @@ def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
         )
         return dataset.to_iterable_dataset() if streaming else dataset
 
-    monkeypatch.setattr("transformers_dualtoken.training.chat_sources.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("transformers_dualtoken.training.data.chat_sources.datasets.load_dataset", load_dataset)
     path = write(tmp_path / "m.yaml", "- {path: someone/pairs, name: small, split: test}\n")
     assert examples(path) == [chat("c", [image({"bytes": png(0), "path": None})], id="k")]
     assert asked == [("someone/pairs", "small", "test", False), ("someone/pairs", "small", "test", True)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_dualtoken.training.recipe import json_object
+from transformers_dualtoken.training.training_arguments import json_object
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -11,7 +11,7 @@ from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
-from transformers_dualtoken.training.chat_sources import _check_keys
+from transformers_dualtoken.training.data.chat_sources import _check_keys
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -210,7 +210,7 @@ def test_ranks_with_different_data_are_told(unified_folder, tmp_path, monkeypatc
 
 
 def test_lora_run_is_resumed_merged_and_loaded(unified_folder, data, tmp_path):
-    from transformers_dualtoken.training.adapters import merge_adapter
+    from transformers_dualtoken.training.unified.adapters import merge_adapter
 
     listed = arguments(unified_folder, data / "chat.jsonl", tmp_path / "adapter", lora=1, lora_r=4, learning_rate=1e-3)
     run_unified.main(listed)

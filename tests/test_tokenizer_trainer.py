@@ -39,8 +39,8 @@ from transformers_dualtoken.training import (
     PatchDiscriminator,
     collate_images,
 )
-from transformers_dualtoken.training.adversary import adaptive_weight
-from transformers_dualtoken.training.discriminator import discriminator_loss
+from transformers_dualtoken.training.vision_tokenizer.adversary import adaptive_weight
+from transformers_dualtoken.training.vision_tokenizer.discriminator import discriminator_loss
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -511,7 +511,7 @@ def test_a_stream_needs_the_length_of_an_epoch(siglip_folder, tmp_path, no_datas
 
 def test_accumulation_does_not_change_the_step(siglip_folder, tmp_path, monkeypatch):
     """With codebooks at rest and one adaptive weight, which else belongs to a micro-batch, 2 x 2 images are 1 x 4."""
-    monkeypatch.setattr("transformers_dualtoken.training.adversary.ADAPTIVE_WEIGHT_RANGE", (0.5, 0.5))
+    monkeypatch.setattr("transformers_dualtoken.training.vision_tokenizer.adversary.ADAPTIVE_WEIGHT_RANGE", (0.5, 0.5))
 
     def run(batch_size, accumulation):
         config = {

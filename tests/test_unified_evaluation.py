@@ -19,19 +19,23 @@ from transformers import TrainingArguments
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor
 from transformers_dualtoken.depth_heads import DualTokenStackedLinear
-from transformers_dualtoken.training.sample_generation import SampleGenerationCallback, SamplePrompt, read_prompts
-from transformers_dualtoken.training.throughput import (
+from transformers_dualtoken.training.unified.evaluation import (
+    UnifiedLossSums,
+    evaluation_batches,
+)
+from transformers_dualtoken.training.unified.sample_generation import (
+    SampleGenerationCallback,
+    SamplePrompt,
+    read_prompts,
+)
+from transformers_dualtoken.training.unified.throughput import (
     StepCounts,
     ThroughputMeter,
     TrainingFlops,
     find_peak_flops,
     peak_flops,
 )
-from transformers_dualtoken.training.unified_evaluation import (
-    UnifiedLossSums,
-    evaluation_batches,
-)
-from transformers_dualtoken.training.unified_trainer import DualTokenTrainer, set_trainable
+from transformers_dualtoken.training.unified.trainer import DualTokenTrainer, set_trainable
 
 
 N, START, IMAGE, END, PAD = 9, 50, 51, 52, 0
@@ -587,7 +591,7 @@ class _Clock:
 
 def make_meter(monkeypatch, num_ranks=1, **kwargs):
     clock = _Clock()
-    monkeypatch.setattr("transformers_dualtoken.training.throughput.time", clock)
+    monkeypatch.setattr("transformers_dualtoken.training.unified.throughput.time", clock)
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), num_processes=num_ranks, reduce=lambda tensor, how: num_ranks * tensor
     )

@@ -38,7 +38,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     import torch
 
     try:
-        from .training.adapters import merge_adapter
+        from .training.unified.adapters import merge_adapter
     except ModuleNotFoundError as error:
         raise ImportError(
             f"`dualtoken merge` needs {error.name}: pip install 'transformers-dualtoken[train]'."

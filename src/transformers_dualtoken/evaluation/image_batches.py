@@ -80,8 +80,8 @@ class ImageBatches:
         # With `datasets`, which the core does not need.
         import datasets
 
-        from ..training.image_reading import ImagePreparation
-        from ..training.image_sources import undecoded
+        from ..training.data.image_reading import ImagePreparation
+        from ..training.data.image_sources import undecoded
 
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
@@ -105,7 +105,7 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> dict | None:
         """A row of the data set as tensors and texts; `None` if its image cannot be read."""
-        from ..training.image_reading import UnreadableImageError, image_name, report_skipped
+        from ..training.data.image_reading import UnreadableImageError, image_name, report_skipped
 
         value = row[self.image_column]
         name = image_name(value) or "(without a name)"

@@ -135,14 +135,14 @@ def _download_inception(url: str, path: Path) -> None:
 
 def lpips_metric(net: str = "vgg", weights: str | os.PathLike | None = None) -> nn.Module:
     """
-    The LPIPS network of the tokenizer's training, see [`~transformers_dualtoken.training.perceptual.load_lpips`].
+    The LPIPS network of the tokenizer's training, see [`~transformers_dualtoken.training.vision_tokenizer.perceptual.load_lpips`].
 
     Raises:
         FileNotFoundError: if `weights` does not exist.
         MetricUnavailableError: if a library is missing, or the weights can be had neither from torchvision's cache
             nor from the network. Random weights are never used.
     """
-    perceptual = require("transformers_dualtoken.training.perceptual", "LPIPS", "perceptual,train")
+    perceptual = require("transformers_dualtoken.training.vision_tokenizer.perceptual", "LPIPS", "perceptual,train")
     try:
         return perceptual.load_lpips(net, weights)
     except FileNotFoundError:

@@ -1,29 +1,31 @@
-"""Training on `transformers.Trainer`. Needs the extra `train`; not imported with the package.
+"""
+Training on `transformers.Trainer`. Needs the extra `train`; not imported with the package.
 
-`adapters` (LoRA, by peft) and `low_bit` (quantised loading) are imported by name.
+`data` reads images and conversations, `vision_tokenizer` and `unified` train the two models. `unified.adapters` (LoRA, by
+peft), `unified.low_bit` (quantised loading) and `data.text_answers` (for TRL) are imported by name.
 """
 
-from .chat_collator import DualTokenDataCollator
-from .chat_data import DualTokenChatDataset
-from .chat_encoding import ChatEncoder
-from .chat_sources import BadSampleError, ChatSource, load_chat_sources
-from .chat_stream import DualTokenChatStream
-from .discriminator import PatchDiscriminator
-from .image_codes import load_code_source, precompute_codes
-from .image_data import DualTokenImageDataset, collate_images
-from .image_sources import load_image_dataset
-from .image_stream import DualTokenImageStream
-from .perceptual import load_lpips
-from .recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
-from .reference_step import reference_step
+from .data.chat_collator import DualTokenDataCollator
+from .data.chat_data import DualTokenChatDataset
+from .data.chat_encoding import ChatEncoder
+from .data.chat_sources import BadSampleError, ChatSource, load_chat_sources
+from .data.chat_stream import DualTokenChatStream
+from .data.image_codes import load_code_source, precompute_codes
+from .data.image_data import DualTokenImageDataset, collate_images
+from .data.image_sources import load_image_dataset
+from .data.image_stream import DualTokenImageStream
+from .data.sample_stream import SampleStream, StreamProgress
+from .data.tokenizer_fingerprint import tokenizer_fingerprint
 from .resume import find_checkpoint
-from .sample_generation import SampleGenerationCallback, read_prompts
-from .sample_stream import SampleStream, StreamProgress
-from .throughput import ThroughputMeter, TrainingFlops
-from .tokenizer_fingerprint import tokenizer_fingerprint
 from .training_arguments import DualTokenTrainingArguments, DualTokenVisionTokenizerTrainingArguments
-from .unified_trainer import DualTokenTrainer, set_trainable
-from .vision_tokenizer_trainer import DualTokenVisionTokenizerTrainer
+from .unified.sample_generation import SampleGenerationCallback, read_prompts
+from .unified.throughput import ThroughputMeter, TrainingFlops
+from .unified.trainer import DualTokenTrainer, set_trainable
+from .vision_tokenizer.discriminator import PatchDiscriminator
+from .vision_tokenizer.perceptual import load_lpips
+from .vision_tokenizer.recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
+from .vision_tokenizer.reference_step import reference_step
+from .vision_tokenizer.trainer import DualTokenVisionTokenizerTrainer
 
 
 __all__ = [

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .sample_stream import SampleStream, StreamProgress
+from .data.sample_stream import SampleStream, StreamProgress
 
 
 _COUNTED = ("num_skipped", "num_cut")

@@ -1,6 +1,8 @@
-"""`TrainingArguments` with the defaults of the two trainings."""
+"""`TrainingArguments` with the defaults of the two trainings, and what else their settings have in common."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
@@ -32,3 +34,21 @@ class DualTokenTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False)
     # The Trainer would cut them from what a data set gives.
     remove_unused_columns: bool = field(default=False)
+
+
+def json_object(value: dict | str | None, name: str) -> dict:
+    """A dict as it is, or read from JSON text or from a `.json` file."""
+    if isinstance(value, str):
+        if value.endswith(".json"):
+            if not Path(value).is_file():
+                raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.")
+            value = Path(value).read_text()
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}: {error}.") from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}.")
+    return value

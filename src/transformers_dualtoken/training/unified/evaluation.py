@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..configuration_dualtoken import DualTokenConfig
-from ..modeling_vision_tokenizer import CODE_KINDS
+from ...configuration_dualtoken import DualTokenConfig
+from ...modeling_vision_tokenizer import CODE_KINDS
 
 
 class UnifiedLossSums:

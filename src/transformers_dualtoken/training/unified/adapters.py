@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import cached_file
 
-from ..lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
-from ..modeling_dualtoken import DualTokenForCausalLM
+from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
+from ...modeling_dualtoken import DualTokenForCausalLM
 
 
 TRAINED_IN_FULL = ("projector", "heads", "image_tokens")

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
-from ..image_processing_pil_dualtoken import decode_image, pil_to_rgb
+from ...image_processing_pil_dualtoken import decode_image, pil_to_rgb
 
 
 logger = logging.get_logger(__name__)

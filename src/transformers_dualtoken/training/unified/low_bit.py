@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-from ..modeling_dualtoken import DualTokenForCausalLM
+from ...modeling_dualtoken import DualTokenForCausalLM
 
 
 # What stays as it is, as transformers' quantisers match names. Only the language model's blocks are left.

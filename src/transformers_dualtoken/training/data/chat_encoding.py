@@ -7,8 +7,8 @@ import jinja2
 import numpy as np
 import torch
 
-from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats, stack_codes
-from ..processing_dualtoken import DualTokenProcessor
+from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats, stack_codes
+from ...processing_dualtoken import DualTokenProcessor
 from .chat_sources import BadSampleError
 from .image_reading import UnreadableImageError, image_name, read_image
 

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..modeling_dualtoken import DualTokenForCausalLM
-from .base_trainer import DualTokenBaseTrainer
+from ...modeling_dualtoken import DualTokenForCausalLM
+from ..base_trainer import DualTokenBaseTrainer
+from ..training_arguments import DualTokenTrainingArguments
+from .evaluation import UnifiedEvaluationMixin, UnifiedLossSums
 from .throughput import ThroughputMeter, TrainingFlops, peak_flops
-from .training_arguments import DualTokenTrainingArguments
-from .unified_evaluation import UnifiedEvaluationMixin, UnifiedLossSums
 
 
 # What the names of `set_trainable` stand for, as prefixes of parameter names.

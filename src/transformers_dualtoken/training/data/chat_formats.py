@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, normalize_chats
+from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, normalize_chats
 
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import TrainerCallback
 
-from ..evaluation.pictures import reconstruction_grid
+from ...evaluation.pictures import reconstruction_grid
 
 
 class ReconstructionGridCallback(TrainerCallback):

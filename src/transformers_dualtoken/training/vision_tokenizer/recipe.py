@@ -1,13 +1,12 @@
 """What the stages of tokenizer training teach: the terms of the loss with their weights, and what stands still."""
 
-import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import nn
 
-from ..modeling_vision_tokenizer import DualTokenVisionTokenizer
+from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
+from ..training_arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
 
 
@@ -218,21 +217,3 @@ class DualTokenVisionTokenizerRecipe:
         for part in still:
             part.requires_grad_(False)
         model.pixel_quantizer.frozen = self.stage == 2
-
-
-def json_object(value: dict | str | None, name: str) -> dict:
-    """A dict as it is, or read from JSON text or from a `.json` file."""
-    if isinstance(value, str):
-        if value.endswith(".json"):
-            if not Path(value).is_file():
-                raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.")
-            value = Path(value).read_text()
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}: {error}.") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}.")
-    return value

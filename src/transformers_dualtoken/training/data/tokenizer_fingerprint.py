@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 
 
 _CONFIG_FIELDS = ("pixel_layer", "semantic_layer", "shortcut_layer")

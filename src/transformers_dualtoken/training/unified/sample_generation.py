@@ -13,11 +13,11 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..chat_dualtoken import image_parts, normalize_chats
-from ..generation import GENERATION_MODES
-from ..processing_dualtoken import DualTokenProcessor
-from .image_reading import image_name, read_image
-from .reconstruction_grid import send_to_trackers
+from ...chat_dualtoken import image_parts, normalize_chats
+from ...generation import GENERATION_MODES
+from ...processing_dualtoken import DualTokenProcessor
+from ..data.image_reading import image_name, read_image
+from ..vision_tokenizer.reconstruction_grid import send_to_trackers
 
 
 # A model at the start of its training does not end its answers by itself.
@@ -54,7 +54,7 @@ class SamplePrompt:
         prompt (`dict`): `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the
             default), `"image"` or `"interleaved"`; everything else goes to `generate` (`guidance_scale`,
             `num_return_sequences`, `max_new_tokens`, ...). An image part's `"image"` is whatever
-            [`~training.image_reading.read_image`] takes.
+            [`~training.data.image_reading.read_image`] takes.
         processor ([`DualTokenProcessor`]).
         number (`int`): what to call it, from 1.
 

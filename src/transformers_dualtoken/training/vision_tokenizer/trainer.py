@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Subset
 from transformers import SiglipVisionModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..evaluation.codebook_statistics import CodebookUsage
-from ..modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from ...evaluation.codebook_statistics import CodebookUsage
+from ...modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
-from .base_trainer import DualTokenBaseTrainer
 from .perceptual import load_lpips
 from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
 from .reconstruction_grid import ReconstructionGridCallback

@@ -1,0 +1,1 @@
+"""Training data: images for the tokenizer; chats, documents and codes for the unified model."""
