@@ -98,7 +98,10 @@ class ModelArguments:
     )
     lora_train_in_full: list[str] = field(
         default_factory=lambda: ["projector", "heads", "image_tokens"],
-        metadata={"help": "what the adapter trains in full; 'none' for nothing"},
+        metadata={
+            "help": "what the adapter trains in full, of projector, heads, image_tokens and embeddings (of all tokens: for "
+            "words the language model has never seen); 'none' for nothing"
+        },
     )
     quantization: int | None = field(
         default=None, metadata={"help": "4 or 8: bits of the frozen language model under --lora (bitsandbytes)"}

@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
 from transformers_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.cli import main as cli
 from transformers_dualtoken.lora_targets import BACKBONE_PROJECTIONS
-from transformers_dualtoken.training.unified.adapters import TRAINED_IN_FULL, add_lora, lora_config, merge_adapter
+from transformers_dualtoken.training.unified.adapters import (
+    DEFAULT_TRAINED_IN_FULL,
+    add_lora,
+    lora_config,
+    merge_adapter,
+)
 from transformers_dualtoken.training.unified.low_bit import load_quantized, low_bit_config
 from transformers_dualtoken.training.unified.trainer import DualTokenTrainer
 
@@ -99,7 +104,13 @@ def test_lora_lies_on_the_blocks_of_the_language_model_only():
 
 @pytest.mark.parametrize(
     ("parts", "tied"),
-    [(TRAINED_IN_FULL, False), (TRAINED_IN_FULL, True), (("projector",), False), (("heads",), True), ((), False)],
+    [
+        *((DEFAULT_TRAINED_IN_FULL, tied) for tied in (False, True)),
+        *((("image_tokens", "embeddings"), tied) for tied in (False, True)),
+        (("projector",), False),
+        (("heads",), True),
+        ((), False),
+    ],
 )
 def test_exactly_the_wanted_tensors_move(tied, parts):
     model = lively_unified_model(tie_word_embeddings=tied)
@@ -112,17 +123,19 @@ def test_exactly_the_wanted_tensors_move(tied, parts):
     moved = changed(start, state_of(model))
     # A tied head shows the rows of the embeddings a second time.
     assert {name for name in moved if not (tied and "lm_head" in name)} == trainable
-    in_full = {"projector": "visual_projector.modules_to_save", "heads": "depth_heads.modules_to_save"}
-    for part, marker in in_full.items():
-        assert any(marker in name for name in trainable) == (part in parts)
+    in_full = {"projector": ["visual_projector"], "heads": ["depth_heads"], "embeddings": ["embed_tokens", "lm_head"]}
+    for part, modules in in_full.items():
+        for module in modules[: 1 if tied else None]:
+            assert any(f"{module}.modules_to_save" in name for name in trainable) == (part in parts)
     rows = {name.split(".token_adapter")[0].split(".")[-1] for name in trainable if "token_adapter" in name}
-    wanted = set() if "image_tokens" not in parts else {"embed_tokens"} if tied else {"embed_tokens", "lm_head"}
-    assert rows == wanted
+    all_rows = {"embed_tokens"} if tied else {"embed_tokens", "lm_head"}
+    assert rows == (all_rows if "image_tokens" in parts and "embeddings" not in parts else set())
 
     # The copies below PEFT's wrappers, the vision tokenizer and its codebooks are what they were.
     model = model.unload()
     assert set(model.state_dict()) == names
-    untouched = {name for name in names if "visual_projector" not in name and "depth_heads" not in name}
+    touched = [module for part, modules in in_full.items() if part in parts for module in modules]
+    untouched = {name for name in names if not any(module in name for module in touched)}
     assert not {name for name in untouched if not torch.equal(before[name], model.state_dict()[name])}
 
 
@@ -159,7 +172,7 @@ def test_settings_reach_the_config():
 
 def test_wrong_settings_are_refused():
     model = lively_unified_model()
-    with pytest.raises(ValueError, match="takes projector, heads, image_tokens, got decoder"):
+    with pytest.raises(ValueError, match="takes projector, heads, image_tokens, embeddings, got decoder"):
         lora_config(model, train_in_full=["decoder"])
     with pytest.raises(ValueError, match="must name layers .* got fc1"):
         lora_config(model, target_modules=["q_proj", "fc1"])
@@ -203,10 +216,15 @@ def test_adapted_text_head_is_trained_through():
     torch.testing.assert_close(*gradients)
 
 
-def test_rows_of_the_text_head_are_trained_through():
+@pytest.mark.parametrize("part", ["image_tokens", "embeddings"])
+def test_rows_of_the_text_head_are_trained_through(part):
     for tied in (False, True):
-        model = add_lora(lively_unified_model(tie_word_embeddings=tied), train_in_full=["image_tokens"], dropout=0.0)
-        rows = model.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"]
+        model = add_lora(lively_unified_model(tie_word_embeddings=tied), train_in_full=[part], dropout=0.0)
+        head = model.get_base_model().lm_head
+        if part == "embeddings":
+            rows = head.modules_to_save["default"].weight
+        else:
+            rows = head.token_adapter.trainable_tokens_delta["default"]
         batch = example()
         wanted = batch["labels"].masked_fill(batch["labels"] == IMAGE, -100)[:, 1:]
         logits = model.train()(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits
@@ -297,10 +315,13 @@ def _save(trainer, tmp_path):
 # Loading and merging.
 
 
-def test_every_way_of_loading_gives_the_same_answers(base_folder, tmp_path):
-    # Tied embeddings, whose rows PEFT must tie again; the tests of the trainer and of merging have untied ones.
-    folder, adapter = base_folder(tie_word_embeddings=True), tmp_path / "adapter"
-    model = adapted(folder)
+# Of tied embeddings PEFT must tie what is trained again; the tests of the trainer and of merging have untied ones.
+@pytest.mark.parametrize(
+    ("parts", "tied"), [(DEFAULT_TRAINED_IN_FULL, True), (("embeddings",), True), (("embeddings",), False)]
+)
+def test_every_way_of_loading_gives_the_same_answers(base_folder, tmp_path, parts, tied):
+    folder, adapter = base_folder(tie_word_embeddings=tied), tmp_path / "adapter"
+    model = adapted(folder, train_in_full=parts)
     model.save_pretrained(adapter)
     expected = answers(model)
     assert_same(expected, answers(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter)), 0)
@@ -311,6 +332,7 @@ def test_every_way_of_loading_gives_the_same_answers(base_folder, tmp_path):
     assert_same(expected, answers(loaded), 0)
 
     merged = model.merge_and_unload()
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == tied
     assert type(merged) is DualTokenForCausalLM and not [n for n, _ in merged.named_modules() if "lora" in n]
     assert_same(expected, answers(merged))
     merged.save_pretrained(tmp_path / "merged")

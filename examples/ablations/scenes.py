@@ -85,6 +85,11 @@ def draw_scene(scan: Image.Image, photo: Image.Image, rng: random.Random, varied
     if varied:
         scan = vary(scan, rng)
         background = background[:, :: rng.choice((1, -1)), rng.sample(range(3), 3)]
+    return blend_digit(scan, background, rng)
+
+
+def blend_digit(scan: Image.Image, background: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A scan in a random colour over a background `(S, S, 3)` with values in [0, 1]: `(S, S, 3)`, uint8."""
     tint = TINT * np.array([rng.random() for _ in range(3)])
     color = 1 - tint if background.mean() < 0.5 else tint
     alpha = np.minimum(1, OPACITY * np.asarray(scan, dtype=np.float64)[..., None] / 255)

@@ -159,23 +159,24 @@ def measure(model: DualTokenVisionTokenizer, kind: str, scenes, classes: torch.T
     return metrics
 
 
-def train_variant(output_dir: Path, variant: str, seed: int, steps: int = STEPS) -> dict:
-    """Train and measure a variant, unless the same settings have left their results already."""
-    settings = {**variant_settings(variant), "variant": variant, "seed": seed, "steps": steps}
-    path = output_dir / "runs" / f"{variant}-seed{seed}.json"
-    if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
-        return kept
-    path.parent.mkdir(parents=True, exist_ok=True)
+def load_judge(output_dir: Path) -> Judge:
+    """The judge of all seeds and variants, in eval mode; trained first where there is none yet."""
+    weights = torch.load(train_judge(output_dir))["weights"]
+    judge = Judge(len(weights["photo.bias"]))
+    judge.load_state_dict(weights)
+    return judge.eval()
+
+
+def train_tokenizer(output_dir: Path, variant: str, seed: int, steps: int = STEPS) -> DualTokenVisionTokenizer:
+    """A variant's tokenizer, trained from the teacher of its seed."""
+    settings = variant_settings(variant)
     scenes = np.load(write_scenes(output_dir))
     teacher_dir = train_teacher(output_dir, seed)
-    judge = Judge(int(scenes["train_photos"].max()) + 1)
-    judge.load_state_dict(torch.load(train_judge(output_dir))["weights"])
-
     torch.manual_seed(seed)
     model_class = OneCodebookTokenizer if settings["kind"] == "one" else DualTokenVisionTokenizer
     model = model_class.from_siglip_pretrained(teacher_dir, **settings["config"])
     arguments = training_arguments(
-        path.parent,
+        output_dir / "runs",
         seed,
         max_steps=steps,
         per_device_train_batch_size=BATCH_SIZE,
@@ -191,11 +192,23 @@ def train_variant(output_dir: Path, variant: str, seed: int, steps: int = STEPS)
         recipe=DualTokenVisionTokenizerRecipe(loss_weights=settings["loss_weights"]),
         train_dataset=Scenes(scenes["train_images"], scenes["train_digits"]),
     )
-    started = time.process_time()
     trainer.train()
+    return model.eval()
+
+
+def train_variant(output_dir: Path, variant: str, seed: int, steps: int = STEPS) -> dict:
+    """Train and measure a variant, unless the same settings have left their results already."""
+    settings = {**variant_settings(variant), "variant": variant, "seed": seed, "steps": steps}
+    path = output_dir / "runs" / f"{variant}-seed{seed}.json"
+    if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
+        return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    judge, teacher_dir = load_judge(output_dir), train_teacher(output_dir, seed)
+    started = time.process_time()
+    model = train_tokenizer(output_dir, variant, seed, steps)
     seconds = time.process_time() - started
-    teacher = torch.load(teacher_dir / "classes.pt")
-    metrics = measure(model, settings["kind"], scenes, teacher["classes"], judge.eval())
+    teacher, scenes = torch.load(teacher_dir / "classes.pt"), np.load(write_scenes(output_dir))
+    metrics = measure(model, settings["kind"], scenes, teacher["classes"], judge)
     result = {
         "settings": settings,
         "metrics": {**metrics, "teacher_zero_shot": teacher["zero_shot"], "bits": bits_per_position(settings)},

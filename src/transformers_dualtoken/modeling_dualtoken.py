@@ -675,9 +675,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         self, hidden_states: torch.Tensor, targets: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
-        # PEFT's wrapper of a trained copy hands on what it is given, that of trained rows says the weight it computes
-        # with; its LoRA layers do neither.
-        if isinstance(self.lm_head, DualTokenTextHead) or hasattr(self.lm_head, "modules_to_save"):
+        # PEFT's wrapper of a trained copy hands on what it is given (but a copy tied to the embeddings is a plain
+        # Linear), that of trained rows says the weight it computes with; its LoRA layers do neither.
+        is_copy = hasattr(self.lm_head, "modules_to_save") and not self.config.tie_word_embeddings
+        if isinstance(self.lm_head, DualTokenTextHead) or is_copy:
             return self.lm_head(hidden_states, targets)
         if hasattr(self.lm_head, "original_module"):
             output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets)

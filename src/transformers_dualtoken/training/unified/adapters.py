@@ -16,7 +16,8 @@ from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lor
 from ...modeling_dualtoken import DualTokenForCausalLM
 
 
-TRAINED_IN_FULL = ("projector", "heads", "image_tokens")
+TRAINED_IN_FULL = ("projector", "heads", "image_tokens", "embeddings")
+DEFAULT_TRAINED_IN_FULL = ("projector", "heads", "image_tokens")
 _MODULES_IN_FULL = {"projector": "visual_projector", "heads": "depth_heads"}
 
 
@@ -30,7 +31,7 @@ def lora_config(
     alpha: float = 32,
     dropout: float = 0.05,
     target_modules: Sequence[str] | str | None = None,
-    train_in_full: Sequence[str] = TRAINED_IN_FULL,
+    train_in_full: Sequence[str] = DEFAULT_TRAINED_IN_FULL,
     **kwargs,
 ) -> LoraConfig:
     """
@@ -48,7 +49,8 @@ def lora_config(
         train_in_full (`Sequence[str]`): of `"projector"`, `"heads"` (the depth heads), each a whole trained copy in
             the adapter, and `"image_tokens"`: the embeddings of `<image_start>`, `<image_pad>` and `<image_end>`, and
             their rows of the text head (unless LoRA adapts it). PEFT makes those under ZeRO-3 on GPUs only, and TRL
-            1.16 cannot train them.
+            1.16 cannot train them. Not by default `"embeddings"`, those of all tokens: for words that the language model
+            has never seen, such as another language's.
         kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
 
     Raises:
@@ -73,12 +75,24 @@ def lora_config(
             "`target_modules` names lm_head, which does not run under ZeRO-3: ranks with unequal numbers of text targets "
             "would gather its weight unequally often, and wait for each other. Leave it out, or use ZeRO-2."
         )
-    token_indices = None
-    if "image_tokens" in train_in_full:
-        # Of a tied head PEFT ties the rows as well.
-        layers = ["embed_tokens"] if config.tie_word_embeddings or adapts_head else ["embed_tokens", "lm_head"]
-        token_indices = {layer: sorted(config.special_image_token_ids) for layer in layers}
+    if (
+        "embeddings" in train_in_full
+        and config.tie_word_embeddings
+        and (is_deepspeed_zero3_enabled() or is_fsdp_enabled())
+    ):
+        raise ValueError(
+            "`train_in_full` names embeddings that are tied to the text head, which are not trained in shards. Leave them "
+            "out, or use ZeRO-2 instead of ZeRO-3 or FSDP."
+        )
     modules = [module for part, module in _MODULES_IN_FULL.items() if part in train_in_full]
+    # PEFT ties to them what it makes of a tied head.
+    layers = ["embed_tokens"] if config.tie_word_embeddings or adapts_head else ["embed_tokens", "lm_head"]
+    token_indices = None
+    if "embeddings" in train_in_full:
+        modules += layers
+        kwargs = {"ensure_weight_tying": config.tie_word_embeddings, **kwargs}
+    elif "image_tokens" in train_in_full:
+        token_indices = {layer: sorted(config.special_image_token_ids) for layer in layers}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
