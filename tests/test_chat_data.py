@@ -25,7 +25,7 @@ from transformers_dualtoken.training import (
     StreamProgress,
 )
 from transformers_dualtoken.training.data.chat_collator import pack
-from transformers_dualtoken.training.data.chat_sources import BadSampleError
+from transformers_dualtoken.training.data.chat_source import BadSampleError
 
 
 IMAGE = "<|vision_start|>" + N * "<|image_pad|>" + "<|vision_end|>"

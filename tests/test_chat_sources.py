@@ -18,7 +18,8 @@ import pytest
 from training_helpers import noise
 
 from transformers_dualtoken.training.data import chat_rows
-from transformers_dualtoken.training.data.chat_sources import BadSampleError, ChatSource, load_chat_sources
+from transformers_dualtoken.training.data.chat_source import BadSampleError, ChatSource
+from transformers_dualtoken.training.data.chat_sources import load_chat_sources
 from transformers_dualtoken.training.data.image_reading import read_image
 from transformers_dualtoken.training.data.sample_stream import SampleStream
 
@@ -600,7 +601,7 @@ def test_bad_documents_are_refused(tmp_path, row, match):
 
 
 def test_code_folders_are_handed_on(tmp_path, monkeypatch):
-    from transformers_dualtoken.training.data import image_codes
+    from transformers_dualtoken.training.data import chat_sources
 
     write(tmp_path / "codes/dualtoken_codes.json", "{}")
     calls = []
@@ -609,7 +610,7 @@ def test_code_folders_are_handed_on(tmp_path, monkeypatch):
         calls.append((path, kwargs))
         return ChatSource("codes", None, None, kwargs["weight"])
 
-    monkeypatch.setattr(image_codes, "load_code_source", load_code_source)
+    monkeypatch.setattr(chat_sources, "load_code_source", load_code_source)
     texts = write(tmp_path / "a.jsonl", [{"text": "x"}])
     mixture = [{"path": tmp_path / "codes", "weight": 2}, {"path": texts, "weight": 1}]
     sources = load_chat_sources(mixture, streaming=True, fingerprint="abc")

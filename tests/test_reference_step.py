@@ -13,8 +13,7 @@ from transformers import SiglipVisionModel
 
 from transformers_dualtoken import DualTokenVisionTokenizer, load_official_tokenizer
 from transformers_dualtoken.convert import convert_official_config, official_key, official_view
-from transformers_dualtoken.training import PatchDiscriminator
-from transformers_dualtoken.training.vision_tokenizer import reference_step
+from transformers_dualtoken.training import PatchDiscriminator, reference_step
 
 
 BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "reference" / "tokenizer_small"

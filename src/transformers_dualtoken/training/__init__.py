@@ -8,7 +8,8 @@ peft), `unified.low_bit` (quantised loading) and `data.text_answers` (for TRL) a
 from .data.chat_collator import DualTokenDataCollator
 from .data.chat_data import DualTokenChatDataset
 from .data.chat_encoding import ChatEncoder
-from .data.chat_sources import BadSampleError, ChatSource, load_chat_sources
+from .data.chat_source import BadSampleError, ChatSource
+from .data.chat_sources import load_chat_sources
 from .data.chat_stream import DualTokenChatStream
 from .data.image_codes import load_code_source, precompute_codes
 from .data.image_data import DualTokenImageDataset, collate_images

@@ -11,28 +11,14 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .chat_encoding import ChatEncoder, EncodedExample
-from .chat_sources import BadSampleError, ChatSource
+from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, refusal, sample_name
 from .image_reading import MAX_NAMED, MAX_SKIPPED_IN_A_ROW
 
 
 logger = logging.get_logger(__name__)
 
-BAD_SAMPLE_RULES = ("error", "skip")
 # So many skipped samples are named in the log; the others are counted.
 _NAMED_SAMPLES = 5
-
-
-def check_bad_sample_rule(rule: str) -> None:
-    if rule not in BAD_SAMPLE_RULES:
-        raise ValueError(f"`on_bad_sample` must be one of {', '.join(BAD_SAMPLE_RULES)}, got {rule!r}.")
-
-
-def refusal(name: str, error: BadSampleError) -> ValueError:
-    """What is raised for a sample that cannot be trained on, where such samples are not to be skipped."""
-    return ValueError(
-        f"The sample {name} cannot be trained on: {error}. Mend it, or pass such samples over and have them counted with "
-        "`on_bad_sample` = 'skip'."
-    )
 
 
 class _EncodedSource:
@@ -126,15 +112,6 @@ class _EncodeRow:
             new_fingerprint=Hasher.hash(state),
             desc=f"Tokenising {self.source.name}",
         )
-
-
-def sample_name(source: ChatSource, row: int, raw: dict) -> str:
-    """How a message names a sample: by its source, its place there and, where it has one, its id."""
-    try:
-        identity = source.to_example(raw).get("id")
-    except BadSampleError as error:
-        identity = error.sample_id
-    return f"{row} of {source.name}" + (f" (id {identity})" if identity is not None else "")
 
 
 class DualTokenChatDataset(Dataset):

@@ -9,7 +9,7 @@ import torch
 
 from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats, stack_codes
 from ...processing_dualtoken import DualTokenProcessor
-from .chat_sources import BadSampleError
+from .chat_source import BadSampleError
 from .image_reading import UnreadableImageError, image_name, read_image
 
 

@@ -9,18 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, normalize_chats
+from .chat_source import BadSampleError
 
 
 ROLES = ("system", "user", "assistant", "tool")
 TASKS = ("draw", "describe", "both")
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"} | {role: role for role in ROLES}
 _LLAVA_IMAGE = "<image>"
-
-
-class BadSampleError(ValueError):
-    """A sample that cannot be trained on; the message is the reason. `sample_id` names the sample, where known."""
-
-    sample_id: str | None = None
 
 
 @dataclass(frozen=True)

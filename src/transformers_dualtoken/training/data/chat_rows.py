@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
-from .chat_formats import BadSampleError
+from .chat_source import BadSampleError
 from .image_sources import IMAGE_EXTENSIONS, read_member, split_key, split_of, walk
 
 

@@ -4,7 +4,7 @@ import glob
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
-from .chat_formats import FORMATS, TASKS, BadSampleError, check_text, detect_format
+from .chat_formats import FORMATS, TASKS, check_text, detect_format
 from .chat_rows import find_files, iterate_rows, kind_of, load_rows, parse_line, parse_tar_sample
+from .chat_source import BadSampleError, ChatSource
 from .code_folder import is_code_folder
+from .image_codes import load_code_source
 from .image_sources import HUB_NAME, load_saved
 
 
@@ -26,25 +28,6 @@ _MIXTURE_ENDINGS = (".json", ".yaml", ".yml")
 _MAX_MIXTURE_BYTES = 2**20
 # Rows that are looked at for the columns: some of them may be broken.
 _MAX_ROWS_TO_DETECT = 100
-
-
-@dataclass
-class ChatSource:
-    """
-    One source of examples for unified training.
-
-    Attributes:
-        name (`str`): of the file, folder or data set, different from the other sources' of the mixture.
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`): raw rows; no image is decoded.
-        to_example: makes a row the example `{"messages": [...]}` or, without roles, `{"content": ...}`, with `"id"`
-            where the sample has a name. Depends on the row only, can be pickled, raises [`BadSampleError`].
-        weight (`float`, *optional*): share of the mixture, relative to the others'.
-    """
-
-    name: str
-    dataset: datasets.Dataset | datasets.IterableDataset
-    to_example: Callable[[dict], dict]
-    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -258,8 +241,6 @@ def _check_keys(source: Mapping) -> None:
 def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[ChatSource]:
     path, weight = spec["path"], spec.get("weight")
     if spec.get("format", "codes") == "codes" and (is_code_folder(path) or "format" in spec):
-        from .image_codes import load_code_source  # which imports this file
-
         return [load_code_source(path, weight=weight, streaming=streaming, fingerprint=fingerprint)]
     if is_code_folder(path):
         raise ValueError(

@@ -1,8 +1,7 @@
 """Conversations and documents for unified training from streams, which go on exactly where a stopped run was."""
 
-from .chat_data import check_bad_sample_rule, refusal
 from .chat_encoding import ChatEncoder
-from .chat_sources import BadSampleError, ChatSource
+from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, refusal
 from .sample_stream import SampleStream
 
 

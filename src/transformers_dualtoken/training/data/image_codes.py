@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
-from .chat_data import check_bad_sample_rule
-from .chat_sources import ChatSource
+from .chat_source import ChatSource, check_bad_sample_rule
 from .code_folder import FORMAT_VERSION, CodeFolder, code_dtype, read_description, shard_path
 from .code_samples import CodeSample, SampleReader, ShardRows, all_image_parts, describe_source
 from .image_reading import MAX_SKIPPED_IN_A_ROW
