@@ -78,6 +78,7 @@ class ModelArguments:
     config_overrides: dict | str | None = field(
         default=None, metadata={"help": "JSON object of DualTokenConfig fields, or the path of one, for a new model"}
     )
+    model_revision: str = field(default="main", metadata={"help": "branch, tag or commit of --model_name_or_path"})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "such as flash_attention_2, which suits packed samples; sdpa by default"}
     )
@@ -186,7 +187,8 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
             raise ValueError("Give either --model_name_or_path or the two parts of a new model, not both.")
         if arguments.config_overrides is not None:
             raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
-        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path)
+        options["revision"] = arguments.model_revision
+        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
         if arguments.quantization is not None:
             from transformers_dualtoken.training.unified.low_bit import load_quantized
 

@@ -118,6 +118,9 @@ def load_chat_sources(
             and memory-mapped.
         fingerprint (`str`, *optional*): of the vision tokenizer, which precomputed codes must have.
 
+    An image may be a URL, of any protocol that `fsspec` knows, and is then fetched while training: take data from people
+    you trust. Of a source with `task` `"both"` every image is read, and by `precompute_codes` encoded, twice.
+
     Raises:
         ValueError: for a source that cannot be read, unknown keys, a format that cannot be told, columns that are
             missing and weights that are not above 0, or not given for all sources.
