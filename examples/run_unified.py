@@ -215,6 +215,7 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
             dropout=arguments.lora_dropout,
             target_modules=arguments.lora_target_modules,
             train_in_full=in_full,
+            revision=None if arguments.model_name_or_path is None else arguments.model_revision,
         )
     else:
         set_trainable(model, arguments.train_parts)

@@ -310,17 +310,6 @@ def test_weighted_sources_go_round(encoder):
     assert dataset.lengths.tolist() == [len(dataset[index]["input_ids"]) for index in range(10)]
 
 
-def test_tokenising_in_processes_changes_nothing(processor):
-    encoder = ChatEncoder(processor, prompt_drop_probability=0)
-    examples = [DRAWING, ANSWER, TEXT, DOCUMENT] * 40
-    one = DualTokenChatDataset(examples, encoder)
-    two = DualTokenChatDataset(examples, pickle.loads(pickle.dumps(encoder)), num_workers=2)
-    for index in range(0, 160, 7):
-        assert all(
-            torch.equal(torch.as_tensor(one[index][key]), torch.as_tensor(two[index][key])) for key in one[index]
-        )
-
-
 def table(tmp_path, count: int) -> ChatSource:
     """Rows in the cache of `datasets`, each with an image file."""
     rows = datasets.Dataset.from_list([{"path": str(tmp_path / f"{n}.png")} for n in range(count)])
@@ -332,6 +321,21 @@ def to_question(row: dict) -> dict:
     if not os.path.exists(row["path"]):
         raise BadSampleError(f"{row['path']} is missing")
     return chat([(row["path"],)], ["ok"])
+
+
+def test_tokenising_in_processes_changes_nothing(processor, tmp_path):
+    write_images(tmp_path, 12)
+    encoder = ChatEncoder(processor, prompt_drop_probability=0)
+    one = DualTokenChatDataset([table(tmp_path, 12)], encoder)
+    # Another limit, so that nothing is found in the cache.
+    other = pickle.loads(pickle.dumps(ChatEncoder(processor, max_length=500, prompt_drop_probability=0)))
+    two = DualTokenChatDataset([table(tmp_path, 12)], other, num_workers=2)
+    assert one.digest == two.digest
+    for index in range(12):
+        assert all(torch.equal(one[index][key], two[index][key]) for key in ("input_ids", "labels", "pixel_values"))
+    with pytest.raises(ValueError, match="The sample 13 of rows cannot be trained on: .*13.png is missing"):
+        write_images(tmp_path, 13)
+        DualTokenChatDataset([table(tmp_path, 14)], encoder, num_workers=2)
 
 
 def test_ids_are_cached_until_something_changes(processor, tmp_path, monkeypatch):

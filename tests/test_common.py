@@ -1,12 +1,15 @@
 """What transformers' common suites found: attention dispatch, recorded outputs, plans; in small tests of our own."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_tokenizer_config, tiny_unified_config
 from transformers import PreTrainedModel, StaticCache
 
+import transformers_dualtoken
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.modeling_vision_tokenizer import DualTokenVisionTokenizer
 
@@ -79,3 +82,26 @@ def test_pre_shifted_labels_are_refused():
     ids = torch.tensor([[1, 5, 6, 7]])
     with pytest.raises(ValueError, match="shift_labels"):
         model(input_ids=ids, labels=ids, shift_labels=ids)
+
+
+def test_remote_code_needs_no_more_than_the_core():
+    """transformers asks for every import of the files that a Hub repository would hold, outside of `try`."""
+    from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+    package = Path(transformers_dualtoken.__file__).parent
+    files = {str(package / "modeling_dualtoken.py"), str(package / "processing_dualtoken.py")}
+    for file in list(files):
+        files |= set(get_relative_import_files(file))
+    assert {Path(file).name for file in files} >= {"sharding.py", "generation.py", "quantization.py"}
+    assert all(Path(file).parent == package for file in files)
+    needed = {module for file in files for module in get_imports(file)} - set(sys.stdlib_module_names)
+    assert needed <= {
+        "PIL",
+        "diffusers",
+        "huggingface_hub",
+        "numpy",
+        "safetensors",
+        "torch",
+        "torchvision",
+        "transformers",
+    }

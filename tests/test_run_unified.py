@@ -128,7 +128,7 @@ def test_codes_train_as_pixels_do(unified_folder, data, tmp_path):
     model.vision_tokenizer.pixel_quantizer.codebook.embeddings.mul_(1.1)
     model.save_pretrained(other)
     AutoProcessor.from_pretrained(unified_folder).save_pretrained(other)
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="Make them again with this tokenizer"):
         run_unified.main(arguments(other, codes, tmp_path / "refused"))
 
 
@@ -209,7 +209,7 @@ def test_ranks_with_different_data_are_told(unified_folder, tmp_path, monkeypatc
             trainer.check_ranks_agree(dataset)
 
 
-def test_lora_run_is_resumed_merged_and_loaded(unified_folder, data, tmp_path):
+def test_lora_run_is_merged_and_loaded(unified_folder, data, tmp_path):
     from transformers_dualtoken.training.unified.adapters import merge_adapter
 
     listed = arguments(unified_folder, data / "chat.jsonl", tmp_path / "adapter", lora=1, lora_r=4, learning_rate=1e-3)

@@ -40,6 +40,8 @@ def _merge(arguments: argparse.Namespace) -> None:
     try:
         from .training.unified.adapters import merge_adapter
     except ModuleNotFoundError as error:
+        if error.name not in ("accelerate", "datasets", "peft"):
+            raise
         raise ImportError(
             f"`dualtoken merge` needs {error.name}: pip install 'transformers-dualtoken[train]'."
         ) from error

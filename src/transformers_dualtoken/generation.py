@@ -362,8 +362,6 @@ class DualTokenGenerationMixin(GenerationMixin):
             if len(codes) == num_positions:
                 break
             embeds = self.model.embed_image_codes(*drawn.unsqueeze(2), cache=projection_cache)
-            # A projector trained beside a bfloat16 or quantised language model is float32.
-            embeds = embeds.to(context.hidden_states.dtype)
             context.step(embeds.repeat(2, 1, 1) if guided else embeds)
 
         image = torch.full_like(prompt.input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
@@ -456,7 +454,9 @@ class DualTokenGenerationMixin(GenerationMixin):
                 for index, codes in zip(drawing, drawn.unbind(1)):
                     rows[index].images[-1].append(codes)
             if writing:
-                scores = processors(sequences, self.lm_head(context.hidden_states).float())[writing]
+                scores = processors(sequences, self.lm_head(self._for_text_head(context.hidden_states)).float())[
+                    writing
+                ]
                 barred = [image_id, end_id]
                 if budget - step < config.num_positions + 2:
                     barred.append(start_id)

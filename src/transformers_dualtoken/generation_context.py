@@ -62,7 +62,7 @@ class Context:
             [self.attention_mask, self.attention_mask.new_ones(len(self.attention_mask), 1)], dim=1
         )
         outputs = self.model.model.language_model(
-            inputs_embeds=embeds,
+            inputs_embeds=self.model.model.for_backbone(embeds),
             attention_mask=self.attention_mask,
             position_ids=self.next_position,
             past_key_values=self.cache,
@@ -119,7 +119,7 @@ class UnconditionalContext:
         self.next_position = torch.where(hidden_past, self.prefix_positions, self.next_position)
         self.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         outputs = self.model.model.language_model(
-            inputs_embeds=embeds,
+            inputs_embeds=self.model.model.for_backbone(embeds),
             attention_mask=self.attention_mask,
             position_ids=self.next_position[:, None],
             past_key_values=self.cache,

@@ -249,19 +249,20 @@ def _buffer_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def _is_autocast_on(device_type: str) -> bool:
+def is_autocast_on(device_type: str) -> bool:
+    """Whether autocast chooses the dtype of matrix products on such a device."""
     # Devices without autocast (meta) raise on the second question.
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _without_autocast(device_type: str):
-    return torch.autocast(device_type, enabled=False) if _is_autocast_on(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext()
 
 
 def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     dtype, device_type = hidden.dtype, hidden.device.type
     # As autocast's own matrix products do, leave float64 alone.
-    if _is_autocast_on(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
+    if is_autocast_on(device_type) and torch.float64 not in (hidden.dtype, weight.dtype):
         dtype = torch.get_autocast_dtype(device_type)
     elif hidden.dtype != weight.dtype:
         raise TypeError(

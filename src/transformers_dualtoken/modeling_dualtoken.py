@@ -26,7 +26,7 @@ from .depth_heads import (
     DualTokenStackedRMSNorm,
 )
 from .generation import DualTokenGenerationMixin
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
 from .sharding import any_rank, copy_weights, gathered, is_sharded
 
@@ -131,7 +131,14 @@ class DualTokenPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SiglipEncoderLayer", "Qwen2DecoderLayer", "DualTokenDepthLayer", "DualTokenVisualProjector"]
+    # Of the heads all together: their classifier's weight is used outside its own forward.
+    _no_split_modules = [
+        "SiglipEncoderLayer",
+        "Qwen2DecoderLayer",
+        "DualTokenDepthLayer",
+        "DualTokenDepthHeads",
+        "DualTokenVisualProjector",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -356,6 +363,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        inputs_embeds = self.for_backbone(inputs_embeds)
         shape = inputs_embeds.shape
         if self._packs_rows(attention_mask, position_ids, past_key_values):
             inputs_embeds, position_ids = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
@@ -379,6 +387,13 @@ class DualTokenModel(DualTokenPreTrainedModel):
             semantic_codes=semantic_codes,
             image_mask=image_mask,
         )
+
+    def for_backbone(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """In the language model's dtype: an adapter's projector and embeddings are float32 beside a bfloat16 one."""
+        norm = getattr(self.language_model, "norm", None)
+        if norm is None or is_autocast_on(inputs_embeds.device.type):
+            return inputs_embeds
+        return inputs_embeds.to(norm.weight.dtype)
 
     def _packs_rows(self, attention_mask, position_ids, past_key_values) -> bool:
         """
@@ -615,7 +630,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept])
+            logits = self.lm_head(self._for_text_head(hidden_states[:, kept]))
         return DualTokenCausalLMOutputWithPast(
             **losses,
             logits=logits,
@@ -675,6 +690,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         self, hidden_states: torch.Tensor, targets: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.LongTensor]:
         """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
+        hidden_states = self._for_text_head(hidden_states)
         # PEFT's wrapper of a trained copy hands on what it is given (but a copy tied to the embeddings is a plain
         # Linear), that of trained rows says the weight it computes with; its LoRA layers do neither.
         is_copy = hasattr(self.lm_head, "modules_to_save") and not self.config.tie_word_embeddings
@@ -693,6 +709,13 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             sums.append(loss_sum)
             correct.append(num_correct)
         return torch.stack(sums).sum(), torch.stack(correct).sum()
+
+    def _for_text_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """In the text head's dtype: an adapter's own copy is float32 beside a bfloat16 model."""
+        weight = getattr(self.lm_head, "weight", None)
+        if weight is None or not weight.is_floating_point() or is_autocast_on(hidden_states.device.type):
+            return hidden_states
+        return hidden_states.to(weight.dtype)
 
     def _adapted_head_loss(self, hidden_states: torch.Tensor, targets: torch.LongTensor):
         logits = self.lm_head(hidden_states)

@@ -6,7 +6,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -37,8 +40,10 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         return nullcontext()
-    import deepspeed
-
+    try:  # of code from the Hub, every import outside of a `try` counts as a requirement
+        import deepspeed
+    except ImportError as error:
+        raise ImportError("Weights that ZeRO-3 has split need DeepSpeed: pip install deepspeed.") from error
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 

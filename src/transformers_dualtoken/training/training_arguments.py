@@ -30,6 +30,8 @@ class DualTokenTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="cosine")
     logging_steps: int = field(default=50)
     report_to: str = field(default="none")
+    # The codebooks never move in this training.
+    ddp_broadcast_buffers: bool | None = field(default=False)
     # Every parameter takes part in every step, on every rank, whatever the batch holds.
     ddp_find_unused_parameters: bool | None = field(default=False)
     # The Trainer would cut them from what a data set gives.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import datasets
 import numpy as np
 import torch
+import transformers
 from datasets.fingerprint import Hasher
 from torch.utils.data import Dataset
 from transformers.utils import logging
@@ -19,6 +20,10 @@ logger = logging.get_logger(__name__)
 
 # So many skipped samples are named in the log; the others are counted.
 _NAMED_SAMPLES = 5
+# So many cached faults are looked at again.
+_RECHECKED = 20
+# To be raised whenever the ids of an example change: it keeps those of an older version out of use.
+_ENCODING_VERSION = 1
 
 
 class _EncodedSource:
@@ -33,16 +38,17 @@ class _EncodedSource:
         self.source, self.encoder = source, encoder
         encode = _EncodeRow(source, encoder, on_bad_sample)
         tokens = encode.all_rows(num_workers)
-        faults = [index for index, fault in enumerate(tokens["fault"]) if fault is not None]
-        if any(encode(source.dataset[index], index)["fault"] is None for index in faults):
-            # Mended since the ids were cached, such as an image file that was missing.
+        faults = _faulty_rows(tokens)
+        # A sample of them: what is mended, such as a folder of images, seldom is one row.
+        if any(encode(source.dataset[int(index)], int(index))["fault"] is None for index in faults[:_RECHECKED]):
             tokens = encode.all_rows(num_workers, use_cache=False)
-            faults = [index for index, fault in enumerate(tokens["fault"]) if fault is not None]
-        self.faults = [(tokens[index]["name"], tokens[index]["fault"]) for index in faults]
-        self.tokens = tokens.with_format("numpy")
+            faults = _faulty_rows(tokens)
+        self.faults = [(row["name"], row["fault"]) for row in tokens.select(faults)]
+        columns = tokens.with_format("numpy")
         self.rows = np.setdiff1d(np.arange(len(tokens)), faults)
-        self.lengths = np.asarray(self.tokens["length"][:], dtype=np.int64)[self.rows]
-        self.num_cut = int(np.asarray(self.tokens["cut"][:]).sum())
+        self.lengths = np.asarray(columns["length"][:], dtype=np.int64)[self.rows]
+        self.num_cut = int(np.asarray(columns["cut"][:]).sum())
+        self.tokens = columns.select_columns(["input_ids", "is_target"])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -60,6 +66,11 @@ class _EncodedSource:
             example = self.source.to_example(self.source.dataset[row])
             encoded.images = self.encoder.images(example)[:num_images]
         return self.encoder.sample(encoded, key)
+
+
+def _faulty_rows(tokens: datasets.Dataset) -> np.ndarray:
+    column = tokens.with_format("arrow")["fault"][:]
+    return np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)) if len(tokens) else np.zeros(0, dtype=int)
 
 
 class _EncodeRow:
@@ -101,7 +112,8 @@ class _EncodeRow:
         rows = self.source.dataset
         if not isinstance(rows, datasets.Dataset):
             return datasets.Dataset.from_list([self(raw, i) for i, raw in enumerate(rows)], features=self.FEATURES)
-        state = [rows._fingerprint, self.source.to_example, self.encoder.settings, self.on_bad_sample]
+        versions = [_ENCODING_VERSION, transformers.__version__]
+        state = [versions, rows._fingerprint, self.source.to_example, self.encoder.settings, self.on_bad_sample]
         return rows.with_format(None).map(
             self,
             with_indices=True,
@@ -118,7 +130,7 @@ class DualTokenChatDataset(Dataset):
     """
     Samples of one or several sources, as [`ChatEncoder`] makes them.
 
-    All samples are tokenised when the data set is made (the result is cached), and whatever is wrong with one is found then: an image
+    All samples are tokenised when the data set is first made (the ids are kept in the cache of `datasets`), and whatever is wrong with one is found then: an image
     file that is missing, a placeholder without an image, an image that `max_length` would cut, a sample without
     anything to learn. Images are read when their sample is asked for.
 

@@ -70,10 +70,10 @@ def lora_config(
             "`target_modules` names lm_head, but it is tied to the embeddings, which merging the adapter would change "
             "with it. Leave it out; `train_in_full` with 'image_tokens' trains the rows of the image tokens."
         )
-    if adapts_head and is_deepspeed_zero3_enabled():
+    if adapts_head and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
         raise ValueError(
-            "`target_modules` names lm_head, which does not run under ZeRO-3: ranks with unequal numbers of text targets "
-            "would gather its weight unequally often, and wait for each other. Leave it out, or use ZeRO-2."
+            "`target_modules` names lm_head, which does not run where weights are split (ZeRO-3, FSDP): ranks with "
+            "unequal numbers of text targets would call it unequally often. Leave it out, or use ZeRO-2."
         )
     if (
         "embeddings" in train_in_full
@@ -122,7 +122,9 @@ def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
     return "|".join(patterns)
 
 
-def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kwargs) -> PeftModel:
+def add_lora(
+    model: DualTokenForCausalLM, config: LoraConfig | None = None, *, revision: str | None = None, **kwargs
+) -> PeftModel:
     """
     Give a unified model a new, trainable adapter, and print its size; everything else is frozen.
 
@@ -132,6 +134,7 @@ def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kw
     Args:
         model ([`DualTokenForCausalLM`]): the base model, quantised or not. It is changed in place.
         config (`peft.LoraConfig`, *optional*): by default [`lora_config`] of `kwargs`.
+        revision (`str`, *optional*): of the base model on the Hub; the adapter remembers it.
 
     Returns:
         `peft.PeftModel`: for [`DualTokenTrainer`], `generate` in all modes, and `save_pretrained`, which writes the
@@ -141,7 +144,12 @@ def add_lora(model: DualTokenForCausalLM, config: LoraConfig | None = None, **kw
         raise ValueError(f"Give `add_lora` a config or its settings, not both; got also {', '.join(sorted(kwargs))}.")
     config = lora_config(model, **kwargs) if config is None else config
     one_dtype = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=not one_dtype)
+    if one_dtype and config.trainable_token_indices:
+        raise ValueError(
+            "`train_in_full` names 'image_tokens', rows of the embeddings that PEFT cannot train where weights are split "
+            "(ZeRO-3, FSDP). Leave them out (`--lora_train_in_full projector heads`), or use ZeRO-2."
+        )
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not one_dtype, revision=revision)
     if not one_dtype:
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
@@ -177,11 +185,13 @@ def merge_adapter(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
-    base = base or PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    config, revision = PeftConfig.from_pretrained(adapter), None
+    if base is None:
+        base, revision = config.base_model_name_or_path, config.revision
     if not base:
         raise ValueError(f"The adapter {adapter} names no base model; give the one that it was trained on as `base`.")
-    dtype = dtype or AutoConfig.from_pretrained(base).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     model.to(dtype).save_pretrained(output)
     for folder in (adapter, base):

@@ -188,7 +188,7 @@ class UnifiedEvaluationMixin:
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """One batch of an evaluation; it hands nothing back, since the sums are all that is wanted."""
         # What readers of the data leave in a batch for a training step.
-        others = ("num_skipped", "stream_position")
+        others = ("num_skipped", "num_cut", "stream_position")
         inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name not in others})
         with torch.no_grad(), self.compute_loss_context_manager():
             # The losses make their own logits, a chunk at a time.

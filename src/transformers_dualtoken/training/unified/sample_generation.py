@@ -189,7 +189,7 @@ class SampleGenerationCallback(TrainerCallback):
         model.eval()
         answers = []
         try:
-            with torch.no_grad(), trainer.accelerator.autocast():
+            with trainer.throughput.paused(), torch.no_grad(), trainer.accelerator.autocast():
                 for prompt in self.prompts:
                     try:
                         with self._seeded(model.device), _gathered(trainer.model, model):

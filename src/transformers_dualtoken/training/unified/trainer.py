@@ -5,6 +5,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from ...modeling_dualtoken import DualTokenForCausalLM
 from ..base_trainer import DualTokenBaseTrainer
@@ -12,6 +13,8 @@ from ..training_arguments import DualTokenTrainingArguments
 from .evaluation import UnifiedEvaluationMixin, UnifiedLossSums
 from .throughput import ThroughputMeter, TrainingFlops, peak_flops
 
+
+logger = logging.get_logger(__name__)
 
 # What the names of `set_trainable` stand for, as prefixes of parameter names.
 TRAINABLE_PARTS = {
@@ -134,7 +137,7 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
             self.accelerator,
             unwrapped.config.image_token_id,
             -1 if collator_pad is None else collator_pad,
-            flops=None if peak is None else TrainingFlops(unwrapped),
+            flops=None if peak is None else _training_flops(unwrapped),
             peak=peak,
         )
 
@@ -239,6 +242,19 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
                 "last checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, or "
                 "gradient clipping."
             )
+
+
+def _training_flops(model: nn.Module) -> TrainingFlops | None:
+    """`None`, and a warning, for a language model of other blocks than Qwen2's: its operations cannot be counted."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = base.model.language_model.layers[0]
+    wanted = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+    if all(hasattr(getattr(layer, part, None), name) for part, names in wanted.items() for name in names):
+        return TrainingFlops(model)
+    logger.warning(
+        f"The utilisation of the device is not logged: the operations of {type(layer).__name__} cannot be counted."
+    )
+    return None
 
 
 def _is_finite(parameter: nn.Parameter) -> bool:
