@@ -116,6 +116,9 @@ class DualTokenTextHead(nn.Linear):
     """
 
     def forward(self, hidden_states: torch.Tensor, targets: torch.LongTensor | None = None):
+        # A copy that an adapter trains in float32 beside a bfloat16 model is of another dtype.
+        if not is_autocast_on(hidden_states.device.type):
+            hidden_states = hidden_states.to(self.weight.dtype)
         if targets is None:
             return super().forward(hidden_states)
         output = linear_cross_entropy(hidden_states, self.weight, targets, bias=self.bias)
@@ -711,7 +714,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return torch.stack(sums).sum(), torch.stack(correct).sum()
 
     def _for_text_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """In the text head's dtype: an adapter's own copy is float32 beside a bfloat16 model."""
+        """In the dtype of a text head that an adapter has put in the place of ours, which sees to that itself."""
+        # Not its weight: to look at it here would make ZeRO-3 bring it together once more.
+        if isinstance(self.lm_head, DualTokenTextHead):
+            return hidden_states
         weight = getattr(self.lm_head, "weight", None)
         if weight is None or not weight.is_floating_point() or is_autocast_on(hidden_states.device.type):
             return hidden_states
