@@ -28,8 +28,16 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     script_arguments, training_arguments, model_arguments = parser.parse_args_and_config(
         sys.argv[1:] if argv is None else argv
     )
+    if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
+        # TRL's own setting would quantise the vision tokenizer and the heads too.
+        raise ValueError(
+            "This script does not take --load_in_4bit or --load_in_8bit: use `examples/run_unified.py` with "
+            "`--quantization 4`, or load the model by `transformers_dualtoken.training.load_quantized`."
+        )
+    revision = model_arguments.model_revision
     model = AutoModelForCausalLM.from_pretrained(
         model_arguments.model_name_or_path,
+        revision=revision,
         dtype=model_arguments.dtype,
         attn_implementation=model_arguments.attn_implementation,
     )
@@ -41,7 +49,7 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
         eval_dataset=dataset[script_arguments.dataset_test_split]
         if training_arguments.eval_strategy != "no"
         else None,
-        processing_class=AutoProcessor.from_pretrained(model_arguments.model_name_or_path),
+        processing_class=AutoProcessor.from_pretrained(model_arguments.model_name_or_path, revision=revision),
         peft_config=get_peft_config(model_arguments),
     )
     trainer.data_collator = TextAnswerCollator(trainer.data_collator, model.config.image_token_id)

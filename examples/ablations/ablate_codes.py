@@ -3,7 +3,8 @@ Ablation: does the unified model need both kinds of codes? Pixel codes only, sem
 
     python examples/ablations/ablate_codes.py --output_dir ablations
 
-trains a unified model of each variant with three seeds, each until its validation loss stops falling, and writes
+trains unified models of each variant with three seeds, one to answer and one to draw, each until its validation loss
+stops falling, and writes
 `codes.md`, `ablation_codes.png` (learning curves) and `ablation_codes_drawings.png`. Started again, it skips what is
 finished. `--page docs/ablations.md` puts the results into the documentation; with `--report_only` nothing is trained.
 With the same folder, it uses the scenes, the judge and the teachers of the other ablations.
@@ -41,7 +42,8 @@ GENERATION = {
     "drawn_semantics": ("digit by semantic codes, %", 100, 1),
 }
 METRICS = UNDERSTANDING | GENERATION
-CURVES = ("loss", "digit", "corner", "drawn_both", "frechet", "drawn_semantics")
+TASK_OF = dict.fromkeys(UNDERSTANDING, "understanding") | dict.fromkeys(GENERATION, "generation")
+CURVES = ("digit", "corner", "drawn_both", "drawn_digit", "frechet", "drawn_semantics")
 PICTURES = {"curves": "ablation_codes.png", "drawings": "ablation_codes_drawings.png"}
 
 
@@ -72,7 +74,10 @@ def load(output_dir: Path) -> dict[str, dict[int, dict]]:
 
 def values_of(runs: dict[int, dict], name: str, moment: str = "best") -> dict[int, float]:
     """A metric by seed, at the lowest validation loss (`best`) or the end (`last`), or of the `tokenizer`."""
-    return {seed: METRICS[name][1] * run[moment][name] for seed, run in runs.items() if name in run[moment]}
+    measured = {
+        seed: run[moment] if moment == "tokenizer" else run[TASK_OF[name]][moment] for seed, run in runs.items()
+    }
+    return {seed: METRICS[name][1] * values[name] for seed, values in measured.items() if name in values}
 
 
 def write_tables(output_dir: Path) -> str:
@@ -125,23 +130,25 @@ def write_tables(output_dir: Path) -> str:
 
 def training_rows(runs: dict[str, dict[int, dict]]) -> list[list[str]]:
     rows = []
-    for variant, own in runs.items():
-        cells = [
-            [str(run["best_step"]), str(run["last_step"]), "yes" if run["converged"] else "no"]
-            + [f"{run['core_seconds'] / 60:.1f}"]
-            for run in own.values()
-        ]
-        rows.append([TITLES[variant], *(", ".join(column) or "–" for column in (list(zip(*cells)) or [[]] * 4))])
+    for task in ("understanding", "generation"):
+        for variant, own in runs.items():
+            cells = [
+                [str(run["best_step"]), str(run["last_step"]), "yes" if run["converged"] else "no"]
+                + [f"{run['core_seconds'] / 60:.1f}"]
+                for run in (trained[task] for trained in own.values())
+            ]
+            columns = list(zip(*cells)) or [[]] * 4
+            rows.append([f"{task}, {TITLES[variant]}", *(", ".join(column) or "–" for column in columns)])
     return rows
 
 
 def plot_curves(output_dir: Path) -> Figure:
-    """Validation loss and held-out metrics against steps, a line for each seed, a point where its loss is lowest."""
+    """Held-out metrics against steps, a line for each seed, a point where its validation loss is lowest."""
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axis, name in zip(figure.subplots(2, 3).flat, CURVES):
-        shown, factor = METRICS[name][:2] if name in METRICS else ("validation loss", 1)
+        shown, factor = METRICS[name][:2]
         for color, (variant, own) in enumerate(load(output_dir).items()):
-            for run in own.values():
+            for run in (trained[TASK_OF[name]] for trained in own.values()):
                 points = [(point["step"], factor * point[name]) for point in run["curve"] if name in point]
                 if points:
                     axis.plot(*zip(*points), color=f"C{color}", linewidth=1, alpha=0.8)

@@ -5,7 +5,8 @@ Train and measure the unified models of one seed of the ablation of the codes: b
 
 It leaves `runs/codes-both-seed0.json` and a picture of drawings for every variant. All of a seed have the same
 tokenizer (`dual-2` of `train_variant.py`), whose codes are made once, and the same untrained language model, data and
-order of the data. A variant reads and learns to write only its own kind of codes.
+order of the data. A variant reads and learns to write only its own kind of codes. Of each variant one model learns to
+answer and another one to draw: in one model, which of the two it gives up would be a matter of their weights.
 """
 
 import argparse
@@ -34,13 +35,14 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dig
 from build_language_model import build_tokenizer  # noqa: E402
 from data import IMAGE_SIZE, NOUNS, scan_to_image, split_scans, vary  # noqa: E402
 from measure import SAMPLING  # noqa: E402
-from scenes import TRAIN_PHOTOS, VALIDATION_PHOTOS, blend_digit, load_photos, write_scenes  # noqa: E402
+from scenes import TRAIN_PHOTOS, TRAIN_SCENES, VALIDATION_PHOTOS, blend_digit, load_photos, write_scenes  # noqa: E402
 from teacher import Judge, to_pixels, train_teacher, zero_shot_accuracy  # noqa: E402
 from train_variant import frechet_distance, load_judge, train_tokenizer  # noqa: E402
 
 
 # The kinds of codes a model reads and learns to write.
 VARIANTS = {"both": ("pixel", "semantic"), "pixel": ("pixel",), "semantic": ("semantic",)}
+TASKS = ("understanding", "generation")
 TOKENIZER = "dual-2"
 
 # What is asked about scenes, and drawn: a digit over one view of one of these photographs. Over crops from anywhere, as
@@ -52,11 +54,9 @@ CORNERS = ("upper left", "upper right", "lower left", "lower right")
 # A corner is asked for where it is brighter than the others by this much, of 255.
 CORNER_LEAD = 13
 DRAW = "Draw {} over the {}."
-# Drawing is the hardest to learn, so it comes twice.
-DRAW_REPEATS = 2
 
-# Pictures of each kind of every training scan; every tenth scan is for validation.
-PICTURES = 4
+# Pictures of every training scan: all its scenes to be asked about, views to draw. Every tenth scan is for validation.
+PICTURES = {"understanding": TRAIN_SCENES, "generation": 4}
 VALIDATION_EVERY, VALIDATION_PICTURES = 10, 2
 HELDOUT_VIEWS = 4
 # Drawings of every digit over every view: while training, and in the end.
@@ -79,21 +79,20 @@ DEPTH_HEADS = {
     "intermediate_size": 128,
     "input_hidden_size": 96,
 }
-# An answer is a few tokens, a picture 16 positions of four codes: with a weight of 1 the answers would be a hundredth of
-# the loss, and its plateau would say nothing of them.
-TEXT_LOSS_WEIGHT = 20.0
-# Whenever the validation loss has fallen by less than `threshold` of itself since it was lowest, the learning rate is
-# multiplied by `factor`; where it would be for the time after `cuts`, training ends.
+# Where more than `patience` evaluations in a row find a validation loss that has fallen by less than `threshold` of
+# itself since it was lowest, the learning rate is multiplied by `factor`; where it would be for the time after `cuts`,
+# training ends.
 TRAINING = {
     "batch_size": 16,
     "learning_rate": 1.5e-3,
     "weight_decay": 0.05,
     "prompt_drop_probability": 0.1,
     "eval_steps": 500,
-    "threshold": 0.02,
+    "threshold": 0.01,
+    "patience": 1,
     "factor": 0.25,
     "cuts": 2,
-    "max_steps": 5000,
+    "max_steps": 12000,
 }
 
 
@@ -132,7 +131,7 @@ def load_pictures(output_dir: Path, validation: bool) -> dict[str, dict[str, np.
     pictures = {
         part: {kind: scenes[f"{part}_{kind}"] for kind in ("images", "digits")} for part in ("train", "heldout")
     }
-    pictures["train_views"] = draw_views(*train, PICTURES, seed=2)
+    pictures["train_views"] = draw_views(*train, PICTURES["generation"], seed=2)
     pictures["heldout_views"] = draw_views(*heldout, HELDOUT_VIEWS, seed=3)
     return pictures
 
@@ -173,13 +172,16 @@ class Conversations:
             build_tokenizer([*ASK.values(), *answers, *requests, "user\nassistant\n"]),
             num_image_tokens=self.vision_tokenizer.config.num_positions,
         )
-        num_scans = len(self.pictures["train_views"]["digits"]) // PICTURES
+        num_scans = len(self.pictures["train_views"]["digits"]) // PICTURES["generation"]
         scans = {
             True: range(0, num_scans, VALIDATION_EVERY),
             False: [scan for scan in range(num_scans) if scan % VALIDATION_EVERY],
         }
-        self.train = self._dataset(self._lesson(scans[False], PICTURES), TRAINING["prompt_drop_probability"], seed)
-        self.validation = self._dataset(self._lesson(scans[True], VALIDATION_PICTURES))
+        drop = TRAINING["prompt_drop_probability"]
+        self.train = {
+            task: self._dataset(self._lesson(task, scans[False], PICTURES[task]), drop, seed) for task in TASKS
+        }
+        self.validation = {task: self._dataset(self._lesson(task, scans[True], VALIDATION_PICTURES)) for task in TASKS}
         heldout = range(len(self.corners["heldout"]))
         self.questions = {kind: self._dataset(self._ask("heldout", heldout, kind)) for kind in ASK}
 
@@ -201,16 +203,17 @@ class Conversations:
                 examples.append({"messages": chat, "id": f"{part}/{row}"})
         return examples
 
-    def _lesson(self, scans, pictures: int) -> list[dict]:
-        """Questions about, and drawings of, the first `pictures` pictures of each of the training scans."""
-        per_scan = len(self.pictures["train"]["digits"]) // (len(self.pictures["train_views"]["digits"]) // PICTURES)
-        rows = [scan * per_scan + number for scan in scans for number in range(pictures)]
-        examples = [example for kind in ASK for example in self._ask("train", rows, kind)]
+    def _lesson(self, task: str, scans, pictures: int) -> list[dict]:
+        """Questions about, or drawings of, the first `pictures` pictures of each of the training scans."""
         views = self.pictures["train_views"]
-        for row in [scan * PICTURES + number for scan in scans for number in range(pictures)]:
+        if task == "understanding":
+            rows = [scan * PICTURES[task] + number for scan in scans for number in range(pictures)]
+            return [example for kind in ASK for example in self._ask("train", rows, kind)]
+        examples = []
+        for row in [scan * PICTURES[task] + number for scan in scans for number in range(pictures)]:
             request = draw_request(views["digits"][row], views["views"][row])
             chat = [request, message("assistant", self._picture("train_views", row))]
-            examples += [{"messages": chat, "id": f"train_views/{row}"}] * DRAW_REPEATS
+            examples.append({"messages": chat, "id": f"train_views/{row}"})
         return examples
 
     def _dataset(self, examples: list[dict], drop: float = 0.0, seed: int = 0) -> DualTokenChatDataset:
@@ -243,7 +246,6 @@ def build_model(conversations: Conversations, kinds: tuple[str, ...], seed: int)
         language_model,
         **token_ids,
         depth_head_config=DEPTH_HEADS,
-        text_loss_weight=TEXT_LOSS_WEIGHT,
         pixel_loss_weight=float("pixel" in kinds),
         semantic_loss_weight=float("semantic" in kinds),
     )
@@ -333,6 +335,7 @@ class Curve(TrainerCallback):
 
     def __init__(self, measure):
         self.measure, self.points, self.best, self.weights, self.converged = measure, [], None, None, False
+        self.lowest_that_counts, self.num_bad = float("inf"), 0
 
     def on_evaluate(self, args, state, control, model=None, optimizer=None, metrics=None, **kwargs):
         loss, rate = metrics["eval_loss"], optimizer.param_groups[0]["lr"]
@@ -343,8 +346,15 @@ class Curve(TrainerCallback):
             trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
             self.weights = {name: value.clone() for name, value in model.state_dict().items() if name in trained}
             self.best = len(self.points) - 1
+        # As the scheduler counts, which begins anew after a cut.
+        if len(self.points) > 1 and rate != self.points[-2]["learning_rate"]:
+            self.num_bad = 0
+        if loss < self.lowest_that_counts * (1 - TRAINING["threshold"]):
+            self.lowest_that_counts, self.num_bad = loss, 0
+        else:
+            self.num_bad += 1
         is_last_rate = rate < TRAINING["learning_rate"] * TRAINING["factor"] ** (TRAINING["cuts"] - 0.5)
-        if is_last_rate and loss > lowest * (1 - TRAINING["threshold"]):
+        if is_last_rate and self.num_bad > TRAINING["patience"]:
             self.converged = control.should_training_stop = True
 
 
@@ -355,16 +365,19 @@ def save_drawings(path: Path, images: torch.Tensor) -> None:
     Image.fromarray(np.rint((grid.numpy() + 1) * 127.5).astype(np.uint8)).save(path)
 
 
-def train_variant(output_dir: Path, variant: str, seed: int, conversations, drawings: Drawings) -> dict:
-    """Train a variant until its validation loss stops falling, and measure it at its lowest and at the end."""
+def train_task(
+    output_dir: Path, variant: str, task: str, seed: int, conversations: Conversations, drawings: Drawings
+) -> dict:
+    """Train a variant for a task until its validation loss stops falling; measure it at its lowest and at the end."""
     kinds = VARIANTS[variant]
     model = build_model(conversations, kinds, seed)
     collate = DualTokenDataCollator(conversations.processor.tokenizer.pad_token_id)
 
     def measure(model, repeats: int = CURVE_DRAWINGS) -> dict[str, float]:
         model.eval()
-        answers = {kind: answer_accuracy(model, asked, collate) for kind, asked in conversations.questions.items()}
-        return answers | drawings.draw(model, kinds, repeats)[0]
+        if task == "understanding":
+            return {kind: answer_accuracy(model, asked, collate) for kind, asked in conversations.questions.items()}
+        return drawings.draw(model, kinds, repeats)[0]
 
     curve = Curve(measure)
     arguments = TrainingArguments(
@@ -384,7 +397,7 @@ def train_variant(output_dir: Path, variant: str, seed: int, conversations, draw
         adam_beta2=0.95,
         weight_decay=TRAINING["weight_decay"],
         lr_scheduler_type="reduce_lr_on_plateau",
-        lr_scheduler_kwargs={"factor": TRAINING["factor"], "patience": 0, "threshold": TRAINING["threshold"]},
+        lr_scheduler_kwargs={name: TRAINING[name] for name in ("factor", "patience", "threshold")},
         metric_for_best_model="eval_loss",
         prediction_loss_only=True,
     )
@@ -392,8 +405,8 @@ def train_variant(output_dir: Path, variant: str, seed: int, conversations, draw
     DualTokenTrainer(
         model=model,
         args=arguments,
-        train_dataset=conversations.train,
-        eval_dataset=conversations.validation,
+        train_dataset=conversations.train[task],
+        eval_dataset=conversations.validation[task],
         data_collator=collate,
         callbacks=[curve],
     ).train()
@@ -401,7 +414,7 @@ def train_variant(output_dir: Path, variant: str, seed: int, conversations, draw
     last = measure(model, FINAL_DRAWINGS)
     model.load_state_dict(curve.weights, strict=False)
     best = measure(model, FINAL_DRAWINGS)
-    if "pixel" in kinds:
+    if task == "generation" and "pixel" in kinds:
         codes = drawings.draw(model, kinds, 1)[1]
         save_drawings(
             output_dir / "runs" / f"codes-{variant}-seed{seed}.png", model.decode_images(pixel_codes=codes["pixel"])
@@ -413,9 +426,14 @@ def train_variant(output_dir: Path, variant: str, seed: int, conversations, draw
         "core_seconds": round(seconds, 1),
         "best": best,
         "last": last,
-        "tokenizer": drawings.tokenizer_metrics(),
         "curve": curve.points,
     }
+
+
+def train_variant(output_dir: Path, variant: str, seed: int, conversations, drawings: Drawings) -> dict:
+    """Both models of a variant, by task, and what the codes of held-out pictures reach."""
+    results = {task: train_task(output_dir, variant, task, seed, conversations, drawings) for task in TASKS}
+    return {**results, "tokenizer": drawings.tokenizer_metrics()}
 
 
 def settings_of(variant: str, seed: int) -> dict:
@@ -427,7 +445,6 @@ def settings_of(variant: str, seed: int) -> dict:
         "language_model": LANGUAGE_MODEL,
         "depth_heads": DEPTH_HEADS,
         "training": TRAINING,
-        "text_loss_weight": TEXT_LOSS_WEIGHT,
         "sampling": SAMPLING,
     }
 
