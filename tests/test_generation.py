@@ -16,6 +16,7 @@ from transformers_dualtoken.code_sampling import DualTokenCodeSampler
 N, START, IMAGE, END, PAD, EOS, VOCAB = 9, 50, 51, 52, 0, 2, 60
 PICTURE = [START, *[IMAGE] * N, END]
 BOTH = pytest.mark.parametrize("visual_features", ["codes", "projected"])
+CACHES = pytest.mark.parametrize("cache", ["static", "dynamic"])
 GREEDY = {"generation_mode": "image", "image_do_sample": False}
 INTERLEAVED = {"generation_mode": "interleaved", "image_do_sample": False}
 
@@ -139,9 +140,9 @@ class TestPositions:
 
     def test_image(self, model, positions):
         model.generate(**self.PROMPT, **GREEDY)
-        # Two prompts, then `<image_start>` alone at position 0, twice.
-        assert positions[0] == [[0, 1, 2, 3], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0]]
-        assert positions[1:] == [[[4 + n], [2 + n], [1 + n], [1 + n]] for n in range(N - 1)]
+        # Two prompts but for `<image_start>`, which the unconditional rows get too, alone at position 0.
+        assert positions[0] == [[0, 1, 2], [0, 0, 0]]
+        assert positions[1:] == [[[3 + n], [1 + n], [n], [n]] for n in range(N)]
 
     def test_interleaved(self, model, positions):
         plan = [{}, {1: START}]
@@ -149,9 +150,11 @@ class TestPositions:
             **self.PROMPT, max_new_tokens=N + 3, eos_token_id=None, logits_processor=[force(plan, 4)], **INTERLEAVED
         )
         # The second row's prompt ends in <image_start> too: both draw at once.
-        prompt, start, *steps = positions
-        assert prompt == [[0, 1, 2, 3], [0, 0, 0, 1]] and start == [[0], [0]]
-        assert steps[: 2 * N] == [part for n in range(N) for part in ([[4 + n], [2 + n]], [[1 + n], [1 + n]])]
+        prompt, *steps = positions
+        assert prompt == [[0, 1, 2], [0, 0, 0]]
+        assert steps[: N + 1] == [[[3 + n], [1 + n], [n], [n]] for n in range(N + 1)]
+        # `<image_end>`, and what comes after it, is of no concern to the unconditional rows.
+        assert steps[N + 1 :] == [[[4 + N + n], [2 + N + n]] for n in range(len(steps) - N - 1)]
 
     def test_interleaved_second_image(self, model, positions):
         negative = ids(9, 10, START)
@@ -165,10 +168,9 @@ class TestPositions:
             **INTERLEAVED,
         )
         # The negative prompt once, without its last token; then for every image 2 (its <image_start>) to N + 2.
-        assert positions[0] == [[0, 1]] and positions[1] == [[0]]
-        conditional = [[[1 + n]] for n in range(2 * N + 5)]
-        unconditional = [[[2 + n]] for n in range(N + 1)] * 2
-        assert sorted(positions[2:]) == sorted(conditional + unconditional)
+        assert positions[:2] == [[[0, 1]], [[0]]]
+        assert [step[0] for step in positions[2:]] == [[1 + n] for n in range(2 * N + 5)]
+        assert [step[1] for step in positions[2:] if len(step) == 2] == [[2 + n] for n in range(N + 1)] * 2
 
     def test_text(self, model, positions):
         model.generate(**self.PROMPT, max_new_tokens=3, eos_token_id=None)
@@ -191,13 +193,17 @@ class TestImage:
         assert not torch.equal(out.pixel_codes, out.semantic_codes)
 
     @BOTH
+    @CACHES
     @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-    def test_equals_the_naive_loop(self, visual_features, scale):
-        out = shared_model(visual_features).generate(ids(5, 6, 7, START), guidance_scale=scale, **GREEDY)
+    def test_equals_the_naive_loop(self, visual_features, scale, cache):
+        out = shared_model(visual_features).generate(
+            ids(5, 6, 7, START), guidance_scale=scale, cache_implementation=cache, **GREEDY
+        )
         assert_codes(out, *naive(visual_features).image([5, 6, 7, START], guidance_scale=scale))
 
     @BOTH
-    def test_equals_the_naive_loop_with_images_on_both_sides(self, visual_features):
+    @CACHES
+    def test_equals_the_naive_loop_with_images_on_both_sides(self, visual_features, cache):
         """Image to image, guided by a negative prompt that has an image of its own."""
         codes, negative = random_codes(1), random_codes(1, seed=6)
         prompt, negative_prompt = [5, *PICTURE, 6, START], [*PICTURE, 7, START]
@@ -207,6 +213,7 @@ class TestImage:
             negative_prompt_ids=ids(*negative_prompt),
             **{f"negative_{name}": kind for name, kind in negative.items()},
             guidance_scale=2.0,
+            cache_implementation=cache,
             **GREEDY,
         )
         expected = naive(visual_features).image(prompt, pairs(codes), negative_prompt, pairs(negative), 2.0)
@@ -252,11 +259,11 @@ class TestImage:
     def test_scale_one_runs_no_unconditional_rows(self, model, forward_rows):
         prompt = {**pad_left([[5, 6, 7, START], [8, START]])}
         plain = model.generate(**prompt, guidance_scale=1.0, **GREEDY)
-        # The prompt, then every position but the last, whose state nobody needs.
-        assert forward_rows == [2] * N
+        # The prompt, its <image_start>, then every position but the last, whose state nobody needs.
+        assert forward_rows == [2] * (1 + N)
         forward_rows.clear()
         guided = model.generate(**prompt, guidance_scale=1.0 + 1e-7, **GREEDY)
-        assert forward_rows == [4] * N
+        assert forward_rows == [2] + [4] * N
         assert same_images(plain, guided)
 
     def test_scale_zero_is_unconditional(self, model):
@@ -265,7 +272,7 @@ class TestImage:
 
     @BOTH
     @pytest.mark.parametrize("scale", [1.0, 2.5])
-    @pytest.mark.parametrize("cache", [None, "static"])
+    @CACHES
     def test_left_padded_batch_equals_single_rows(self, visual_features, scale, cache):
         model, codes = shared_model(visual_features), random_codes(3)
         batch = model.generate(**pad_left(ROWS), **codes, guidance_scale=scale, cache_implementation=cache, **GREEDY)
@@ -548,8 +555,9 @@ class TestSampler:
 
 class TestInterleaved:
     @BOTH
+    @CACHES
     @pytest.mark.parametrize("scale", [1.0, 2.5])
-    def test_rows_at_different_stages_equal_the_naive_loop(self, visual_features, scale):
+    def test_rows_at_different_stages_equal_the_naive_loop(self, visual_features, scale, cache):
         """An image at once, text first, an image in the prompt, two images; the free steps are the model's choice."""
         model, codes, budget = shared_model(visual_features), random_codes(2), 30
         rows = [[5, 6, 7, START], [8], [9, *PICTURE, 10], [*PICTURE, START]]
@@ -563,6 +571,7 @@ class TestInterleaved:
             guidance_scale=scale,
             max_new_tokens=budget,
             eos_token_id=None,
+            cache_implementation=cache,
             logits_processor=[force(plans, length)],
             **INTERLEAVED,
         )
@@ -579,8 +588,9 @@ class TestInterleaved:
         assert_codes(out, torch.stack(pixel), torch.stack(semantic))
 
     @BOTH
+    @CACHES
     @pytest.mark.parametrize("negative_rows", [1, 2])
-    def test_negative_prompts_equal_the_naive_loop(self, visual_features, negative_rows):
+    def test_negative_prompts_equal_the_naive_loop(self, visual_features, negative_rows, cache):
         """Images that overlap in time, then a pause of both rows, then a new image."""
         model, negative_codes, budget = shared_model(visual_features), random_codes(1, seed=6), 36
         rows, plans = [[5, START], [8, 9]], [{10: 13, 17: START}, {3: START, 14: 7, 24: START}]
@@ -594,6 +604,7 @@ class TestInterleaved:
             guidance_scale=2.5,
             max_new_tokens=budget,
             eos_token_id=None,
+            cache_implementation=cache,
             logits_processor=[force(plans, 2)],
             **INTERLEAVED,
         )
@@ -758,16 +769,12 @@ class TestInterleaved:
         with pytest.raises(ValueError, match="A streamer takes one row"):
             model.generate(ids(5, 6).repeat(2, 1), streamer=Recorder(), **INTERLEAVED)
 
-    def test_static_cache_is_refused(self, model):
-        with pytest.raises(ValueError, match="dynamic cache"):
-            model.generate(ids(5), cache_implementation="static", **INTERLEAVED)
-
     def test_unconditional_rows_run_during_images_only(self, model, forward_rows):
         model.generate(
             ids(5), max_new_tokens=15, logits_processor=[force([{2: START}], 1)], eos_token_id=None, **INTERLEAVED
         )
-        # The prompt; per new token but the last one forward; per <image_start> and image position a second one.
-        assert len(forward_rows) == 1 + 14 + 1 + N
+        # Two tokens, <image_start> and the positions, <image_end>, the rest; the prompt's only token is fed like those.
+        assert forward_rows == [1, 1, 1] + [2] * (1 + N) + [1] * 2
 
 
 class Recorder:
@@ -983,7 +990,7 @@ class TestBadArguments:
         model.generate(ids(5), max_new_tokens=1, **{name: None})
 
     def test_cache_implementation(self, model):
-        with pytest.raises(ValueError, match="'dynamic' or"):
+        with pytest.raises(ValueError, match="'static' or 'dynamic', got 'quantized'"):
             model.generate(ids(5), cache_implementation="quantized", **GREEDY)
 
 

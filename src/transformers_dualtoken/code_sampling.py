@@ -13,8 +13,8 @@ class DualTokenCodeSampler:
     """
     Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic).
 
-    The draw adds Gumbel noise and takes the maximum: no host synchronisation, and no sort of the whole codebook
-    unless top-k is off.
+    The draw adds Gumbel noise and takes the maximum: the host waits for nothing, and the whole codebook is sorted only
+    where top-k is off.
 
     Args:
         temperature (pair of `float`): > 0.
@@ -55,28 +55,62 @@ class DualTokenCodeSampler:
         settings["do_sample"] = True if do_sample is None else bool(do_sample)
         return cls(generator=kwargs.pop("generator", None), **settings)
 
-    def __call__(self, logits: torch.Tensor) -> torch.LongTensor:
-        """`(2, B, K)` -> `(2, B)`."""
+    def num_candidates(self, num_codes: int) -> int:
+        """How many of the most probable codes the draw is among: what top-k leaves in either head."""
+        top_k = [min(k, num_codes) or num_codes for k in self.top_k]
+        return max(top_k) if self._is_ranked(num_codes) else num_codes
+
+    def _is_ranked(self, num_codes: int) -> bool:
+        return min(min(k, num_codes) or num_codes for k in self.top_k) < num_codes or min(self.top_p) < 1
+
+    def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> torch.Tensor | None:
+        """A buffer for the noise of all depths of one position, `(D, 2, B, candidates)`; `None` where none is needed."""
+        if not self.do_sample:
+            return None
+        return torch.empty(num_depths, 2, rows, self.num_candidates(num_codes), device=device)
+
+    def fill_noise(self, noise: torch.Tensor) -> None:
+        """Draw Gumbel noise into a buffer. With a generator of the CPU's, a GPU draws what the CPU would."""
+        on_host = self.generator is not None and self.generator.device != noise.device
+        drawn = torch.empty(noise.shape, device=self.generator.device) if on_host else noise
+        drawn.exponential_(generator=self.generator).log_().neg_()
+        if on_host:
+            noise.copy_(drawn)
+
+    def __call__(self, logits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.LongTensor:
+        """
+        `(2, B, K)` -> `(2, B)`, without a wait for the device.
+
+        `noise` `(2, B, candidates)` is that of one depth, from [`fill_noise`]; by default it is drawn here.
+        """
         if not self.do_sample:
             return logits.argmax(-1)
-        logits = logits.float()
-        scores = logits / logits.new_tensor(self.temperature).view(2, 1, 1)
         num_codes = logits.shape[-1]
-        top_k = [min(k, num_codes) or num_codes for k in self.top_k]
+        if noise is None:
+            noise = self.new_noise(1, logits.shape[1], num_codes, logits.device)[0]
+            self.fill_noise(noise)
+        scores = logits.float()
+        if self.temperature != (1.0, 1.0):
+            scores = scores / _per_head(self.temperature, scores)
         indices = None
-        if min(top_k) < num_codes or min(self.top_p) < 1:
-            scores, indices = scores.topk(max(top_k), dim=-1)
-            ranks = torch.arange(scores.shape[-1], device=scores.device)
-            removed = ranks >= torch.tensor(top_k, device=scores.device).view(2, 1, 1)
-            scores = scores.masked_fill(removed, float("-inf"))
-            probabilities = scores.softmax(-1)
-            # A code stays while those before it hold less than top-p; the first always stays.
-            before = probabilities.cumsum(-1) - probabilities
-            scores = scores.masked_fill(before >= logits.new_tensor(self.top_p).view(2, 1, 1), float("-inf"))
-        device = self.generator.device if self.generator is not None else scores.device
-        noise = torch.empty(scores.shape, device=device).exponential_(generator=self.generator).to(scores.device)
-        chosen = (scores - noise.log()).argmax(-1)
-        return chosen if indices is None else indices.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        if self._is_ranked(num_codes):
+            scores, indices = scores.topk(noise.shape[-1], dim=-1)
+            for head, k in enumerate(self.top_k):
+                if 0 < k < scores.shape[-1]:
+                    scores[head, :, k:] = float("-inf")
+            if min(self.top_p) < 1:
+                # A code stays while those before it hold less than top-p; the first always stays.
+                held = scores.softmax(-1).cumsum(-1)
+                scores[..., 1:].masked_fill_(held[..., :-1] >= _per_head(self.top_p, held), float("-inf"))
+        chosen = (scores + noise).argmax(-1, keepdim=True)
+        return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
+
+
+def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Tensor:
+    """A setting of both heads as what broadcasts against `(2, B, K)`; filled on the device, since a copy would wait."""
+    if pair[0] == pair[1]:
+        return pair[0]
+    return torch.cat([like.new_full((1, 1, 1), value) for value in pair])
 
 
 __all__ = ["DualTokenCodeSampler"]

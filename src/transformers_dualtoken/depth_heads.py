@@ -29,25 +29,33 @@ class DualTokenStackedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(*stack, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(*stack, out_features)) if bias else None
 
-    def forward(self, hidden_states: torch.Tensor, depth: int | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, depth: int | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`.
 
-        One entry for both: ZeRO-3 and FSDP2 bring a module's weights together where it is called.
+        `residual`, of the result's shape, is added within the product. One entry for all of this: ZeRO-3 and FSDP2
+        bring a module's weights together where it is called.
         """
         if depth is None:
-            return self._product(hidden_states, self.weight, self.bias)
-        return self._product(hidden_states, self.weight[:, depth], None if self.bias is None else self.bias[:, depth])
+            return self._product(hidden_states, self.weight, self.bias, residual)
+        bias = None if self.bias is None else self.bias[:, depth]
+        return self._product(hidden_states, self.weight[:, depth], bias, residual)
 
     @staticmethod
-    def _product(hidden_states, weight, bias):
+    def _product(hidden_states, weight, bias, residual):
         stack = weight.shape[:-2]
         weight = weight.flatten(0, -3).transpose(1, 2)
         hidden_states = hidden_states.flatten(0, -3)
-        if bias is None:
+        added = None if bias is None else bias.flatten(0, -2).unsqueeze(1)
+        if residual is not None:
+            residual = residual.flatten(0, -3)
+            added = residual if added is None else residual + added
+        if added is None:
             product = torch.bmm(hidden_states, weight)
         else:
-            product = torch.baddbmm(bias.flatten(0, -2).unsqueeze(1), hidden_states, weight)
+            product = torch.baddbmm(added, hidden_states, weight)
         return product.view(*stack, *product.shape[1:])
 
 
@@ -62,10 +70,7 @@ class DualTokenStackedRMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(M, ..., W)` -> the same."""
         weight = self.weight.view(NUM_KINDS, *[1] * (hidden_states.ndim - 2), -1)
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.to(torch.promote_types(dtype, torch.float32))
-        hidden_states = hidden_states * torch.rsqrt(hidden_states.square().mean(-1, keepdim=True) + self.eps)
-        return weight * hidden_states.to(dtype)
+        return weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
 
 
 class DualTokenDepthLayer(GradientCheckpointingLayer):
@@ -116,12 +121,16 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         qkv = self.qkv_proj(self.input_layernorm(hidden_states))
         qkv = qkv.view(models, length, 3, self.num_heads, self.head_dim)
         cache[:, :, :, :, depth] = qkv[:, :, 1:].permute(2, 0, 1, 3, 4)
-        key, value = cache[:, :, :, :, : depth + 1].flatten(1, 2)
-        query = qkv[:, :, 0].flatten(0, 1).unsqueeze(2)
-        context = F.scaled_dot_product_attention(query, key, value)
-        hidden_states = hidden_states + self.o_proj(context.view(models, length, width))
+        if depth == 0:
+            # Attention to oneself alone.
+            context = qkv[:, :, 2]
+        else:
+            key, value = cache[:, :, :, :, : depth + 1].flatten(1, 2)
+            query = qkv[:, :, 0].flatten(0, 1).unsqueeze(2)
+            context = F.scaled_dot_product_attention(query, key, value)
+        hidden_states = self.o_proj(context.reshape(models, length, width), residual=hidden_states)
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.down_proj(self.act_fn(self.up_proj(normed, depth)), depth)
+        return self.down_proj(self.act_fn(self.up_proj(normed, depth)), depth, residual=hidden_states)
 
 
 @dataclass
@@ -222,7 +231,12 @@ class DualTokenDepthHeads(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, hidden_states: torch.Tensor, codebooks: torch.Tensor, sampler, guidance_scale: float | None = None
+        self,
+        hidden_states: torch.Tensor,
+        codebooks: torch.Tensor,
+        sampler,
+        guidance_scale: float | None = None,
+        noise: torch.Tensor | None = None,
     ) -> torch.LongTensor:
         """
         Draw the codes of one position of every row, depth by depth.
@@ -231,9 +245,13 @@ class DualTokenDepthHeads(nn.Module):
             hidden_states (`torch.Tensor` of shape `(R, H)`): R = B rows, or with guidance 2 B: first the conditional,
                 then the unconditional rows. Both rows of a pair share the drawn codes.
             codebooks (`torch.Tensor` of shape `(2, books, K, C)`): code vectors; `books` is 1 or D.
-            sampler (callable): logits `(2, B, K)` -> codes `(2, B)`.
+            sampler (callable): logits `(2, B, K)`, and with `noise` that of the depth, -> codes `(2, B)`.
             guidance_scale (`float`, *optional*): logits = uncond + s (cond - uncond). Applied to the features before
                 the classifier, which is linear: the same logits for half the rows.
+            noise (`torch.Tensor` of shape `(D, 2, B, candidates)`, *optional*): what the sampler is to draw by, from
+                its `fill_noise`.
+
+        The host waits for nothing, and all shapes are fixed: the whole can be one CUDA graph.
 
         Returns:
             `torch.LongTensor` of shape `(2, B, D)`.
@@ -245,9 +263,11 @@ class DualTokenDepthHeads(nn.Module):
             for layer in self.layers
         ]
         models = torch.arange(NUM_KINDS, device=features.device)[:, None]
-        running, codes = 0.0, []
+        running, codes = None, []
         for depth in range(self.num_depths):
             if depth > 0:
+                vectors = codebooks[models, depth - 1 if codebooks.shape[1] > 1 else 0, codes[-1]]
+                running = vectors if running is None else running + vectors
                 features = self.code_proj(running.to(features.dtype))
                 if guidance_scale is not None:
                     features = features.repeat(1, 2, 1)
@@ -256,10 +276,9 @@ class DualTokenDepthHeads(nn.Module):
             normed = self.norm(features)
             if guidance_scale is not None:
                 cond, uncond = normed.chunk(2, dim=1)
-                normed = uncond + guidance_scale * (cond - uncond)
-            chosen = sampler(self.classifier(normed, depth))
-            codes.append(chosen)
-            running = running + codebooks[models, depth if codebooks.shape[1] > 1 else 0, chosen]
+                normed = torch.lerp(uncond, cond, guidance_scale)
+            logits = self.classifier(normed, depth)
+            codes.append(sampler(logits) if noise is None else sampler(logits, noise[depth]))
         return torch.stack(codes, dim=-1)
 
 

@@ -7,18 +7,25 @@ beside each image; both contexts see the same drawn codes.
 
 import copy
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import DynamicCache, StaticCache
+import torch.nn.functional as F
 from transformers.generation import GenerationMixin, LogitsProcessorList
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .code_sampling import DualTokenCodeSampler
-from .generation_context import Context, Prompt, UnconditionalContext, stack_prompts
+from .generation_context import Context, Prompt, StaticContext
+from .generation_memory import check_memory
+from .image_decoding import ImageDecoder
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
+# How far the host may be ahead of a progress bar.
+_STEPS_AHEAD = 8
+# Text between images that the first buffers of interleaved generation have room for.
+_TEXT_ROOM = 256
 
 
 @dataclass
@@ -44,12 +51,64 @@ class DualTokenGenerateOutput(ModelOutput):
 class _Row:
     """Where a row of interleaved generation stands."""
 
-    # Codes (2, D) of the positions of every image; the last image may be under way.
+    # Codes (2, n, D) of the positions of every image, part by part; the last image may be under way.
     images: list[list[torch.Tensor]] = field(default_factory=list)
     in_image: bool = False
+    # Positions drawn of the current image.
+    num_drawn: int = 0
     finished: bool = False
     # State of the tokenizer's up-projections within the current image.
     projection_cache: list = field(default_factory=list)
+
+    def begin_image(self) -> None:
+        self.in_image, self.num_drawn, self.projection_cache = True, 0, []
+        self.images.append([])
+
+    def take(self, codes: torch.LongTensor) -> None:
+        """Add the codes `(2, n, D)` of the next positions."""
+        self.images[-1].append(codes)
+        self.num_drawn += codes.shape[1]
+
+
+@dataclass
+class _Guidance:
+    """The unconditional side of a generation; without guidance, scale 1 and no prompt."""
+
+    scale: float
+    prompt: Prompt | None
+
+
+@dataclass
+class _Watching:
+    """What is told while images are drawn."""
+
+    on_image: object = None
+    progress_bar: bool = False
+
+    def bar(self, total: int, unit: str):
+        return logging.tqdm(total=total, unit=unit, disable=not self.progress_bar)
+
+    def pace(self, bar, device: torch.device):
+        """What to call after every position; `None` without a bar."""
+        if not self.progress_bar:
+            return None
+        if device.type != "cuda":
+            return bar.update
+        events = deque()
+
+        def update():
+            # The host runs ahead of a GPU. The bar shows what was done, and lets the host go on a few steps before.
+            events.append(torch.cuda.Event())
+            events[-1].record()
+            if len(events) > _STEPS_AHEAD:
+                events.popleft().synchronize()
+            bar.update()
+
+        return update
+
+    def tell(self, codes: tuple[torch.LongTensor, torch.LongTensor], owner: int) -> None:
+        if self.on_image is not None:
+            self.on_image(codes, owner)
 
 
 class DualTokenGenerationMixin(GenerationMixin):
@@ -80,6 +139,14 @@ class DualTokenGenerationMixin(GenerationMixin):
             generator (`torch.Generator`, *optional*): source of all randomness in image and interleaved mode.
             num_return_sequences (`int`, defaults to 1).
             max_new_tokens (`int`): ignored in image mode; in interleaved mode an image counts N + 2.
+            cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
+                and on a CUDA device one graph per position, or `"dynamic"`, a cache that grows. By default static where
+                the language model allows it. The same codes either way.
+            compile_config (`CompileConfig`, *optional*): compiles the step of an image position.
+            on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
+                `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
+            progress_bar (`bool`, defaults to `False`): show one, over the positions of image mode and over the tokens
+                of interleaved mode. A GPU is waited for a few positions behind.
             kwargs: as in transformers.
 
         Returns:
@@ -87,7 +154,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: for an unknown mode, a negative guidance scale, an empty prompt, prompts that end differently,
-                a negative prompt that does not end in `<image_start>`, or images that do not fit the placeholders.
+                a negative prompt that does not end in `<image_start>`, images that do not fit the placeholders, or
+                more images at once than the device's memory holds.
         """
         mode = kwargs.pop("generation_mode", None) or "text"
         if mode not in GENERATION_MODES:
@@ -126,6 +194,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         }
         logits_processor = kwargs.pop("logits_processor", None)
         streamer = kwargs.pop("streamer", None)
+        watching = _Watching(kwargs.pop("on_image", None), bool(kwargs.pop("progress_bar", False)))
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
         num_return_sequences = kwargs.pop("num_return_sequences", None)
         generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
@@ -155,14 +224,16 @@ class DualTokenGenerationMixin(GenerationMixin):
         prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
         if mode == "image":
             prompt = self._end_in_image_start(prompt)
-        prompt = self._repeat_rows(prompt, num_return_sequences)
-        negative_prompt = None
+        elif (inputs[:, -1] == self.config.image_token_id).any():
+            raise ValueError("A prompt must not end within an image: `<image_end>` closes it.")
+        rows = len(prompt) * num_return_sequences
+        guidance = _Guidance(guidance_scale, None)
         if guidance_scale != 1:
-            negative_prompt = self._negative_prompt(prompt, len(inputs), negative, generation_config)
+            guidance.prompt = self._negative_prompt(prompt, negative, generation_config)
         if mode == "image":
-            return self._generate_image(prompt, negative_prompt, guidance_scale, sampler, generation_config)
+            return self._generate_image(prompt, rows, guidance, sampler, generation_config, watching)
         return self._generate_interleaved(
-            prompt, negative_prompt, guidance_scale, sampler, generation_config, logits_processor, streamer
+            prompt, rows, guidance, sampler, generation_config, watching, logits_processor, streamer
         )
 
     # Text mode: transformers' own generate.
@@ -173,6 +244,9 @@ class DualTokenGenerationMixin(GenerationMixin):
             if suppressed is None and config is not None:
                 suppressed = config.suppress_tokens
         self._drop_cached_images(inputs, kwargs)
+        for name in ("on_image", "progress_bar"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"`{name}` belongs to image and interleaved generation; text has no images.")
         for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
             if kwargs.get(name) is None:
                 kwargs.pop(name, None)
@@ -283,26 +357,15 @@ class DualTokenGenerationMixin(GenerationMixin):
             prompt.codes,
         )
 
-    def _repeat_rows(self, prompt: Prompt, repeats: int) -> Prompt:
-        if repeats == 1:
-            return prompt
-        codes = prompt.codes
-        if codes is not None:
-            order = self._image_order(self.model.image_mask(prompt.input_ids, None), len(codes[0]), repeats)
-            codes = tuple(kind[order] for kind in codes)
-        return Prompt(
-            prompt.input_ids.repeat_interleave(repeats, 0), prompt.attention_mask.repeat_interleave(repeats, 0), codes
-        )
-
-    def _negative_prompt(self, prompt: Prompt, num_prompts: int, negative: dict, generation_config) -> Prompt:
-        """The unconditional context of every row; `num_prompts` is the number before the rows were repeated."""
-        rows, start = len(prompt), self.config.image_start_token_id
+    def _negative_prompt(self, prompt: Prompt, negative: dict, generation_config) -> Prompt:
+        """The unconditional context: one for all prompts, or one for each."""
+        num_prompts, start = len(prompt), self.config.image_start_token_id
         ids = negative["prompt_ids"]
         if ids is None:
             given = [f"negative_{name}" for name, value in negative.items() if value is not None]
             if given:
                 raise ValueError(f"{', '.join(given)} need `negative_prompt_ids`.")
-            ids = torch.full_like(prompt.input_ids[:, :1], start)
+            ids = torch.full_like(prompt.input_ids[:1, :1], start)
             return Prompt(ids, torch.ones_like(ids), None)
         ids = ids.to(prompt.input_ids.device)
         if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) not in (1, num_prompts):
@@ -319,13 +382,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             if codes is not None:
                 raise ValueError("Images come either as `negative_pixel_values` or as codes, not as both.")
             codes = self.model.get_image_codes(negative["pixel_values"])
-        return self._repeat_rows(Prompt(ids, mask, codes), rows // len(ids))
-
-    def _codebooks(self) -> torch.Tensor:
-        """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
-        books = [self.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in ("pixel", "semantic")]
-        most = max(len(book) for book in books)
-        return torch.stack([book.expand(most, -1, -1) for book in books])
+        return Prompt(ids, mask, codes)
 
     def _pad_token_id(self, generation_config) -> int:
         pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
@@ -334,55 +391,59 @@ class DualTokenGenerationMixin(GenerationMixin):
         eos = eos[0] if isinstance(eos, list) else eos
         return 0 if eos is None else eos
 
+    def _new_context(
+        self, prompt: Prompt, rows: int, guidance: _Guidance, generation_config, max_new_tokens: int
+    ) -> Context:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "static", "dynamic"):
+            raise ValueError(
+                f"Image and interleaved generation take `cache_implementation` 'static' or 'dynamic', got {kind!r}."
+            )
+        unsupported = StaticContext.unsupported(self)
+        if kind == "static" and unsupported is not None:
+            raise ValueError(f"This model cannot draw images with a static cache: {unsupported}. Take 'dynamic'.")
+        is_static = kind == "static" or (kind is None and unsupported is None)
+        length = prompt.input_ids.shape[1]
+        check_memory(self, rows, length + max_new_tokens, length, guidance.prompt is not None)
+        return (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, max_new_tokens)
+
+    def _new_decoder(self, context: Context, guidance: _Guidance, sampler, generation_config) -> ImageDecoder:
+        compile_config = getattr(generation_config, "compile_config", None)
+        options = None if compile_config is None else compile_config.to_dict()
+        return ImageDecoder(self, context, sampler, guidance.scale, options)
+
     # Image mode.
 
     def _generate_image(
         self,
         prompt: Prompt,
-        negative_prompt: Prompt | None,
-        guidance_scale: float,
+        rows: int,
+        guidance: _Guidance,
         sampler: DualTokenCodeSampler,
         generation_config,
+        watching: _Watching,
     ) -> DualTokenGenerateOutput:
-        num_positions, rows = self.config.num_positions, len(prompt)
-        guided = negative_prompt is not None
-        # One batch and one cache for both sides of guidance.
-        batch = prompt
-        if guided:
-            batch = stack_prompts(prompt, negative_prompt, self._pad_token_id(generation_config))
-        cache = self._new_cache(generation_config, batch.input_ids.shape[1] + num_positions)
-        context = Context(self, batch, cache)
-        codebooks, projection_cache = self._codebooks(), []
-        codes = []
-        while True:
-            drawn = self.depth_heads.sample(
-                context.hidden_states, codebooks, sampler, guidance_scale if guided else None
+        num_positions = self.config.num_positions
+        context = self._new_context(prompt, rows, guidance, generation_config, num_positions)
+        context.begin(list(range(rows)))
+        decoder = self._new_decoder(context, guidance, sampler, generation_config)
+        with watching.bar(num_positions, "position") as bar:
+            codes = decoder.draw(
+                num_positions, feed_last=False, on_position=watching.pace(bar, prompt.input_ids.device)
             )
-            codes.append(drawn)
-            if len(codes) == num_positions:
-                break
-            embeds = self.model.embed_image_codes(*drawn.unsqueeze(2), cache=projection_cache)
-            context.step(embeds.repeat(2, 1, 1) if guided else embeds)
 
-        image = torch.full_like(prompt.input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
-        end = torch.full_like(prompt.input_ids[:, :1], self.config.image_end_token_id)
-        pixel_codes, semantic_codes = self._to_grid(torch.stack(codes, dim=2))
+        input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
+        image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
+        end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
+        pixel_codes, semantic_codes = self._to_grid(codes)
+        for owner in range(rows):
+            watching.tell((pixel_codes[owner], semantic_codes[owner]), owner)
         return DualTokenGenerateOutput(
-            sequences=torch.cat([prompt.input_ids, image, end], dim=1),
+            sequences=torch.cat([input_ids, image, end], dim=1),
             pixel_codes=pixel_codes,
             semantic_codes=semantic_codes,
-            image_owner=torch.arange(rows, device=prompt.input_ids.device),
+            image_owner=torch.arange(rows, device=input_ids.device),
         )
-
-    def _new_cache(self, generation_config, length: int):
-        if generation_config.cache_implementation == "static":
-            return StaticCache(config=self.config.text_config, max_cache_len=length)
-        if generation_config.cache_implementation not in (None, "dynamic"):
-            raise ValueError(
-                "Image and interleaved generation take `cache_implementation` 'dynamic' or (image mode) 'static', got "
-                f"{generation_config.cache_implementation!r}."
-            )
-        return DynamicCache(config=self.config.text_config)
 
     def _to_grid(self, codes: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
         """`(2, images, N, D)` -> two of `(images, h, w, D)`."""
@@ -394,10 +455,11 @@ class DualTokenGenerationMixin(GenerationMixin):
     def _generate_interleaved(
         self,
         prompt: Prompt,
-        negative_prompt: Prompt | None,
-        guidance_scale: float,
+        num_rows: int,
+        guidance: _Guidance,
         sampler: DualTokenCodeSampler,
         generation_config,
+        watching: _Watching,
         logits_processor,
         streamer,
     ) -> DualTokenGenerateOutput:
@@ -407,87 +469,100 @@ class DualTokenGenerationMixin(GenerationMixin):
         eos = generation_config.eos_token_id
         eos_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
         budget = self._interleaved_budget(prompt, generation_config)
-        if generation_config.cache_implementation == "static":
-            raise ValueError("Interleaved generation takes the dynamic cache: its length is not known beforehand.")
-        if streamer is not None and len(prompt) > 1:
-            raise ValueError(f"A streamer takes one row, got {len(prompt)}.")
+        if streamer is not None and num_rows > 1:
+            raise ValueError(f"A streamer takes one row, got {num_rows}.")
+        input_ids = prompt.input_ids.repeat_interleave(num_rows // len(prompt), 0)
+        length = input_ids.shape[1]
         processors = self._get_logits_processor(
             generation_config=generation_config,
-            input_ids_seq_length=prompt.input_ids.shape[1],
-            encoder_input_ids=prompt.input_ids,
+            input_ids_seq_length=length,
+            encoder_input_ids=input_ids,
             prefix_allowed_tokens_fn=None,
             logits_processor=logits_processor if logits_processor is not None else LogitsProcessorList(),
             device=device,
         )
 
-        rows = [_Row(in_image=bool(last == start_id)) for last in prompt.input_ids[:, -1]]
-        for row in rows:
-            if row.in_image:
-                if budget < config.num_positions + 1:
-                    raise ValueError(
-                        f"The prompt asks for an image, which takes {config.num_positions + 1} tokens, but "
-                        f"`max_new_tokens` is {budget}."
-                    )
-                row.images.append([])
-        guided = negative_prompt is not None
-        unconditional = UnconditionalContext(self, negative_prompt) if guided else None
-        context = Context(self, prompt, self._new_cache(generation_config, 0))
-        if guided:
-            embeds = self.get_input_embeddings()(prompt.input_ids[:, -1:])
-            unconditional.step(embeds, [index for index, row in enumerate(rows) if row.in_image], [])
-        codebooks, sequences = self._codebooks(), prompt.input_ids
+        rows = [_Row() for _ in range(num_rows)]
+        starts = (input_ids[:, -1] == start_id).nonzero().flatten().tolist()
+        if starts and budget < config.num_positions + 1:
+            raise ValueError(
+                f"The prompt asks for an image, which takes {config.num_positions + 1} tokens, but `max_new_tokens` "
+                f"is {budget}."
+            )
+        for index in starts:
+            rows[index].begin_image()
+        first_room = min(budget, config.num_positions + _TEXT_ROOM)
+        context = self._new_context(prompt, num_rows, guidance, generation_config, first_room)
+        context.begin(starts)
+        decoder = self._new_decoder(context, guidance, sampler, generation_config)
+        sequences = F.pad(input_ids, (0, budget), value=pad_id)
         if streamer is not None:
             streamer.put(prompt.input_ids.cpu())
 
-        for step in range(budget):
-            next_ids = torch.full((len(rows),), pad_id, device=device)
-            drawing = [index for index, row in enumerate(rows) if row.in_image and self._positions_left(row)]
-            writing = [index for index, row in enumerate(rows) if not row.in_image and not row.finished]
-            for index, row in enumerate(rows):
-                if row.in_image:
-                    next_ids[index] = image_id if index in drawing else end_id
-            if drawing:
-                hidden_states = context.hidden_states[drawing]
-                if guided:
-                    hidden_states = torch.cat([hidden_states, unconditional.hidden_states[drawing]])
-                drawn = self.depth_heads.sample(hidden_states, codebooks, sampler, guidance_scale if guided else None)
-                for index, codes in zip(drawing, drawn.unbind(1)):
-                    rows[index].images[-1].append(codes)
-            if writing:
-                scores = processors(sequences, self.lm_head(self._for_text_head(context.hidden_states)).float())[
-                    writing
-                ]
-                barred = [image_id, end_id]
-                if budget - step < config.num_positions + 2:
-                    barred.append(start_id)
-                scores[:, barred] = float("-inf")
-                next_ids[writing] = self._choose_text(scores, generation_config, sampler.generator)
-
-            starts, goes_on = [], []
-            for index, (row, token) in enumerate(zip(rows, next_ids.tolist())):
-                if row.finished:
+        end = length + budget
+        with watching.bar(budget, "token") as bar:
+            pace = watching.pace(bar, device)
+            while length < end:
+                drawing = [i for i, row in enumerate(rows) if row.in_image and row.num_drawn < config.num_positions]
+                ending = [i for i, row in enumerate(rows) if row.in_image and row.num_drawn == config.num_positions]
+                writing = [i for i, row in enumerate(rows) if not row.in_image and not row.finished]
+                if drawing and not ending and not writing and config.visual_features == "codes":
+                    # Nothing to decide for a while: the host need not know what is drawn.
+                    count = config.num_positions - max(rows[index].num_drawn for index in drawing)
+                    codes = decoder.draw(count, on_position=pace)
+                    self._take_codes(rows, drawing, codes, watching)
+                    sequences[drawing, length : length + count] = image_id
+                    length += count
                     continue
-                if index in drawing:
-                    goes_on.append(index)
-                elif token == end_id:
-                    row.in_image = False
-                elif token == start_id:
-                    row.in_image, row.projection_cache = True, []
-                    row.images.append([])
-                    starts.append(index)
-                row.finished = token in eos_ids
-            sequences = torch.cat([sequences, next_ids[:, None]], dim=1)
-            if streamer is not None and writing:
-                streamer.put(next_ids.cpu())
-            if step == budget - 1 or all(row.finished for row in rows):
-                break
-            embeds = self._next_embeds(next_ids, rows, drawing)
-            context.step(embeds)
-            if guided:
-                unconditional.step(embeds, starts, goes_on)
+                tokens = [pad_id] * num_rows
+                if drawing:
+                    codes = decoder.sample()
+                    self._take_codes(rows, drawing, codes.unsqueeze(2), watching)
+                if writing:
+                    hidden_states = context.hidden_states[:num_rows]
+                    logits = self.lm_head(self._for_text_head(hidden_states)).float()
+                    scores = processors(sequences[:, :length], logits)[writing]
+                    barred = [image_id, end_id]
+                    if end - length < config.num_positions + 2:
+                        barred.append(start_id)
+                    scores[:, barred] = float("-inf")
+                    chosen = self._choose_text(scores, generation_config, sampler.generator)
+                    for index, token in zip(writing, chosen.tolist()):
+                        tokens[index] = token
+                starts = [index for index in writing if tokens[index] == start_id]
+                for index in drawing:
+                    tokens[index] = image_id
+                for index in ending:
+                    tokens[index], rows[index].in_image = end_id, False
+                for index in starts:
+                    rows[index].begin_image()
+                for index in writing:
+                    rows[index].finished = tokens[index] in eos_ids
+                next_ids = torch.tensor(tokens, device=device)
+                sequences[:, length] = next_ids
+                length += 1
+                if streamer is not None and writing:
+                    streamer.put(next_ids.cpu())
+                if pace is not None:
+                    pace()
+                if length == end or all(row.finished for row in rows):
+                    break
+                embeds = self._next_embeds(next_ids, rows, drawing, codes if drawing else None)
+                context.reserve(1)
+                context.start_images(starts)
+                context.feed(embeds, conditional_only=not (drawing or starts))
         if streamer is not None:
             streamer.end()
-        return self._collect(sequences, rows)
+        return self._collect(sequences[:, :length], rows)
+
+    def _take_codes(self, rows: list[_Row], drawing: list[int], codes: torch.LongTensor, watching: _Watching) -> None:
+        """Give the rows that draw their codes of `(2, B, n, D)`, and tell of images that are finished."""
+        for index in drawing:
+            rows[index].take(codes[:, index])
+            if rows[index].num_drawn == self.config.num_positions:
+                image = torch.cat(rows[index].images[-1], dim=1)
+                rows[index].images[-1] = [image]
+                watching.tell(tuple(part[0] for part in self._to_grid(image.unsqueeze(1))), index)
 
     def _interleaved_budget(self, prompt: Prompt, generation_config) -> int:
         """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
@@ -501,9 +576,6 @@ class DualTokenGenerationMixin(GenerationMixin):
             raise ValueError(f"`max_new_tokens` must leave room for at least one token, got {budget}.")
         return budget
 
-    def _positions_left(self, row: _Row) -> int:
-        return self.config.num_positions - len(row.images[-1])
-
     @staticmethod
     def _choose_text(scores: torch.Tensor, generation_config, generator) -> torch.LongTensor:
         if not generation_config.do_sample:
@@ -512,21 +584,22 @@ class DualTokenGenerationMixin(GenerationMixin):
         probabilities = scores.softmax(-1).to(device)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
 
-    def _next_embeds(self, next_ids: torch.LongTensor, rows: list[_Row], drawing: list[int]) -> torch.Tensor:
+    def _next_embeds(
+        self, next_ids: torch.LongTensor, rows: list[_Row], drawing: list[int], codes: torch.LongTensor | None
+    ) -> torch.Tensor:
         embeds = self.get_input_embeddings()(next_ids[:, None])
         if self.config.visual_features == "codes" and drawing:
-            codes = torch.stack([rows[index].images[-1][-1] for index in drawing], dim=1)
-            embeds[drawing] = self.model.embed_image_codes(*codes.unsqueeze(2)).to(embeds.dtype)
+            embeds[drawing] = self.model.embed_image_codes(*codes[:, drawing].unsqueeze(2)).to(embeds.dtype)
         else:
             # Rows stand at different positions of their images: each has its own state.
             for index in drawing:
-                row = rows[index]
-                codes = row.images[-1][-1][:, None, None]
-                embeds[index] = self.model.embed_image_codes(*codes, cache=row.projection_cache)[0].to(embeds.dtype)
+                cache = rows[index].projection_cache
+                code = codes[:, index, None, None]
+                embeds[index] = self.model.embed_image_codes(*code, cache=cache)[0].to(embeds.dtype)
         return embeds
 
     def _collect(self, sequences: torch.LongTensor, rows: list[_Row]) -> DualTokenGenerateOutput:
-        images = [torch.stack(image, dim=1) for row in rows for image in row.images]
+        images = [image for row in rows for (image,) in row.images]
         owners = [index for index, row in enumerate(rows) for _ in row.images]
         if images:
             pixel_codes, semantic_codes = self._to_grid(torch.stack(images, dim=1))

@@ -1,9 +1,17 @@
-"""What the language model has seen: prompts, and the states of generation that grow from them."""
+"""What the language model has seen: prompts, and the state of generation that grows from them.
+
+With guidance every row has a second, unconditional one. Both kinds lie in one batch and one cache, the conditional rows
+first, so that the weights are read once for both. A row's mask shows it what is its own: the unconditional one of a row
+sees the negative prompt (if any) and the row's current image, and counts its positions from there, as if it were alone.
+"""
 
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache
+import torch.nn.functional as F
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+
+from .linear_cross_entropy import is_autocast_on
 
 
 @dataclass
@@ -17,117 +25,258 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def model_inputs(self) -> dict:
-        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        if self.codes is not None:
-            inputs["pixel_codes"], inputs["semantic_codes"] = self.codes
-        return inputs
+    def without_last(self) -> "Prompt":
+        return Prompt(self.input_ids[:, :-1], self.attention_mask[:, :-1], self.codes)
 
 
-def _left_pad(prompt: Prompt, length: int, pad_token_id: int) -> Prompt:
-    missing = length - prompt.input_ids.shape[1]
-    pad = torch.nn.functional.pad
-    return Prompt(
-        pad(prompt.input_ids, (missing, 0), value=pad_token_id),
-        pad(prompt.attention_mask, (missing, 0), value=0),
-        prompt.codes,
-    )
+@dataclass
+class _Prefill:
+    """Keys and values `(B, heads, L, head_dim)` of every layer for the prompts so far; none of an empty prompt."""
 
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    attention_mask: torch.LongTensor
+    cache: DynamicCache | None = None
 
-def stack_prompts(first: Prompt, second: Prompt, pad_token_id: int) -> Prompt:
-    """The rows of two batches in one, left-padded to one length."""
-    length = max(first.input_ids.shape[1], second.input_ids.shape[1])
-    first, second = _left_pad(first, length, pad_token_id), _left_pad(second, length, pad_token_id)
-    codes = [prompt.codes for prompt in (first, second) if prompt.codes is not None]
-    return Prompt(
-        torch.cat([first.input_ids, second.input_ids]),
-        torch.cat([first.attention_mask, second.attention_mask]),
-        tuple(torch.cat(kind) for kind in zip(*codes)) if codes else None,
-    )
+    @classmethod
+    def of(cls, model, prompt: Prompt) -> "_Prefill":
+        if prompt.input_ids.shape[1] == 0:
+            return cls([], prompt.attention_mask)
+        inputs = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
+        if prompt.codes is not None:
+            inputs["pixel_codes"], inputs["semantic_codes"] = prompt.codes
+        cache = DynamicCache(config=model.config.text_config)
+        model.model(**inputs, past_key_values=cache, use_cache=True)
+        return cls([(layer.keys, layer.values) for layer in cache.layers], prompt.attention_mask, cache)
+
+    def __len__(self) -> int:
+        return self.attention_mask.shape[1]
+
+    def layer(self, index: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's keys and values for `rows` rows, every prompt repeated in place."""
+        return tuple(part.repeat_interleave(rows // len(part), 0) for part in self.layers[index])
+
+    def mask(self, rows: int, length: int) -> torch.LongTensor:
+        """The mask `(rows, length)`, padded on the left."""
+        mask = self.attention_mask.repeat_interleave(rows // len(self.attention_mask), 0)
+        return F.pad(mask, (length - len(self), 0))
 
 
 class Context:
-    """The language model's state over a batch of rows: its cache, mask and positions."""
+    """
+    The language model's state over the rows of a generation, in a cache that grows: for every kind of backbone.
 
-    def __init__(self, model, prompt: Prompt, cache):
-        self.model, self.cache = model, cache
-        self.attention_mask = prompt.attention_mask
-        outputs = model.model(**prompt.model_inputs(), past_key_values=cache, use_cache=True, return_dict=True)
-        self.hidden_states = outputs.last_hidden_state[:, -1]
-        self.next_position = self.attention_mask.sum(-1, keepdim=True)
+    Args:
+        model ([`DualTokenForCausalLM`]).
+        prompt ([`Prompt`]): all of it but the last token is fed at once; [`begin`] feeds that.
+        rows (`int`): a multiple of the prompts; each is repeated in place, once it has been fed.
+        negative_prompt ([`Prompt`], *optional*): of all rows, or one for each or for each prompt; ends in
+            `<image_start>`, which a row is fed when its image starts. With it there are as many unconditional rows.
+        max_new_tokens (`int`): how many tokens will be fed at most, that last one included.
+    """
 
-    def step(self, embeds: torch.Tensor) -> torch.Tensor:
-        """Feed one embedding per row, `(B, 1, H)`; returns the new hidden states `(B, H)`."""
-        self.attention_mask = torch.cat(
-            [self.attention_mask, self.attention_mask.new_ones(len(self.attention_mask), 1)], dim=1
-        )
-        outputs = self.model.model.language_model(
-            inputs_embeds=self.model.model.for_backbone(embeds),
-            attention_mask=self.attention_mask,
-            position_ids=self.next_position,
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
+    def __init__(self, model, prompt: Prompt, rows: int, negative_prompt: Prompt | None, max_new_tokens: int):
+        self.model, self.rows, self.guided = model, rows, negative_prompt is not None
+        self.last_ids = prompt.input_ids[:, -1:].repeat_interleave(rows // len(prompt), 0)
+        prefills = [_Prefill.of(model, prompt.without_last())]
+        if self.guided:
+            prefills.append(_Prefill.of(model, negative_prompt.without_last()))
+        self.prefix_length = max(map(len, prefills))
+        self.prefix_mask = torch.cat([prefill.mask(rows, self.prefix_length) for prefill in prefills])
+        # The next position of every row, (R, 1).
+        self.next_position = self.prefix_mask.sum(-1, keepdim=True)
+        self.hidden_states: torch.Tensor | None = None
+        self._build(prefills, max_new_tokens)
+
+    def _build(self, prefills: list[_Prefill], max_new_tokens: int) -> None:
+        longest = max(prefills, key=len)
+        self.attention_mask = self.prefix_mask
+        self.cache = longest.cache
+        if self.cache is None:
+            self.cache = DynamicCache(config=self.model.config.text_config)
+            return
+        for index, layer in enumerate(self.cache.layers):
+            # A window of the past holds its end, and where others have less there is nothing to see.
+            length = layer.keys.shape[2]
+            sides = []
+            for prefill in prefills:
+                if not prefill.layers:
+                    sides.append(tuple(part.new_zeros(self.rows, *part.shape[1:]) for part in longest.layers[index]))
+                    continue
+                parts = prefill.layer(index, self.rows)
+                sides.append(tuple(F.pad(part, (0, 0, length - part.shape[2], 0)) for part in parts))
+            layer.keys, layer.values = (torch.cat(part) for part in zip(*sides))
+
+    def begin(self, drawing: list[int]) -> None:
+        """Feed the prompts' last tokens; with those of the rows `drawing`, which are `<image_start>`, images begin."""
+        self.start_images(drawing)
+        self.feed(self.model.get_input_embeddings()(self.last_ids), conditional_only=not drawing)
+
+    def start_images(self, rows: list[int]) -> None:
+        """What is fed next begins an image of these rows: their unconditional rows forget what came before."""
+        if self.guided and rows:
+            rows = self._unconditional(rows)
+            self.attention_mask = self.attention_mask.clone()
+            self.attention_mask[rows, self.prefix_length :] = 0
+            self.next_position[rows] = self.prefix_mask[rows].sum(-1, keepdim=True)
+
+    def _unconditional(self, rows: list[int]) -> slice | torch.LongTensor:
+        if len(rows) == self.rows:
+            return slice(self.rows, None)
+        return torch.tensor(rows, device=self.prefix_mask.device) + self.rows
+
+    def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
+        """
+        Feed one embedding per row, `(B, 1, H)`: the unconditional rows get the same.
+
+        Args:
+            conditional_only (`bool`, defaults to `False`): no row is in an image, so that the unconditional rows may
+                be left out. A growing cache feeds them all the same.
+
+        Returns:
+            `torch.Tensor` of shape `(R, H)`: the new hidden states, conditional rows first.
+        """
+        ones = self.attention_mask.new_ones(len(self.attention_mask), 1)
+        self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
+        self.hidden_states = self._run(embeds, self.attention_mask, self.next_position, self.cache)
         self.next_position = self.next_position + 1
-        self.hidden_states = outputs.last_hidden_state[:, -1]
         return self.hidden_states
 
-
-class UnconditionalContext:
-    """
-    The unconditional side of guidance where rows start and end their images at different times.
-
-    All rows share one cache. A row's mask shows it the negative prompt (if any) and its current image only, and its
-    positions count from there, so that it sees exactly what it would see alone. Rows without an image ride along
-    unseen. When no row has an image the cache is cut back to the negative prompt.
-    """
-
-    def __init__(self, model, prompt: Prompt):
-        self.model = model
-        # The final <image_start> is fed when a row starts an image.
-        self.prefix = Prompt(prompt.input_ids[:, :-1], prompt.attention_mask[:, :-1], prompt.codes)
-        self.prefix_length = self.prefix.input_ids.shape[1]
-        self.prefix_positions = self.prefix.attention_mask.sum(-1)
-        self.next_position = self.prefix_positions.clone()
-        self.attention_mask = self.prefix.attention_mask
-        self.cache = DynamicCache(config=model.config.text_config)
-        if self.prefix_length:
-            model.model(**self.prefix.model_inputs(), past_key_values=self.cache, use_cache=True)
-        self.hidden_states = None
-
-    def _cut_back(self) -> None:
-        """Keep the negative prompt only."""
-        surplus = self.attention_mask.shape[1] - self.prefix_length
-        if surplus == 0:
-            return
-        self.attention_mask = self.prefix.attention_mask
-        if self.prefix_length:
-            self.cache.crop(-surplus)
-        else:
-            self.cache = DynamicCache(config=self.model.config.text_config)
-
-    def step(self, embeds: torch.Tensor, starts: list[int], goes_on: list[int]) -> None:
-        """Feed `(B, 1, H)`: rows in `starts` begin an image with it, rows in `goes_on` continue theirs."""
-        if not starts and not goes_on:
-            self._cut_back()
-            return
-        mask = self.attention_mask.clone()
-        hidden_past = torch.ones(len(mask), dtype=torch.bool, device=mask.device)
-        hidden_past[goes_on] = False
-        mask[hidden_past, self.prefix_length :] = 0
-        self.next_position = torch.where(hidden_past, self.prefix_positions, self.next_position)
-        self.attention_mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        outputs = self.model.model.language_model(
-            inputs_embeds=self.model.model.for_backbone(embeds),
-            attention_mask=self.attention_mask,
-            position_ids=self.next_position[:, None],
-            past_key_values=self.cache,
+    def _run(self, embeds, attention_mask, position_ids, cache) -> torch.Tensor:
+        base = self.model.model
+        outputs = base.language_model(
+            inputs_embeds=base.for_backbone(embeds).repeat(len(position_ids) // len(embeds), 1, 1),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
             use_cache=True,
             return_dict=True,
         )
-        self.next_position = self.next_position + 1
-        self.hidden_states = outputs.last_hidden_state[:, -1]
+        return outputs.last_hidden_state[:, -1]
+
+    def reserve(self, num_tokens: int) -> None:
+        """Make room for that many more tokens."""
 
 
-__all__ = ["Context", "Prompt", "UnconditionalContext", "stack_prompts"]
+class _SharedColumnLayer(StaticLayer):
+    """Keys and values in a buffer of fixed shape; all layers write into the column that one tensor names."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, column: torch.LongTensor):
+        super().__init__(max_cache_len=keys.shape[2])
+        self.keys, self.values, self.column = keys, values, column
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer.index_copy_(2, self.column, states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> torch.LongTensor:
+        return self.column
+
+
+class StaticContext(Context):
+    """
+    The same in buffers of fixed shape: a step is the same kernels on the same addresses, whatever has gone before.
+
+    [`advance`] depends on no value that the host would have to wait for, so it can be captured in a CUDA graph or
+    compiled once. The buffers double where more room is needed.
+    """
+
+    # Columns are allocated in multiples of this: whole blocks for the attention kernels.
+    BLOCK = 32
+
+    @staticmethod
+    def unsupported(model) -> str | None:
+        """Why `model` cannot have it, as the end of a sentence; `None` if it can."""
+        config = model.config.text_config
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or getattr(config, "use_sliding_window", False):
+            return "its language model has layers with other than full attention"
+        attention = model.model.language_model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            return f"its attention is {attention!r}, not 'sdpa' or 'eager'"
+        if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+            return "it lies on several devices"
+        return None
+
+    def _build(self, prefills: list[_Prefill], max_new_tokens: int) -> None:
+        config, device = self.model.config.text_config, self.prefix_mask.device
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        filled = next((prefill for prefill in prefills if prefill.layers), None)
+        dtype = filled.layers[0][0].dtype if filled is not None else self._dtype(device)
+        self.capacity = self._rounded(self.prefix_length + max_new_tokens)
+        self.length = self.prefix_length
+        # The column that is written next.
+        self.column = torch.full((1,), self.length, device=device)
+        shape = (len(self.prefix_mask), kv_heads, self.capacity, head_dim)
+        self.layers = []
+        for index in range(config.num_hidden_layers):
+            buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+            for side, prefill in enumerate(prefills):
+                if prefill.layers:
+                    own = slice(side * self.rows, (side + 1) * self.rows)
+                    columns = slice(self.prefix_length - len(prefill), self.prefix_length)
+                    for buffer, part in zip(buffers, prefill.layer(index, self.rows)):
+                        buffer[own, :, columns] = part
+                    # Not needed any more, and as large as the buffer's share.
+                    prefill.layers[index] = None
+            self.layers.append(buffers)
+        self.hidden_value = torch.finfo(dtype).min
+        self.attention_mask = torch.full(
+            (shape[0], 1, 1, self.capacity), self.hidden_value, dtype=dtype, device=device
+        )
+        self.attention_mask[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
+        self._make_caches()
+
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        if is_autocast_on(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.model.model.language_model.dtype
+
+    @classmethod
+    def _rounded(cls, columns: int) -> int:
+        return -(-columns // cls.BLOCK) * cls.BLOCK
+
+    def _make_caches(self) -> None:
+        def cache(rows):
+            return Cache(layers=[_SharedColumnLayer(*(part[:rows] for part in kv), self.column) for kv in self.layers])
+
+        self.cache = cache(None)
+        # The conditional rows alone, in the same memory.
+        self.conditional_cache = cache(self.rows) if self.guided else self.cache
+
+    def start_images(self, rows: list[int]) -> None:
+        if self.guided and rows:
+            rows = self._unconditional(rows)
+            self.attention_mask[rows, ..., self.prefix_length :] = self.hidden_value
+            self.next_position[rows] = self.prefix_mask[rows].sum(-1, keepdim=True)
+
+    def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
+        self.hidden_states = self.advance(embeds, conditional_only)
+        self.length += 1
+        return self.hidden_states
+
+    def advance(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
+        """[`feed`] without the host's own count of the columns, `length`, which is then the caller's to keep."""
+        rows = self.rows if conditional_only else len(self.next_position)
+        cache = self.conditional_cache if conditional_only else self.cache
+        self.attention_mask.index_fill_(3, self.column, 0)
+        hidden_states = self._run(embeds, self.attention_mask[:rows], self.next_position[:rows], cache)
+        self.column.add_(1)
+        self.next_position.add_(1)
+        return hidden_states
+
+    def reserve(self, num_tokens: int) -> None:
+        needed = self.length + num_tokens
+        if needed <= self.capacity:
+            return
+        grown = self._rounded(max(needed, 2 * self.capacity)) - self.capacity
+        self.capacity += grown
+        self.layers = [[F.pad(part, (0, 0, 0, grown)) for part in kv] for kv in self.layers]
+        self.attention_mask = F.pad(self.attention_mask, (0, grown), value=self.hidden_value)
+        self._make_caches()
+
+
+__all__ = ["Context", "Prompt", "StaticContext"]
