@@ -384,6 +384,12 @@ class DualTokenGenerationMixin(GenerationMixin):
             codes = self.model.get_image_codes(negative["pixel_values"])
         return Prompt(ids, mask, codes)
 
+    def _codebooks(self) -> torch.Tensor:
+        """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
+        books = [self.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in ("pixel", "semantic")]
+        most = max(map(len, books))
+        return torch.stack([book.expand(most, -1, -1) for book in books])
+
     def _pad_token_id(self, generation_config) -> int:
         pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
         if pad is not None:

@@ -44,11 +44,7 @@ class ImageDecoder:
     ):
         self.model, self.context, self.sampler = model, context, sampler
         self.guidance_scale = guidance_scale if context.guided else None
-        books = [model.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in ("pixel", "semantic")]
-        most = max(map(len, books))
-        # A shared codebook is repeated if the other kind's is not shared.
-        self.codebooks = torch.stack([book.expand(most, -1, -1) for book in books])
-        config = model.config
+        self.codebooks, config = model._codebooks(), model.config
         self.noise = sampler.new_noise(config.num_depths, context.rows, config.codebook_size, self.codebooks.device)
         # State of the tokenizer's up-projections within the current images, for `visual_features="projected"`.
         self.projection_cache: list = []
