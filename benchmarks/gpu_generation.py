@@ -163,8 +163,8 @@ class Report:
         machine = self.machine
         print(f"{machine['device']}, " + ", ".join(" ".join(version) for version in machine["versions"].items()))
         print(
-            f"{machine['dtype']}, {self.num_positions} positions; a large copy runs at {self.bandwidth / 1e12:.2f} TB/s, "
-            f"a large bfloat16 product at {machine['product_tflops']:.0f} TFLOP/s"
+            f"{machine['dtype']}, {self.num_positions} positions; a large copy runs at "
+            f"{self.bandwidth / 1e12:.2f} TB/s, a large bfloat16 product at {machine['product_tflops']:.0f} TFLOP/s"
         )
         print(
             f"floor: {self.weight_bytes / 1e9:.2f} GB of weights a position, {1e3 * self.floor:.2f} ms, "
@@ -202,7 +202,7 @@ def time_ours(case, model, args, device: Device, report: Report, deadline):
 
 
 def time_loop(case, model, args, device: Device, report: Report):
-    """Some positions in the middle of an image, one prompt; a whole image as that many more, after reading a prompt."""
+    """Some positions in the middle of an image of one prompt, extrapolated to a whole one with its prompt read."""
     loop, count = LOOPS[case](model, GUIDANCE), args.positions
     prompt = make_prompts(model.config, 1, PROMPT, device.device)
     middle = make_prompts(model.config, 1, PROMPT + (model.config.num_positions - count) // 2, device.device)
