@@ -14,7 +14,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
-    ["bench_head_loss.py", "bench_packing.py", "bench_precomputed_codes.py", "gpu_unified_training.py"],
+    [
+        "bench_head_loss.py",
+        "bench_image_position.py",
+        "bench_packing.py",
+        "bench_precomputed_codes.py",
+        "gpu_generation.py",
+        "gpu_unified_training.py",
+    ],
 )
 def test_small_run(script):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
