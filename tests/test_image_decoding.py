@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CompileConfig
 
-from transformers_dualtoken import generation, generation_memory, image_decoding
+from transformers_dualtoken import generation, generation_memory, generation_progress, image_decoding
 from transformers_dualtoken.generation_context import StaticContext
 
 
@@ -306,7 +306,7 @@ class TestMemory:
             monkeypatch.setattr(StaticContext, "_build", watched)
             draw(model)
         (context,) = seen
-        allocated = sum(part.nbytes for kv in context.layers for part in kv)
+        allocated = sum(part.nbytes for buffers in context.buffers for part in buffers.keys_and_values)
         counts = [
             generation_memory.bytes_per_image(model, columns, 4, True, torch.float32)
             for columns in (0, context.capacity)
@@ -395,7 +395,7 @@ class TestWatching:
             bars.append(Bar(**kwargs))
             return bars[-1]
 
-        monkeypatch.setattr(generation.logging, "tqdm", bar)
+        monkeypatch.setattr(generation_progress.logging, "tqdm", bar)
         draw(model, progress_bar=True, cache_implementation=cache)
         converse(model, progress_bar=True, cache_implementation=cache)
         draw(model)

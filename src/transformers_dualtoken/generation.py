@@ -7,23 +7,21 @@ beside each image; both contexts see the same drawn codes.
 
 import copy
 import math
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from transformers.generation import GenerationMixin, LogitsProcessorList
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .code_sampling import DualTokenCodeSampler
 from .generation_context import Context, Prompt, StaticContext
 from .generation_memory import check_memory
+from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
+from .interleaved_generation import InterleavedLoop
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
-# How far the host may be ahead of a progress bar.
-_STEPS_AHEAD = 8
 # Text between images that the first buffers of interleaved generation have room for.
 _TEXT_ROOM = 256
 
@@ -48,67 +46,11 @@ class DualTokenGenerateOutput(ModelOutput):
 
 
 @dataclass
-class _Row:
-    """Where a row of interleaved generation stands."""
-
-    # Codes (2, n, D) of the positions of every image, part by part; the last image may be under way.
-    images: list[list[torch.Tensor]] = field(default_factory=list)
-    in_image: bool = False
-    # Positions drawn of the current image.
-    num_drawn: int = 0
-    finished: bool = False
-    # State of the tokenizer's up-projections within the current image.
-    projection_cache: list = field(default_factory=list)
-
-    def begin_image(self) -> None:
-        self.in_image, self.num_drawn, self.projection_cache = True, 0, []
-        self.images.append([])
-
-    def take(self, codes: torch.LongTensor) -> None:
-        """Add the codes `(2, n, D)` of the next positions."""
-        self.images[-1].append(codes)
-        self.num_drawn += codes.shape[1]
-
-
-@dataclass
 class _Guidance:
     """The unconditional side of a generation; without guidance, scale 1 and no prompt."""
 
     scale: float
     prompt: Prompt | None
-
-
-@dataclass
-class _Watching:
-    """What is told while images are drawn."""
-
-    on_image: object = None
-    progress_bar: bool = False
-
-    def bar(self, total: int, unit: str):
-        return logging.tqdm(total=total, unit=unit, disable=not self.progress_bar)
-
-    def pace(self, bar, device: torch.device):
-        """What to call after every position; `None` without a bar."""
-        if not self.progress_bar:
-            return None
-        if device.type != "cuda":
-            return bar.update
-        events = deque()
-
-        def update():
-            # The host runs ahead of a GPU. The bar shows what was done, and lets the host go on a few steps before.
-            events.append(torch.cuda.Event())
-            events[-1].record()
-            if len(events) > _STEPS_AHEAD:
-                events.popleft().synchronize()
-            bar.update()
-
-        return update
-
-    def tell(self, codes: tuple[torch.LongTensor, torch.LongTensor], owner: int) -> None:
-        if self.on_image is not None:
-            self.on_image(codes, owner)
 
 
 class DualTokenGenerationMixin(GenerationMixin):
@@ -194,7 +136,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         }
         logits_processor = kwargs.pop("logits_processor", None)
         streamer = kwargs.pop("streamer", None)
-        watching = _Watching(kwargs.pop("on_image", None), bool(kwargs.pop("progress_bar", False)))
+        progress = GenerationProgress(kwargs.pop("on_image", None), bool(kwargs.pop("progress_bar", False)))
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
         num_return_sequences = kwargs.pop("num_return_sequences", None)
         generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
@@ -231,9 +173,9 @@ class DualTokenGenerationMixin(GenerationMixin):
         if guidance_scale != 1:
             guidance.prompt = self._negative_prompt(prompt, negative, generation_config)
         if mode == "image":
-            return self._generate_image(prompt, rows, guidance, sampler, generation_config, watching)
+            return self._generate_image(prompt, rows, guidance, sampler, generation_config, progress)
         return self._generate_interleaved(
-            prompt, rows, guidance, sampler, generation_config, watching, logits_processor, streamer
+            prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
         )
 
     # Text mode: transformers' own generate.
@@ -427,15 +369,15 @@ class DualTokenGenerationMixin(GenerationMixin):
         guidance: _Guidance,
         sampler: DualTokenCodeSampler,
         generation_config,
-        watching: _Watching,
+        progress: GenerationProgress,
     ) -> DualTokenGenerateOutput:
         num_positions = self.config.num_positions
         context = self._new_context(prompt, rows, guidance, generation_config, num_positions)
         context.begin(list(range(rows)))
         decoder = self._new_decoder(context, guidance, sampler, generation_config)
-        with watching.bar(num_positions, "position") as bar:
+        with progress.bar(num_positions, "position") as bar:
             codes = decoder.draw(
-                num_positions, feed_last=False, on_position=watching.pace(bar, prompt.input_ids.device)
+                num_positions, feed_last=False, on_position=progress.pace(bar, prompt.input_ids.device)
             )
 
         input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
@@ -443,7 +385,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
         pixel_codes, semantic_codes = self._to_grid(codes)
         for owner in range(rows):
-            watching.tell((pixel_codes[owner], semantic_codes[owner]), owner)
+            progress.tell((pixel_codes[owner], semantic_codes[owner]), owner)
         return DualTokenGenerateOutput(
             sequences=torch.cat([input_ids, image, end], dim=1),
             pixel_codes=pixel_codes,
@@ -461,114 +403,56 @@ class DualTokenGenerationMixin(GenerationMixin):
     def _generate_interleaved(
         self,
         prompt: Prompt,
-        num_rows: int,
+        rows: int,
         guidance: _Guidance,
         sampler: DualTokenCodeSampler,
         generation_config,
-        watching: _Watching,
+        progress: GenerationProgress,
         logits_processor,
         streamer,
     ) -> DualTokenGenerateOutput:
-        config, device = self.config, prompt.input_ids.device
-        start_id, image_id, end_id = config.special_image_token_ids
-        pad_id = self._pad_token_id(generation_config)
-        eos = generation_config.eos_token_id
-        eos_ids = set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        num_positions, eos = self.config.num_positions, generation_config.eos_token_id
         budget = self._interleaved_budget(prompt, generation_config)
-        if streamer is not None and num_rows > 1:
-            raise ValueError(f"A streamer takes one row, got {num_rows}.")
-        input_ids = prompt.input_ids.repeat_interleave(num_rows // len(prompt), 0)
-        length = input_ids.shape[1]
+        if streamer is not None and rows > 1:
+            raise ValueError(f"A streamer takes one row, got {rows}.")
+        if budget < num_positions + 1 and (prompt.input_ids[:, -1] == self.config.image_start_token_id).any():
+            raise ValueError(
+                f"The prompt asks for an image, which takes {num_positions + 1} tokens, but `max_new_tokens` is {budget}."
+            )
+        input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
         processors = self._get_logits_processor(
             generation_config=generation_config,
-            input_ids_seq_length=length,
+            input_ids_seq_length=input_ids.shape[1],
             encoder_input_ids=input_ids,
             prefix_allowed_tokens_fn=None,
             logits_processor=logits_processor if logits_processor is not None else LogitsProcessorList(),
-            device=device,
+            device=input_ids.device,
         )
-
-        rows = [_Row() for _ in range(num_rows)]
-        starts = (input_ids[:, -1] == start_id).nonzero().flatten().tolist()
-        if starts and budget < config.num_positions + 1:
-            raise ValueError(
-                f"The prompt asks for an image, which takes {config.num_positions + 1} tokens, but `max_new_tokens` "
-                f"is {budget}."
-            )
-        for index in starts:
-            rows[index].begin_image()
-        first_room = min(budget, config.num_positions + _TEXT_ROOM)
-        context = self._new_context(prompt, num_rows, guidance, generation_config, first_room)
-        context.begin(starts)
-        decoder = self._new_decoder(context, guidance, sampler, generation_config)
-        sequences = F.pad(input_ids, (0, budget), value=pad_id)
-        if streamer is not None:
-            streamer.put(prompt.input_ids.cpu())
-
-        end = length + budget
-        with watching.bar(budget, "token") as bar:
-            pace = watching.pace(bar, device)
-            while length < end:
-                drawing = [i for i, row in enumerate(rows) if row.in_image and row.num_drawn < config.num_positions]
-                ending = [i for i, row in enumerate(rows) if row.in_image and row.num_drawn == config.num_positions]
-                writing = [i for i, row in enumerate(rows) if not row.in_image and not row.finished]
-                if drawing and not ending and not writing and config.visual_features == "codes":
-                    # Nothing to decide for a while: the host need not know what is drawn.
-                    count = config.num_positions - max(rows[index].num_drawn for index in drawing)
-                    codes = decoder.draw(count, on_position=pace)
-                    self._take_codes(rows, drawing, codes, watching)
-                    sequences[drawing, length : length + count] = image_id
-                    length += count
-                    continue
-                tokens = [pad_id] * num_rows
-                if drawing:
-                    codes = decoder.sample()
-                    self._take_codes(rows, drawing, codes.unsqueeze(2), watching)
-                if writing:
-                    hidden_states = context.hidden_states[:num_rows]
-                    logits = self.lm_head(self._for_text_head(hidden_states)).float()
-                    scores = processors(sequences[:, :length], logits)[writing]
-                    barred = [image_id, end_id]
-                    if end - length < config.num_positions + 2:
-                        barred.append(start_id)
-                    scores[:, barred] = float("-inf")
-                    chosen = self._choose_text(scores, generation_config, sampler.generator)
-                    for index, token in zip(writing, chosen.tolist()):
-                        tokens[index] = token
-                starts = [index for index in writing if tokens[index] == start_id]
-                for index in drawing:
-                    tokens[index] = image_id
-                for index in ending:
-                    tokens[index], rows[index].in_image = end_id, False
-                for index in starts:
-                    rows[index].begin_image()
-                for index in writing:
-                    rows[index].finished = tokens[index] in eos_ids
-                next_ids = torch.tensor(tokens, device=device)
-                sequences[:, length] = next_ids
-                length += 1
-                if streamer is not None and writing:
-                    streamer.put(next_ids.cpu())
-                if pace is not None:
-                    pace()
-                if length == end or all(row.finished for row in rows):
-                    break
-                embeds = self._next_embeds(next_ids, rows, drawing, codes if drawing else None)
-                context.reserve(1)
-                context.start_images(starts)
-                context.feed(embeds, conditional_only=not (drawing or starts))
-        if streamer is not None:
-            streamer.end()
-        return self._collect(sequences[:, :length], rows)
-
-    def _take_codes(self, rows: list[_Row], drawing: list[int], codes: torch.LongTensor, watching: _Watching) -> None:
-        """Give the rows that draw their codes of `(2, B, n, D)`, and tell of images that are finished."""
-        for index in drawing:
-            rows[index].take(codes[:, index])
-            if rows[index].num_drawn == self.config.num_positions:
-                image = torch.cat(rows[index].images[-1], dim=1)
-                rows[index].images[-1] = [image]
-                watching.tell(tuple(part[0] for part in self._to_grid(image.unsqueeze(1))), index)
+        context = self._new_context(prompt, rows, guidance, generation_config, min(budget, num_positions + _TEXT_ROOM))
+        loop = InterleavedLoop(
+            self,
+            context,
+            self._new_decoder(context, guidance, sampler, generation_config),
+            input_ids,
+            budget,
+            processors,
+            choose_text=lambda scores: self._choose_text(scores, generation_config, sampler.generator),
+            eos_ids=set(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            pad_id=self._pad_token_id(generation_config),
+            progress=progress,
+            streamer=streamer,
+        )
+        sequences, images = loop.run()
+        owners = [index for index, row in enumerate(images) for _ in row]
+        shape = (2, 0, num_positions, self.config.num_depths)
+        codes = [image for row in images for image in row]
+        pixel_codes, semantic_codes = self._to_grid(torch.stack(codes, dim=1) if codes else sequences.new_empty(shape))
+        return DualTokenGenerateOutput(
+            sequences=sequences,
+            pixel_codes=pixel_codes,
+            semantic_codes=semantic_codes,
+            image_owner=torch.tensor(owners, dtype=torch.long, device=sequences.device),
+        )
 
     def _interleaved_budget(self, prompt: Prompt, generation_config) -> int:
         """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
@@ -589,36 +473,6 @@ class DualTokenGenerationMixin(GenerationMixin):
         device = generator.device if generator is not None else scores.device
         probabilities = scores.softmax(-1).to(device)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
-
-    def _next_embeds(
-        self, next_ids: torch.LongTensor, rows: list[_Row], drawing: list[int], codes: torch.LongTensor | None
-    ) -> torch.Tensor:
-        embeds = self.get_input_embeddings()(next_ids[:, None])
-        if self.config.visual_features == "codes" and drawing:
-            embeds[drawing] = self.model.embed_image_codes(*codes[:, drawing].unsqueeze(2)).to(embeds.dtype)
-        else:
-            # Rows stand at different positions of their images: each has its own state.
-            for index in drawing:
-                cache = rows[index].projection_cache
-                code = codes[:, index, None, None]
-                embeds[index] = self.model.embed_image_codes(*code, cache=cache)[0].to(embeds.dtype)
-        return embeds
-
-    def _collect(self, sequences: torch.LongTensor, rows: list[_Row]) -> DualTokenGenerateOutput:
-        images = [image for row in rows for (image,) in row.images]
-        owners = [index for index, row in enumerate(rows) for _ in row.images]
-        if images:
-            pixel_codes, semantic_codes = self._to_grid(torch.stack(images, dim=1))
-        else:
-            grid = self.config.vision_tokenizer_config.grid_size
-            pixel_codes = sequences.new_empty(0, grid, grid, self.config.num_depths)
-            semantic_codes = pixel_codes.clone()
-        return DualTokenGenerateOutput(
-            sequences=sequences,
-            pixel_codes=pixel_codes,
-            semantic_codes=semantic_codes,
-            image_owner=torch.tensor(owners, dtype=torch.long, device=sequences.device),
-        )
 
 
 __all__ = ["DualTokenGenerateOutput", "DualTokenGenerationMixin"]

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
-from .linear_cross_entropy import is_autocast_on
-
 
 @dataclass
 class Prompt:
@@ -76,7 +74,8 @@ class Context:
 
     def __init__(self, model, prompt: Prompt, rows: int, negative_prompt: Prompt | None, max_new_tokens: int):
         self.model, self.rows, self.guided = model, rows, negative_prompt is not None
-        self.last_ids = prompt.input_ids[:, -1:].repeat_interleave(rows // len(prompt), 0)
+        last_ids = prompt.input_ids[:, -1:].repeat_interleave(rows // len(prompt), 0)
+        self.last_embeds = model.model.for_backbone(model.get_input_embeddings()(last_ids))
         prefills = [_Prefill.of(model, prompt.without_last())]
         if self.guided:
             prefills.append(_Prefill.of(model, negative_prompt.without_last()))
@@ -109,7 +108,7 @@ class Context:
     def begin(self, drawing: list[int]) -> None:
         """Feed the prompts' last tokens; with those of the rows `drawing`, which are `<image_start>`, images begin."""
         self.start_images(drawing)
-        self.feed(self.model.get_input_embeddings()(self.last_ids), conditional_only=not drawing)
+        self.feed(self.last_embeds, conditional_only=not drawing)
 
     def start_images(self, rows: list[int]) -> None:
         """What is fed next begins an image of these rows: their unconditional rows forget what came before."""
@@ -142,9 +141,10 @@ class Context:
         return self.hidden_states
 
     def _run(self, embeds, attention_mask, position_ids, cache) -> torch.Tensor:
-        base = self.model.model
-        outputs = base.language_model(
-            inputs_embeds=base.for_backbone(embeds).repeat(len(position_ids) // len(embeds), 1, 1),
+        # As the text's embeddings, also under autocast, where the projector's are of another dtype.
+        embeds = embeds.to(self.last_embeds.dtype)
+        outputs = self.model.model.language_model(
+            inputs_embeds=embeds.repeat(len(position_ids) // len(embeds), 1, 1),
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=cache,
@@ -157,18 +157,44 @@ class Context:
         """Make room for that many more tokens."""
 
 
-class _SharedColumnLayer(StaticLayer):
-    """Keys and values in a buffer of fixed shape; all layers write into the column that one tensor names."""
+class _Buffers:
+    """One layer's keys and values `(R, heads, columns, head_dim)`, made when the first of them are known."""
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, column: torch.LongTensor):
-        super().__init__(max_cache_len=keys.shape[2])
-        self.keys, self.values, self.column = keys, values, column
-        self.dtype, self.device = keys.dtype, keys.device
+    def __init__(self, rows: int, capacity: int):
+        self.rows, self.capacity = rows, capacity
+        self.keys_and_values: list[torch.Tensor] | None = None
+
+    def make(self, *examples: torch.Tensor) -> None:
+        if self.keys_and_values is None:
+            # Under autocast the two may be of different dtypes.
+            self.keys_and_values = [
+                example.new_zeros(self.rows, example.shape[1], self.capacity, example.shape[3]) for example in examples
+            ]
+
+    def fill(self, rows: slice, columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.make(keys, values)
+        for buffer, part in zip(self.keys_and_values, (keys, values)):
+            buffer[rows, :, columns] = part
+
+    def grow(self, capacity: int) -> None:
+        added, self.capacity = capacity - self.capacity, capacity
+        if self.keys_and_values is not None:
+            self.keys_and_values = [F.pad(part, (0, 0, 0, added)) for part in self.keys_and_values]
+
+
+class _SharedColumnLayer(StaticLayer):
+    """The first rows of buffers of fixed shape; all layers write into the column that one tensor names."""
+
+    def __init__(self, buffers: _Buffers, rows: int, column: torch.LongTensor):
+        super().__init__(max_cache_len=buffers.capacity)
+        self.buffers, self.rows, self.column = buffers, rows, column
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            buffer.index_copy_(2, self.column, states)
+        self.buffers.make(key_states, value_states)
+        self.keys, self.values = (buffer[: self.rows] for buffer in self.buffers.keys_and_values)
+        self.keys.index_copy_(2, self.column, key_states)
+        self.values.index_copy_(2, self.column, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> torch.LongTensor:
@@ -201,39 +227,26 @@ class StaticContext(Context):
         return None
 
     def _build(self, prefills: list[_Prefill], max_new_tokens: int) -> None:
-        config, device = self.model.config.text_config, self.prefix_mask.device
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        filled = next((prefill for prefill in prefills if prefill.layers), None)
-        dtype = filled.layers[0][0].dtype if filled is not None else self._dtype(device)
-        self.capacity = self._rounded(self.prefix_length + max_new_tokens)
+        device, num_rows = self.prefix_mask.device, len(self.prefix_mask)
         self.length = self.prefix_length
+        self.capacity = self._rounded(self.prefix_length + max_new_tokens)
         # The column that is written next.
         self.column = torch.full((1,), self.length, device=device)
-        shape = (len(self.prefix_mask), kv_heads, self.capacity, head_dim)
-        self.layers = []
-        for index in range(config.num_hidden_layers):
-            buffers = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+        num_layers = self.model.config.text_config.num_hidden_layers
+        self.buffers = [_Buffers(num_rows, self.capacity) for _ in range(num_layers)]
+        for index, buffers in enumerate(self.buffers):
             for side, prefill in enumerate(prefills):
                 if prefill.layers:
-                    own = slice(side * self.rows, (side + 1) * self.rows)
+                    rows = slice(side * self.rows, (side + 1) * self.rows)
                     columns = slice(self.prefix_length - len(prefill), self.prefix_length)
-                    for buffer, part in zip(buffers, prefill.layer(index, self.rows)):
-                        buffer[own, :, columns] = part
-                    # Not needed any more, and as large as the buffer's share.
-                    prefill.layers[index] = None
-            self.layers.append(buffers)
-        self.hidden_value = torch.finfo(dtype).min
-        self.attention_mask = torch.full(
-            (shape[0], 1, 1, self.capacity), self.hidden_value, dtype=dtype, device=device
-        )
-        self.attention_mask[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
+                    buffers.fill(rows, columns, *prefill.layer(index, self.rows))
         self._make_caches()
-
-    def _dtype(self, device: torch.device) -> torch.dtype:
-        if is_autocast_on(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.model.model.language_model.dtype
+        # Added to the scores of attention.
+        dtype = self.last_embeds.dtype
+        self.hidden_value = torch.finfo(dtype).min
+        shape = (num_rows, 1, 1, self.capacity)
+        self.attention_mask = torch.full(shape, self.hidden_value, dtype=dtype, device=device)
+        self.attention_mask[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
 
     @classmethod
     def _rounded(cls, columns: int) -> int:
@@ -241,11 +254,11 @@ class StaticContext(Context):
 
     def _make_caches(self) -> None:
         def cache(rows):
-            return Cache(layers=[_SharedColumnLayer(*(part[:rows] for part in kv), self.column) for kv in self.layers])
+            return Cache(layers=[_SharedColumnLayer(buffers, rows, self.column) for buffers in self.buffers])
 
-        self.cache = cache(None)
+        self.cache = cache(len(self.prefix_mask))
         # The conditional rows alone, in the same memory.
-        self.conditional_cache = cache(self.rows) if self.guided else self.cache
+        self.conditional_cache = cache(self.rows)
 
     def start_images(self, rows: list[int]) -> None:
         if self.guided and rows:
@@ -272,10 +285,11 @@ class StaticContext(Context):
         needed = self.length + num_tokens
         if needed <= self.capacity:
             return
-        grown = self._rounded(max(needed, 2 * self.capacity)) - self.capacity
-        self.capacity += grown
-        self.layers = [[F.pad(part, (0, 0, 0, grown)) for part in kv] for kv in self.layers]
-        self.attention_mask = F.pad(self.attention_mask, (0, grown), value=self.hidden_value)
+        grown = self._rounded(max(needed, 2 * self.capacity))
+        for buffers in self.buffers:
+            buffers.grow(grown)
+        self.attention_mask = F.pad(self.attention_mask, (0, grown - self.capacity), value=self.hidden_value)
+        self.capacity = grown
         self._make_caches()
 
 
