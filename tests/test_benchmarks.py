@@ -29,3 +29,9 @@ def test_small_run(script):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "failed" not in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["bench_tokenizer.py", "gpu_tokenizer.py"])
+def test_small_run_of_the_tokenizer(script):
+    test_small_run(script)

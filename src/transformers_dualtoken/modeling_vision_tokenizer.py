@@ -371,6 +371,9 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         Codes and features of images. In training mode this also moves the codebooks (EMA).
 
+        The device is waited for once, to look at the range of `pixel_values`. `torch.compile(tok.encode)` is one graph
+        without that look (a compiled call takes any range), and waits for nothing.
+
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
             codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): which kinds to make. With `("pixel",)`
@@ -426,18 +429,31 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         }
 
     def decode(
-        self, pixel_codes: torch.LongTensor | None = None, pixel_quantized: torch.Tensor | None = None
+        self,
+        pixel_codes: torch.LongTensor | None = None,
+        pixel_quantized: torch.Tensor | None = None,
+        slice_size: int | None = None,
     ) -> DualTokenDecoderOutput:
         """
         Images from pixel codes, or from their sums of code vectors (which keep the gradient). Exactly one is given.
 
+        The device is waited for once, to look at the range of `pixel_codes`; as in `encode`, a compiled call does not
+        look. The features of a position lie side by side, so the decoder's maps are channels-last from the start;
+        `tok.to(memory_format=torch.channels_last)` brings the weights of its convolutions into the same order.
+
         Args:
             pixel_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
             pixel_quantized (`torch.Tensor` of shape `(B, H * W, C)`).
+            slice_size (`int`, *optional*): how many images are decoded at a time; all by default. Without gradients the
+                memory is that of one slice. The images stay the same, which they would not with tiles of an image: the
+                decoder's group norms and attention look at the whole of it.
 
         Raises:
-            ValueError: for both or neither, another grid, another number of depths, or codes out of range.
+            ValueError: for both or neither, another grid, another number of depths, codes out of range, or a
+                `slice_size` below 1.
         """
+        if slice_size is not None and slice_size < 1:
+            raise ValueError(f"`slice_size` must be at least 1, or None for all images at once; got {slice_size}.")
         if (pixel_codes is None) == (pixel_quantized is None):
             raise ValueError("`decode` takes exactly one of `pixel_codes` and `pixel_quantized`.")
         grid, code_dim = self.config.grid_size, self.config.pixel_quantizer_config.code_dim
@@ -448,12 +464,19 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             raise ValueError(
                 f"`pixel_quantized` must have shape (B, {grid**2}, {code_dim}), got {tuple(pixel_quantized.shape)}."
             )
+        if slice_size is None or slice_size >= len(pixel_quantized):
+            reconstruction = self._decode_quantized(pixel_quantized)
+        else:
+            reconstruction = torch.cat([self._decode_quantized(part) for part in pixel_quantized.split(slice_size)])
+        return DualTokenDecoderOutput(reconstruction=reconstruction)
+
+    def _decode_quantized(self, pixel_quantized: torch.Tensor) -> torch.Tensor:
+        grid, latent_size = self.config.grid_size, self.config.decoder_latent_size
         features = self.pixel_up_proj(pixel_quantized.to(self.pixel_up_proj.proj.weight.dtype))
         latent = features.transpose(1, 2).unflatten(2, (grid, grid))
-        if grid != self.config.decoder_latent_size:
-            size = (self.config.decoder_latent_size,) * 2
-            latent = F.interpolate(latent, size=size, mode="bilinear", align_corners=False)
-        return DualTokenDecoderOutput(reconstruction=self.decoder(self.post_quantizer_block(latent)))
+        if grid != latent_size:
+            latent = F.interpolate(latent, size=(latent_size, latent_size), mode="bilinear", align_corners=False)
+        return self.decoder(self.post_quantizer_block(latent))
 
     def check_codes(self, kind: str, codes: torch.Tensor) -> None:
         """Raise a `ValueError` unless `codes` `(B, H, W, D)` fit the grid, the depths and the codebook of a kind."""

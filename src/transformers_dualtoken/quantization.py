@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_dualtoken import DualTokenQuantizerConfig
 
@@ -34,7 +35,7 @@ def _split_for_tf32(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torc
 
     TF32 keeps 10 bits of a mantissa. Every number becomes high + low, high with just those bits; of the four products
     only low * low, 2^-20 of the whole, is left out. The user's setting is neither read nor changed: it belongs to the
-    whole process, and torch.compile would have to leave its graph for it.
+    whole process.
     """
 
     def split(values):
@@ -56,6 +57,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). The scores are made for a few vectors at a time; the
     maximum is first taken over blocks of codes (a vectorised reduction) and the index is looked for in the winning
     block only. Of equally near codes the lowest index wins. TF32 on a GPU, where it is switched on, changes no code.
+    Under `torch.compile` it is one operator of the graph, which runs as it does without.
 
     Args:
         vectors (`torch.Tensor` of shape `(T, C)`).
@@ -64,6 +66,12 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.Tensor` of shape `(T,)`, int64.
     """
+    if torch.compiler.is_compiling():
+        return _compiled_search(vectors, codebook)
+    return _search(vectors, codebook)
+
+
+def _search(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     vectors, codebook = vectors.float(), codebook.float()
     num_vectors, num_codes = len(vectors), len(codebook)
     num_blocks = -(-num_codes // _SEARCH_BLOCK)
@@ -89,6 +97,16 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     # An infinite vector makes NaN of a padding code's score, and an index out of range ends a process that uses a GPU
     # before the loss can tell of it.
     return codes.clamp_(max=num_codes - 1)
+
+
+# Traced, the loop over chunks would be unrolled: for four images on a CPU into 46 copies at each of 8 depths, which took
+# a minute to compile and serve this batch only. The name is this module's, since remote code may be loaded beside it.
+_compiled_search = torch.library.custom_op(f"{__name__.replace('.', '_')}::nearest_codes", _search, mutates_args=())
+
+
+@_compiled_search.register_fake
+def _(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    return vectors.new_empty(vectors.shape[0], dtype=torch.long)
 
 
 def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
@@ -214,7 +232,7 @@ class DualTokenResidualQuantizer(nn.Module):
         Args:
             hidden_states (`torch.Tensor` of shape `(..., C)`): the vectors to quantise, in any float dtype.
         """
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with maybe_autocast(hidden_states.device.type, enabled=False):
             return self._quantize(hidden_states)
 
     def _quantize(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
@@ -268,7 +286,11 @@ class DualTokenResidualQuantizer(nn.Module):
         return self.embed_codes_with_depth(codes).sum(-2)
 
     def check_codes(self, codes: torch.Tensor, name: str) -> None:
-        """Raise a `ValueError` unless `codes` are integers in range with D of them on the last axis."""
+        """
+        Raise a `ValueError` unless `codes` are integers in range with D of them on the last axis.
+
+        To look at the range waits for the device once. Under `torch.compile`, whose graph it would end, it is left out.
+        """
         num_depths, codebook_size = self.config.num_depths, self.config.codebook_size
         if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
             raise ValueError(f"`{name}` must be integers, got {codes.dtype}.")
@@ -276,11 +298,11 @@ class DualTokenResidualQuantizer(nn.Module):
             raise ValueError(
                 f"`{name}` must hold {num_depths} residual codes on the last axis, got shape {tuple(codes.shape)}."
             )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < codebook_size:
-            raise ValueError(
-                f"`{name}` must lie between 0 and {codebook_size - 1}, got values from {int(codes.min())} to "
-                f"{int(codes.max())}."
-            )
+        if torch.compiler.is_compiling() or not codes.numel():
+            return
+        low, high = torch.stack(codes.aminmax()).tolist()
+        if not 0 <= low <= high < codebook_size:
+            raise ValueError(f"`{name}` must lie between 0 and {codebook_size - 1}, got values from {low} to {high}.")
 
 
 __all__ = ["DualTokenCodebook", "DualTokenQuantizerOutput", "DualTokenResidualQuantizer", "nearest_codes"]
