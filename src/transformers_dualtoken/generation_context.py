@@ -166,7 +166,6 @@ class _Buffers:
 
     def make(self, *examples: torch.Tensor) -> None:
         if self.keys_and_values is None:
-            # Under autocast the two may be of different dtypes.
             self.keys_and_values = [
                 example.new_zeros(self.rows, example.shape[1], self.capacity, example.shape[3]) for example in examples
             ]
@@ -193,8 +192,9 @@ class _SharedColumnLayer(StaticLayer):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         self.buffers.make(key_states, value_states)
         self.keys, self.values = (buffer[: self.rows] for buffer in self.buffers.keys_and_values)
-        self.keys.index_copy_(2, self.column, key_states)
-        self.values.index_copy_(2, self.column, value_states)
+        # Under autocast values are made in another dtype than the cache of a prompt holds them in.
+        self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))
         return self.keys, self.values
 
     def get_seq_length(self) -> torch.LongTensor:
