@@ -130,16 +130,17 @@ def test_readme_code_runs(demo, tmp_path, folder):
     checkpoint = (demo[0] if folder == "demo" else DIGITS / "checkpoint") / "dualtoken"
     (tmp_path / "dualtoken").symlink_to(checkpoint)
     blocks, printed = readme_blocks(), []
-    assert len(blocks) >= 2
+    assert len(blocks) == 3
     for block in blocks:
         result = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-4000:]
         printed.append(result.stdout)
     # Drawn with chance: whether the answers are right is measured above.
     assert re.search(r"It is an? \w+\.", printed[0]) and re.search(r"This is an? \w+\.", printed[0])
-    for name in ("three.png", "inverted.png"):
+    assert re.search(r"This is an? \w+\.", printed[1])
+    for name in ("three.png", "inverted.png", "row-0.png"):
         assert Image.open(tmp_path / name).size == (32, 32)
-    assert "torch.Size([1, 4, 4, 4])" in printed[1]
+    assert "torch.Size([1, 4, 4, 4])" in printed[2]
 
 
 def test_kept_checkpoint_is_small_and_good(tmp_path):

@@ -553,13 +553,16 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return self.model.get_image_features(*args, **kwargs)
 
     @torch.no_grad()
-    def decode_images(self, output=None, *, pixel_codes: torch.LongTensor | None = None) -> torch.Tensor:
+    def decode_images(
+        self, output=None, *, pixel_codes: torch.LongTensor | None = None, slice_size: int | None = None
+    ) -> torch.Tensor:
         """
         Images `(images, 3, S', S')`, nominally in [-1, 1], of a generation's new images or of pixel codes.
 
         Args:
             output ([`DualTokenGenerateOutput`], *optional*): what `generate` returned; or
             pixel_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*).
+            slice_size (`int`, *optional*): how many images are decoded at a time, to save memory; all by default.
         """
         if (output is None) == (pixel_codes is None):
             raise ValueError("`decode_images` takes what `generate` returned, or `pixel_codes`.")
@@ -572,7 +575,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if len(pixel_codes) == 0:
             size = self.config.vision_tokenizer_config.reconstruction_size
             return torch.empty(0, 3, size, size, device=self.device, dtype=self.vision_tokenizer.dtype)
-        decoded: DualTokenDecoderOutput = self.vision_tokenizer.decode(pixel_codes=pixel_codes)
+        decoded: DualTokenDecoderOutput = self.vision_tokenizer.decode(pixel_codes=pixel_codes, slice_size=slice_size)
         return decoded.reconstruction
 
     @can_return_tuple
