@@ -136,8 +136,7 @@ class Heads:
             sampler = DualTokenCodeSampler(do_sample=do_sample)
             # As in `generate`: the noise of all depths at once.
             noise = sampler.new_noise(self.stacked.num_depths, 1, self.stacked.codebook_size, torch.device("cpu"))
-            if noise is not None:
-                sampler.fill_noise(noise)
+            noise = None if noise is None else noise.draw()
             return self.stacked.sample(self.hidden_states, self.codebooks, sampler, GUIDANCE, noise)
         heads, draw = (self.prefix, draw_by_full_sort) if name == "VILA-U style" else (self.cached, draw_from_all)
         return sample_separately(heads, self.hidden_states, draw if do_sample else most_probable, GUIDANCE)

@@ -7,6 +7,7 @@ The paper's 3B-384 (Qwen2.5-3B, two heads of 258 M parameters, 729 positions of 
 bfloat16, with guidance: every image is two rows. An image here is its codes; decoding them is the tokenizer's work.
 
     fast      `generate` with `cache_implementation="static"`, at growing numbers of prompts
+    fast, CPU generator      the same, with the noise drawn on the host
     compiled  the same with a `compile_config`, only with --compile
     eager     the same with `cache_implementation="dynamic"`
     VILA-U style, Janus style      the loops of `naive/`, with the same weights. A number of positions (--positions)
@@ -41,7 +42,7 @@ from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 
 
 COLUMNS = ("case", "images", "ms a position", "times the floor", "s an image", "images/s", "gain", "peak GiB", "waits")
-CACHES = {"fast": "static", "compiled": "static", "eager": "dynamic"}
+CACHES = {"fast": "static", "fast, CPU generator": "static", "compiled": "static", "eager": "dynamic"}
 LOOPS = {"VILA-U style": VilaULoop, "Janus style": JanusLoop}
 PROMPT, GUIDANCE = 21, 3.0
 # Of the grid on which codes are compared.
@@ -75,6 +76,8 @@ def make_model(device: Device, small: bool) -> DualTokenForCausalLM:
 def settings_of(case: str, do_sample: bool = True) -> dict:
     """Of `generate`, for one of `CACHES`."""
     settings = {"cache_implementation": CACHES[case], "guidance_scale": GUIDANCE, "image_do_sample": do_sample}
+    if case == "fast, CPU generator":
+        settings["generator"] = torch.Generator().manual_seed(0)
     if case == "compiled":
         settings["compile_config"] = transformers.CompileConfig()
     return settings
@@ -182,6 +185,23 @@ class Report:
             print("| " + " | ".join(cells) + " |")
 
 
+def count_replays(run) -> int:
+    """How many CUDA graphs are replayed."""
+    count, replay = 0, torch.cuda.CUDAGraph.replay
+
+    def counted(graph):
+        nonlocal count
+        count += 1
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted
+    try:
+        run()
+    finally:
+        torch.cuda.CUDAGraph.replay = replay
+    return count
+
+
 def time_ours(case, model, args, device: Device, report: Report, deadline):
     """Whole images at growing numbers of prompts; on the eager path of one prompt only."""
     for rows in [1] if case == "eager" else args.batches:
@@ -195,9 +215,12 @@ def time_ours(case, model, args, device: Device, report: Report, deadline):
             peak_gib = device.peak_gib(run)
             seconds = device.seconds(run, args.repeats, 15.0)
             waits = device.count_waits(run)
-        except torch.cuda.OutOfMemoryError:
-            report.note(f"{case}: {rows} images do not fit.")
+            replays = count_replays(run) if device.device.type == "cuda" and case != "eager" else None
+        except (torch.cuda.OutOfMemoryError, ValueError) as error:
+            report.note(f"{case}: {rows} images do not fit ({error}).")
             return
+        if replays == 0:
+            report.note(f"{case}: NO GRAPH was replayed with {rows} images. This row is eager.")
         report.add(case, rows, seconds, peak_gib, waits)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from naive.generation_loop import NaiveGenerator
 from test_generation import (
     BOTH,
     END,
@@ -12,13 +13,18 @@ from test_generation import (
     force,
     ids,
     pad_left,
+    pairs,
     random_codes,
     same_images,
     shared_model,
 )
+from tiny_models import lively_unified_model, tiny_unified_config
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CompileConfig
+from transformers import AttentionInterface, AttentionMaskInterface, CompileConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_dualtoken import generation, generation_memory, generation_progress, image_decoding
 from transformers_dualtoken.generation_context import StaticContext
@@ -103,35 +109,108 @@ class TestStaticCache:
         hook.remove()
         assert rows == [(2, 3), (1, 2)] + [(12, 1)] * N
 
-    @pytest.mark.parametrize(
-        "change, reason",
-        [
-            (("layer_types", ["full_attention", "sliding_attention"]), "other than full attention"),
-            (("_attn_implementation_internal", "flash_attention_2"), "its attention is 'flash_attention_2'"),
-        ],
-    )
-    def test_what_cannot_have_it_is_refused_or_goes_without(self, model, monkeypatch, change, reason):
-        monkeypatch.setattr(model.config.text_config, *change)
-        assert reason in StaticContext.unsupported(model)
-        with pytest.raises(ValueError, match=reason):
-            draw(model, cache_implementation="static")
-
-    def test_backbones_with_a_window_go_without(self):
-        """The window is of three tokens: less than the image."""
-        from tiny_models import lively_unified_model, tiny_unified_config
-
+    @pytest.mark.parametrize("backbone", ["qwen2", "mistral", "lfm2", "llama"])
+    def test_backbones(self, backbone):
+        """A window of three tokens, less than the image, named by layer or for all; a recurrent state; neither."""
         fields = tiny_unified_config().text_config.to_dict()
-        fields |= {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0, "layer_types": None}
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        common = {name: fields[name] for name in names} | {"model_type": backbone, "num_hidden_layers": 2}
+        fields = {
+            "qwen2": {
+                **fields,
+                "use_sliding_window": True,
+                "sliding_window": 3,
+                "max_window_layers": 0,
+                "layer_types": None,
+            },
+            "mistral": {**common, "sliding_window": 3},
+            "lfm2": {**common, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+            "llama": common,
+        }[backbone]
         model = lively_unified_model(text_config=fields)
-        assert "sliding_attention" in model.config.text_config.layer_types
-        batch = draw(model, image_do_sample=False)
-        for index, row in enumerate(([5, 6, 7, START], [8, START])):
-            alone = model.generate(ids(*row), generation_mode="image", guidance_scale=2.5, image_do_sample=False)
-            assert torch.equal(alone.pixel_codes[0], batch.pixel_codes[index])
+        reason = StaticContext.unsupported(model)
+        assert (reason is None) == (backbone == "llama")
+        settings = {"generation_mode": "image", "guidance_scale": 2.5, "image_do_sample": False}
+        codes = random_codes(1)
+        rows = [[5, 6, 7, START], [8, *PICTURE, START], [START]]
+        batch = model.generate(**pad_left(rows), **codes, num_return_sequences=2, **settings)
+        assert torch.equal(batch.pixel_codes[::2], batch.pixel_codes[1::2])
+        for index, row in enumerate(rows):
+            alone = model.generate(ids(*row), **(codes if IMAGE in row else {}), use_cache=False, **settings)
+            assert torch.equal(alone.pixel_codes[0], batch.pixel_codes[2 * index])
+            pixel, semantic = NaiveGenerator(model).image(
+                row, pairs(codes) if IMAGE in row else [], guidance_scale=2.5
+            )
+            assert torch.equal(alone.pixel_codes[0].flatten(0, 1), pixel)
+            assert torch.equal(alone.semantic_codes[0].flatten(0, 1), semantic)
+        if reason is not None:
+            with pytest.raises(ValueError, match="static cache: its language model has layers with other than full"):
+                draw(model, cache_implementation="static")
+            with pytest.raises(ValueError, match="`compile_config` compiles a step of fixed shape"):
+                draw(model, compile_config=CompileConfig())
+
+    def test_a_recurrent_state_cannot_forget(self):
+        fields = tiny_unified_config().text_config.to_dict()
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        fields = {name: fields[name] for name in names} | {"model_type": "lfm2", "num_hidden_layers": 2}
+        fields |= {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+        model = lively_unified_model(text_config=fields)
+        arguments = {"generation_mode": "interleaved", "max_new_tokens": N + 3}
+        with pytest.raises(ValueError, match="a recurrent state cannot forget"):
+            model.generate(ids(5, START), **arguments)
+        assert len(model.generate(ids(5, START), guidance_scale=1.0, **arguments).pixel_codes) == 1
+
+    def test_other_attention_feeds_prompts_only(self, model, monkeypatch):
+        """Flash attention, for one, takes no mask of columns: the steps run in torch's own."""
+        lengths = []
+
+        def attention(module, query, *args, **kwargs):
+            lengths.append(query.shape[2])
+            return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, *args, **kwargs)
+
+        expected = draw(model)
+        AttentionInterface.register("counting", attention)
+        AttentionMaskInterface.register("counting", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        config = model.model.language_model.config
+        monkeypatch.setattr(config, "_attn_implementation_internal", "counting")
+        assert same_images(draw(model), expected)
+        assert set(lengths) == {3} and config._attn_implementation == "counting"
+
+    @pytest.mark.parametrize("kind", ["prompt", "negative"])
+    def test_images_without_placeholders_are_refused(self, model, kind):
+        """Also where the prompt is `<image_start>` alone, of which nothing is fed before the images."""
+        codes = random_codes(1)
+        if kind == "negative":
+            codes = {"negative_prompt_ids": ids(START)} | {f"negative_{name}": value for name, value in codes.items()}
+        with pytest.raises(ValueError, match=r"1 image\(s\) were given"):
+            model.generate(ids(START), generation_mode="image", **codes)
+
+    def test_checkpointing_in_training_is_refused(self):
+        model = lively_unified_model().train()
+        model.gradient_checkpointing_enable()
+        with pytest.raises(
+            ValueError, match=r"gradient checkpointing does without in training: call `model.eval\(\)`"
+        ):
+            draw(model)
+        assert same_images(draw(model.eval()), draw(shared_model()))
 
 
 # What makes the host wait for a device.
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "unique_dim", "equal", "is_nonzero"}
+
+
+# What copies from the host, of which a CPU's operations tell nothing.
+COPIES = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.item, torch.Tensor.tolist}
+COPIES |= {torch.Tensor.cpu, torch.from_numpy}
+
+
+class NoCopies(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in COPIES, f"{function.__name__} copies from or to the host"
+        if function in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in parts), "a list as an index is copied from the host"
+        return function(*args, **(kwargs or {}))
 
 
 class NoWaits(TorchDispatchMode):
@@ -196,13 +275,14 @@ class TestStep:
         step = image_decoding._step
 
         def watched(decoder):
-            with NoWaits() as mode:
+            with NoCopies(), NoWaits() as mode:
                 step(decoder)
             counts.append(mode.count)
 
-        expected = draw(model)
+        settings = {"image_top_k": 7, "pixel_top_p": 0.9, "semantic_temperature": 1.5}
+        expected = draw(model, **settings)
         monkeypatch.setattr(image_decoding, "_step", watched)
-        assert same_images(draw(model), expected)
+        assert same_images(draw(model, **settings), expected)
         # Every position does the same.
         assert len(counts) == N - 1 and len(set(counts)) == 1
 
@@ -211,6 +291,9 @@ class TestStep:
             torch.ones(2).sum().item()
         with NoWaits(), pytest.raises(AssertionError, match="a mask as an index waits"):
             torch.ones(2)[torch.tensor([True, False])]
+        for copies in (lambda: torch.tensor([1.0]), lambda: torch.ones(2)[[0, 1]], lambda: torch.ones(2).tolist()):
+            with NoCopies(), pytest.raises(AssertionError, match="the host"):
+                copies()
 
     @pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}, {"image_do_sample": False}])
     def test_one_step_replayed_draws_the_image(self, model, traced, settings):
@@ -221,7 +304,8 @@ class TestStep:
     @pytest.mark.parametrize("rows", [1, 2])
     def test_replayed_in_interleaved_generation(self, model, traced, rows):
         out = converse(model, rows)
-        assert traced["replays"] >= N
+        # All positions but those of the prompt's own steps, whichever row writes beside them.
+        assert traced["replays"] == {1: 2 * N, 2: 12 + N}[rows]
         # One graph for both images, though text and another image have come between.
         assert traced["traces"] == 1
         expected = converse(model, rows, cache_implementation="dynamic")
@@ -239,29 +323,70 @@ class TestStep:
         warmed = []
 
         def capture(decoder, step):
-            decoder._warm_up(step)
-            warmed.append(decoder)
+            warmed.append(decoder._warm_up(step))
 
         monkeypatch.setattr(image_decoding.ImageDecoder, "_can_capture", lambda self: True)
         monkeypatch.setattr(image_decoding.ImageDecoder, "_capture", capture)
-        assert same_images(draw(model), expected) and len(warmed) == 1
+        mode = ["default"]
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[-1])
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", mode.append)
+        assert same_images(draw(model), expected) and warmed == [None]
+        assert mode == ["default", "error", "default"]
+
+        # A step in which the host would wait: it runs as it is, and is not tried again.
+        advance = StaticContext.advance
+
+        def waiting(context, *args):
+            hidden_states = advance(context, *args)
+            if mode[-1] == "error":
+                raise RuntimeError("called a synchronizing CUDA operation")
+            return hidden_states
+
+        monkeypatch.setattr(StaticContext, "advance", waiting)
+        assert same_images(draw(model), expected)
+        assert warmed[1:] == ["called a synchronizing CUDA operation"] and mode[-1] == "default"
 
     @pytest.mark.parametrize("mode", ["image", "interleaved"])
-    def test_compiled_without_a_break(self, model, mode):
-        config = CompileConfig(fullgraph=True, backend="eager", mode="default")
+    def test_compiled_once_and_without_a_break(self, model, monkeypatch, mode):
+        graphs = []
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        monkeypatch.setattr(image_decoding, "_compiled", type(image_decoding._compiled)())
+        config = CompileConfig(fullgraph=True, backend=backend, mode="default")
         function = draw if mode == "image" else converse
-        out = function(model, compile_config=config)
-        assert same_images(out, function(model, cache_implementation="dynamic"))
+        assert same_images(function(model, compile_config=config), function(model, cache_implementation="dynamic"))
+        assert len(graphs) == 1
+        function(model, compile_config=config)
+        assert len(graphs) == 1
+        if mode == "image":
+            function(model, compile_config=config, guidance_scale=2.0)
+            assert len(graphs) == 2
+            function(model, compile_config=config, disable_compile=True, guidance_scale=4.0)
+            assert len(graphs) == 2
 
-    def test_compiled_once(self, model):
-        def count():
-            return sum(torch._dynamo.utils.counters["stats"].values())
+    def test_compiled_for_more_sizes_than_torch_takes_of_one_function(self, model, monkeypatch):
+        compiled = []
 
-        config = CompileConfig(backend="eager")
-        draw(model, compile_config=config)
-        before = count()
-        draw(model, seed=2, compile_config=config)
-        assert count() == before
+        def backend(graph, inputs):
+            compiled.append(graph)
+            return graph.forward
+
+        step = image_decoding._step
+
+        def small(decoder):
+            decoder.index.add_(1)
+            decoder.codes.add_(int(decoder.guidance_scale))
+
+        monkeypatch.setattr(image_decoding, "_step", small)
+        monkeypatch.setattr(image_decoding, "_compiled", type(image_decoding._compiled)())
+        config = CompileConfig(fullgraph=True, backend=backend)
+        for scale in range(2, 22):
+            draw(model, guidance_scale=float(scale), compile_config=config)
+        assert len(compiled) == 20 and len(image_decoding._compiled) == image_decoding._MAX_COMPILED
+        assert step is not small
 
     @pytest.mark.slow
     def test_compiled_by_inductor(self, model):
@@ -269,19 +394,24 @@ class TestStep:
         assert same_images(out, draw(model, image_do_sample=False))
 
     @pytest.mark.parametrize(
-        "options, passed",
+        "config, passed",
         [
-            ({"mode": "reduce-overhead"}, {"mode": None}),
-            ({"mode": "max-autotune"}, {"mode": "max-autotune-no-cudagraphs"}),
-            ({"mode": "default", "options": {"a": 1}, "fullgraph": False}, {"options": {"a": 1}, "fullgraph": False}),
+            (CompileConfig(), {"mode": "default"}),
+            (
+                CompileConfig(mode="max-autotune", fullgraph=True),
+                {"mode": "max-autotune-no-cudagraphs", "fullgraph": True},
+            ),
+            (CompileConfig(dynamic=True, mode="default"), {"mode": "default", "dynamic": True}),
+            (CompileConfig(options={"a": 1}, backend="eager"), {"options": {"a": 1}, "backend": "eager"}),
         ],
     )
-    def test_options_of_the_compiler(self, monkeypatch, options, passed):
-        seen = {}
-        monkeypatch.setattr(image_decoding, "_compiled", {})
-        monkeypatch.setattr(torch, "compile", lambda function, **kwargs: seen.update(kwargs))
-        image_decoding._compiled_step(options)
-        assert seen == {"fullgraph": True, "dynamic": False} | passed
+    def test_options_of_the_compiler(self, config, passed):
+        expected = {"fullgraph": False, "dynamic": False, "backend": "inductor"} | passed
+        assert image_decoding._compiler_arguments(config.to_dict()) == expected
+
+
+def size(rows=2, num_prompts=2, prompt_length=4, num_columns=4 + N, num_candidates=24, guided=True):
+    return generation_memory.GenerationSize(rows, num_prompts, prompt_length, num_columns, num_candidates, guided)
 
 
 class TestMemory:
@@ -308,27 +438,50 @@ class TestMemory:
         (context,) = seen
         allocated = sum(part.nbytes for buffers in context.buffers for part in buffers.keys_and_values)
         counts = [
-            generation_memory.bytes_per_image(model, columns, 4, True, torch.float32)
+            generation_memory.bytes_needed(model, size(num_columns=columns, prompt_length=0), 2)
             for columns in (0, context.capacity)
         ]
-        assert 2 * (counts[1] - counts[0]) == allocated
+        assert counts[1] - counts[0] == allocated
 
     def test_too_many_are_refused_with_the_number_that_fits(self, model, free):
-        each = generation_memory.bytes_per_image(model, 4 + N, 4, True, torch.float32)
-        free(6 * each)
+        rows = [generation_memory.bytes_needed(model, size(rows=6), rows) for rows in range(7)]
+        free(rows[6])
         assert len(draw(model, num_return_sequences=3).pixel_codes) == 6
-        free(6 * each - 1)
-        with pytest.raises(ValueError, match=r"Drawing 6 image\(s\).*the largest batch that fits is 5"):
-            draw(model, num_return_sequences=3)
-        free(each - 1)
+        for largest in range(1, 6):
+            free(rows[largest + 1] - 1)
+            with pytest.raises(ValueError, match=rf"Drawing 6 image\(s\).*the largest batch that fits is {largest}"):
+                draw(model, num_return_sequences=3)
+        free(rows[1] - 1)
         with pytest.raises(ValueError, match="not even one image fits"):
             draw(model)
 
+    @pytest.mark.parametrize("cache", ["static", "dynamic"])
+    def test_what_is_planned_for(self, model, monkeypatch, cache):
+        sizes = []
+        monkeypatch.setattr(generation, "check_memory", lambda model, size: sizes.append(size))
+        negative = ids(*range(5, 25), START)
+        draw(model, num_return_sequences=3, negative_prompt_ids=negative, image_top_k=7, cache_implementation=cache)
+        converse(model, rows=1, budget=40, cache_implementation=cache)
+        assert sizes == [size(rows=6, num_columns=21 + N, num_candidates=7), size(1, 1, 3, 43)]
+
     def test_guidance_takes_more(self, model):
         with_guidance, without = (
-            generation_memory.bytes_per_image(model, 20, 4, guided, torch.float32) for guided in (True, False)
+            generation_memory.bytes_needed(model, size(guided=guided, num_columns=40), 2) for guided in (True, False)
         )
         assert with_guidance > 1.3 * without
+
+    def test_long_prompts_take_more_while_they_are_fed(self, model):
+        """Once for all their copies."""
+        one, two = (
+            generation_memory.bytes_needed(model, size(rows=2, num_prompts=number, prompt_length=10_000), 2)
+            for number in (1, 2)
+        )
+        assert 1.9 < two / one < 2.1
+
+    def test_a_model_on_several_devices_is_not_asked(self, model, free, monkeypatch):
+        free(0)
+        monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
+        assert len(draw(model, cache_implementation="dynamic").pixel_codes) == 2
 
     def test_a_cpu_is_not_asked(self, model):
         assert generation_memory.free_memory(torch.device("cpu")) is None

@@ -1,5 +1,6 @@
 """Drawing codes from the depth heads' logits."""
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -63,32 +64,23 @@ class DualTokenCodeSampler:
     def _is_ranked(self, num_codes: int) -> bool:
         return min(min(k, num_codes) or num_codes for k in self.top_k) < num_codes or min(self.top_p) < 1
 
-    def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> torch.Tensor | None:
-        """A buffer for the noise of all depths of one position, `(D, 2, B, candidates)`; `None` where none is needed."""
+    def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> "CodeNoise | None":
+        """The noise of all depths of one position; `None` where none is needed."""
         if not self.do_sample:
             return None
-        return torch.empty(num_depths, 2, rows, self.num_candidates(num_codes), device=device)
-
-    def fill_noise(self, noise: torch.Tensor) -> None:
-        """Draw Gumbel noise into a buffer. With a generator of the CPU's, a GPU draws what the CPU would."""
-        on_host = self.generator is not None and self.generator.device != noise.device
-        drawn = torch.empty(noise.shape, device=self.generator.device) if on_host else noise
-        drawn.exponential_(generator=self.generator).log_().neg_()
-        if on_host:
-            noise.copy_(drawn)
+        return CodeNoise((num_depths, 2, rows, self.num_candidates(num_codes)), device, self.generator)
 
     def __call__(self, logits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.LongTensor:
         """
         `(2, B, K)` -> `(2, B)`, without a wait for the device.
 
-        `noise` `(2, B, candidates)` is that of one depth, from [`fill_noise`]; by default it is drawn here.
+        `noise` `(2, B, candidates)` is that of one depth, from [`CodeNoise`]; by default it is drawn here.
         """
         if not self.do_sample:
             return logits.argmax(-1)
         num_codes = logits.shape[-1]
         if noise is None:
-            noise = self.new_noise(1, logits.shape[1], num_codes, logits.device)[0]
-            self.fill_noise(noise)
+            noise = self.new_noise(1, logits.shape[1], num_codes, logits.device).draw()[0]
         scores = logits.float()
         if self.temperature != (1.0, 1.0):
             scores = scores / _per_head(self.temperature, scores)
@@ -106,6 +98,42 @@ class DualTokenCodeSampler:
         return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
 
 
+class CodeNoise:
+    """
+    Gumbel noise `(D, 2, B, candidates)` for one position after the other, in a tensor that stays where it is.
+
+    With a generator of the CPU's a GPU draws what the CPU would. It comes through pinned memory, so that the host waits
+    only where it is a few positions ahead; to draw it takes the host longer than the GPU itself would.
+    """
+
+    # Positions the host may be ahead of a GPU.
+    SLOTS = 4
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None):
+        self.values, self.generator = torch.empty(shape, device=device), generator
+        self._on_host = generator is not None and generator.device.type != device.type
+        self._slots = deque()
+        if self._on_host and device.type == "cuda":
+            for _ in range(self.SLOTS):
+                self._slots.append((torch.empty(shape, pin_memory=True), torch.cuda.Event()))
+
+    def draw(self) -> torch.Tensor:
+        """New noise, in the same tensor."""
+        if not self._on_host:
+            return self._draw_into(self.values)
+        if not self._slots:
+            return self.values.copy_(self._draw_into(torch.empty_like(self.values, device=self.generator.device)))
+        slot, copied = self._slots.popleft()
+        copied.synchronize()
+        self.values.copy_(self._draw_into(slot), non_blocking=True)
+        copied.record(torch.cuda.current_stream(self.values.device))
+        self._slots.append((slot, copied))
+        return self.values
+
+    def _draw_into(self, values: torch.Tensor) -> torch.Tensor:
+        return values.exponential_(generator=self.generator).log_().neg_()
+
+
 def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Tensor:
     """A setting of both heads as what broadcasts against `(2, B, K)`; filled on the device, since a copy would wait."""
     if pair[0] == pair[1]:
@@ -113,4 +141,4 @@ def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Te
     return torch.cat([like.new_full((1, 1, 1), value) for value in pair])
 
 
-__all__ = ["DualTokenCodeSampler"]
+__all__ = ["CodeNoise", "DualTokenCodeSampler"]

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_dualtoken import DualTokenDepthHeadConfig
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
 
 
 NUM_KINDS = 2  # pixel, semantic
@@ -35,7 +35,7 @@ class DualTokenStackedLinear(nn.Module):
         """
         `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`.
 
-        `residual`, of the result's shape, is added within the product. One entry for all of this: ZeRO-3 and FSDP2
+        `residual`, of the result's shape, is added. One entry for all of this: ZeRO-3 and FSDP2
         bring a module's weights together where it is called.
         """
         if depth is None:
@@ -49,14 +49,16 @@ class DualTokenStackedLinear(nn.Module):
         weight = weight.flatten(0, -3).transpose(1, 2)
         hidden_states = hidden_states.flatten(0, -3)
         added = None if bias is None else bias.flatten(0, -2).unsqueeze(1)
-        if residual is not None:
-            residual = residual.flatten(0, -3)
-            added = residual if added is None else residual + added
+        # Within the product only where that keeps its precision: autocast would round it.
+        fused = residual is not None and residual.dtype == weight.dtype and not is_autocast_on(weight.device.type)
+        if fused:
+            added = residual.flatten(0, -3) if added is None else residual.flatten(0, -3) + added
         if added is None:
             product = torch.bmm(hidden_states, weight)
         else:
             product = torch.baddbmm(added, hidden_states, weight)
-        return product.view(*stack, *product.shape[1:])
+        product = product.view(*stack, *product.shape[1:])
+        return product if residual is None or fused else residual + product
 
 
 class DualTokenStackedRMSNorm(nn.Module):
@@ -248,8 +250,8 @@ class DualTokenDepthHeads(nn.Module):
             sampler (callable): logits `(2, B, K)`, and with `noise` that of the depth, -> codes `(2, B)`.
             guidance_scale (`float`, *optional*): logits = uncond + s (cond - uncond). Applied to the features before
                 the classifier, which is linear: the same logits for half the rows.
-            noise (`torch.Tensor` of shape `(D, 2, B, candidates)`, *optional*): what the sampler is to draw by, from
-                its `fill_noise`.
+            noise (`torch.Tensor` of shape `(D, 2, B, candidates)`, *optional*): what the sampler is to draw by, of all
+                depths ([`CodeNoise`]).
 
         The host waits for nothing, and all shapes are fixed: the whole can be one CUDA graph.
 

@@ -14,8 +14,8 @@ from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .code_sampling import DualTokenCodeSampler
-from .generation_context import Context, Prompt, StaticContext
-from .generation_memory import check_memory
+from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
+from .generation_memory import GenerationSize, check_memory
 from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
 from .interleaved_generation import InterleavedLoop
@@ -24,6 +24,8 @@ from .interleaved_generation import InterleavedLoop
 GENERATION_MODES = ("text", "image", "interleaved")
 # Text between images that the first buffers of interleaved generation have room for.
 _TEXT_ROOM = 256
+# A compiled step's cache has a multiple of this many columns.
+_COMPILED_BLOCK = 256
 
 
 @dataclass
@@ -69,8 +71,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             generation_mode (`str`, defaults to `"text"`): `"text"`: everything transformers' `generate` does, without
                 images. `"image"`: one image per row. `"interleaved"`: text and images, until the end-of-sequence id or
                 `max_new_tokens`; no image is started that could not be finished.
-            guidance_scale (`float`, defaults to the generation config's, else 3.0): logits = uncond + s (cond - uncond), in both heads at every
-                depth. 1.0: no guidance. Not used in text mode.
+            guidance_scale (`float`, defaults to the generation config's, else 3.0): logits = uncond + s (cond - uncond),
+                in both heads at every depth. 1.0: no guidance. Not used in text mode.
             negative_prompt_ids (`torch.LongTensor` of shape `(1 or B, L')`, *optional*): the unconditional context, a
                 rendered prompt that ends in `<image_start>`; by default `<image_start>` alone. With
                 `negative_prompt_attention_mask`, and its images as `negative_pixel_values`, or as
@@ -84,7 +86,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
                 and on a CUDA device one graph per position, or `"dynamic"`, a cache that grows. By default static where
                 the language model allows it. The same codes either way.
-            compile_config (`CompileConfig`, *optional*): compiles the step of an image position.
+            compile_config (`CompileConfig`, *optional*): compiles the step of an image position, once for every size.
             on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
                 `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
             progress_bar (`bool`, defaults to `False`): show one, over the positions of image mode and over the tokens
@@ -96,8 +98,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: for an unknown mode, a negative guidance scale, an empty prompt, prompts that end differently,
-                a negative prompt that does not end in `<image_start>`, images that do not fit the placeholders, or
-                more images at once than the device's memory holds.
+                a prompt that ends within an image, a negative prompt that does not end in `<image_start>`, images that
+                do not fit the placeholders, or more images at once than the device's memory holds.
         """
         mode = kwargs.pop("generation_mode", None) or "text"
         if mode not in GENERATION_MODES:
@@ -159,6 +161,11 @@ class DualTokenGenerationMixin(GenerationMixin):
             )
         if inputs is None:
             raise ValueError(f"`generation_mode={mode!r}` needs `input_ids`.")
+        if self.training and self.is_gradient_checkpointing:
+            raise ValueError(
+                f"`generation_mode={mode!r}` needs a cache, which gradient checkpointing does without in training: "
+                "call `model.eval()` first."
+            )
         # Guidance is of images only: transformers' processor must not guide the text of an interleaved answer.
         generation_config.guidance_scale = 1.0
         self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
@@ -339,9 +346,17 @@ class DualTokenGenerationMixin(GenerationMixin):
         eos = eos[0] if isinstance(eos, list) else eos
         return 0 if eos is None else eos
 
-    def _new_context(
-        self, prompt: Prompt, rows: int, guidance: _Guidance, generation_config, max_new_tokens: int
-    ) -> Context:
+    def _new_decoder(
+        self,
+        prompt: Prompt,
+        rows: int,
+        guidance: _Guidance,
+        sampler: DualTokenCodeSampler,
+        generation_config,
+        max_new_tokens: int,
+        room: int,
+    ) -> ImageDecoder:
+        """What draws, on a new context of the prompts with room for `room` tokens at first."""
         kind = generation_config.cache_implementation
         if kind not in (None, "static", "dynamic"):
             raise ValueError(
@@ -351,12 +366,22 @@ class DualTokenGenerationMixin(GenerationMixin):
         if kind == "static" and unsupported is not None:
             raise ValueError(f"This model cannot draw images with a static cache: {unsupported}. Take 'dynamic'.")
         is_static = kind == "static" or (kind is None and unsupported is None)
-        length = prompt.input_ids.shape[1]
-        check_memory(self, rows, length + max_new_tokens, length, guidance.prompt is not None)
-        return (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, max_new_tokens)
-
-    def _new_decoder(self, context: Context, guidance: _Guidance, sampler, generation_config) -> ImageDecoder:
         compile_config = getattr(generation_config, "compile_config", None)
+        if getattr(generation_config, "disable_compile", False):
+            compile_config = None
+        lengths = [part.input_ids.shape[1] for part in (prompt, guidance.prompt) if part is not None]
+        size = GenerationSize(
+            rows=rows,
+            num_prompts=len(prompt),
+            prompt_length=lengths[0],
+            num_columns=max(lengths) + max_new_tokens,
+            num_candidates=sampler.num_candidates(self.config.codebook_size),
+            guided=guidance.prompt is not None,
+        )
+        check_memory(self, size)
+        # Compiled anew for every size: fewer of them.
+        block = _COMPILED_BLOCK if compile_config is not None else None
+        context = (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, room, block)
         options = None if compile_config is None else compile_config.to_dict()
         return ImageDecoder(self, context, sampler, guidance.scale, options)
 
@@ -372,9 +397,10 @@ class DualTokenGenerationMixin(GenerationMixin):
         progress: GenerationProgress,
     ) -> DualTokenGenerateOutput:
         num_positions = self.config.num_positions
-        context = self._new_context(prompt, rows, guidance, generation_config, num_positions)
-        context.begin(list(range(rows)))
-        decoder = self._new_decoder(context, guidance, sampler, generation_config)
+        decoder = self._new_decoder(
+            prompt, rows, guidance, sampler, generation_config, max_new_tokens=num_positions, room=num_positions
+        )
+        decoder.context.begin(list(range(rows)))
         with progress.bar(num_positions, "position") as bar:
             codes = decoder.draw(
                 num_positions, feed_last=False, on_position=progress.pace(bar, prompt.input_ids.device)
@@ -415,6 +441,11 @@ class DualTokenGenerationMixin(GenerationMixin):
         budget = self._interleaved_budget(prompt, generation_config)
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer takes one row, got {rows}.")
+        if guidance.prompt is not None and not has_keys_and_values_only(self):
+            raise ValueError(
+                "Interleaved generation with guidance needs a language model whose past is keys and values alone: a "
+                "recurrent state cannot forget one image for the next. Pass `guidance_scale=1.0`."
+            )
         if budget < num_positions + 1 and (prompt.input_ids[:, -1] == self.config.image_start_token_id).any():
             raise ValueError(
                 f"The prompt asks for an image, which takes {num_positions + 1} tokens, but `max_new_tokens` is {budget}."
@@ -428,11 +459,18 @@ class DualTokenGenerationMixin(GenerationMixin):
             logits_processor=logits_processor if logits_processor is not None else LogitsProcessorList(),
             device=input_ids.device,
         )
-        context = self._new_context(prompt, rows, guidance, generation_config, min(budget, num_positions + _TEXT_ROOM))
+        decoder = self._new_decoder(
+            prompt,
+            rows,
+            guidance,
+            sampler,
+            generation_config,
+            max_new_tokens=budget,
+            room=min(budget, num_positions + _TEXT_ROOM),
+        )
         loop = InterleavedLoop(
             self,
-            context,
-            self._new_decoder(context, guidance, sampler, generation_config),
+            decoder,
             input_ids,
             budget,
             processors,

@@ -5,11 +5,14 @@ first, so that the weights are read once for both. A row's mask shows it what is
 sees the negative prompt (if any) and the row's current image, and counts its positions from there, as if it were alone.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+
+from .sharding import is_sharded
 
 
 @dataclass
@@ -37,14 +40,46 @@ class _Prefill:
 
     @classmethod
     def of(cls, model, prompt: Prompt) -> "_Prefill":
-        if prompt.input_ids.shape[1] == 0:
-            return cls([], prompt.attention_mask)
+        """All of the prompts but their last token."""
+        prefix = prompt.without_last()
+        if prefix.input_ids.shape[1] > 0:
+            cache = cls._feed(model, prefix)
+            return cls([(layer.keys, layer.values) for layer in cache.layers], prefix.attention_mask, cache)
+        num_images = 0 if prompt.codes is None else len(prompt.codes[0])
+        model.model.check_placeholders(model.model.image_mask(prompt.input_ids, None), num_images)
+        if is_sharded(model):
+            # For the sake of ranks with longer prompts: all must run the same modules.
+            cls._feed(model, prompt)
+        return cls([], prefix.attention_mask)
+
+    @staticmethod
+    def _feed(model, prompt: Prompt) -> DynamicCache:
         inputs = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask}
         if prompt.codes is not None:
             inputs["pixel_codes"], inputs["semantic_codes"] = prompt.codes
         cache = DynamicCache(config=model.config.text_config)
         model.model(**inputs, past_key_values=cache, use_cache=True)
-        return cls([(layer.keys, layer.values) for layer in cache.layers], prompt.attention_mask, cache)
+        return cache
+
+    @classmethod
+    def of_all(cls, model, prompts: list[Prompt], rows: int, pad_token_id: int) -> "_Prefill":
+        """All rows of all prompts in one batch: for caches that know more of a row than keys and values."""
+        length = max(prompt.input_ids.shape[1] for prompt in prompts)
+        ids, masks, codes = [], [], []
+        for prompt in prompts:
+            repeats, missing = rows // len(prompt), length - prompt.input_ids.shape[1]
+            ids.append(F.pad(prompt.input_ids, (missing, 0), value=pad_token_id).repeat_interleave(repeats, 0))
+            masks.append(F.pad(prompt.attention_mask, (missing, 0)).repeat_interleave(repeats, 0))
+            if prompt.codes is not None:
+                image_mask = model.model.image_mask(prompt.input_ids, None)
+                order = model._image_order(image_mask, len(prompt.codes[0]), repeats)
+                codes.append(tuple(kind[order] for kind in prompt.codes))
+        codes = tuple(torch.cat(kind) for kind in zip(*codes)) if codes else None
+        whole = Prompt(torch.cat(ids), torch.cat(masks), codes)
+        prefix = whole.without_last()
+        if prefix.input_ids.shape[1] == 0:
+            return cls([], prefix.attention_mask)
+        return cls([], prefix.attention_mask, cls._feed(model, prefix))
 
     def __len__(self) -> int:
         return self.attention_mask.shape[1]
@@ -63,6 +98,9 @@ class Context:
     """
     The language model's state over the rows of a generation, in a cache that grows: for every kind of backbone.
 
+    A recurrent one cannot forget what its unconditional rows have seen: with guidance it may draw one image, not go on
+    to the next.
+
     Args:
         model ([`DualTokenForCausalLM`]).
         prompt ([`Prompt`]): all of it but the last token is fed at once; [`begin`] feeds that.
@@ -70,17 +108,33 @@ class Context:
         negative_prompt ([`Prompt`], *optional*): of all rows, or one for each or for each prompt; ends in
             `<image_start>`, which a row is fed when its image starts. With it there are as many unconditional rows.
         max_new_tokens (`int`): how many tokens will be fed at most, that last one included.
+        block (`int`, *optional*): a static context has a multiple of this many columns.
     """
 
-    def __init__(self, model, prompt: Prompt, rows: int, negative_prompt: Prompt | None, max_new_tokens: int):
+    # Whole blocks for the attention kernels.
+    BLOCK = 32
+
+    def __init__(
+        self,
+        model,
+        prompt: Prompt,
+        rows: int,
+        negative_prompt: Prompt | None,
+        max_new_tokens: int,
+        block: int | None = None,
+    ):
+        self.block = block or self.BLOCK
         self.model, self.rows, self.guided = model, rows, negative_prompt is not None
         last_ids = prompt.input_ids[:, -1:].repeat_interleave(rows // len(prompt), 0)
         self.last_embeds = model.model.for_backbone(model.get_input_embeddings()(last_ids))
-        prefills = [_Prefill.of(model, prompt.without_last())]
-        if self.guided:
-            prefills.append(_Prefill.of(model, negative_prompt.without_last()))
+        prompts = [prompt, negative_prompt] if self.guided else [prompt]
+        if has_keys_and_values_only(model):
+            prefills = [_Prefill.of(model, part) for part in prompts]
+        else:
+            prefills = [_Prefill.of_all(model, prompts, rows, model.config.image_start_token_id)]
         self.prefix_length = max(map(len, prefills))
-        self.prefix_mask = torch.cat([prefill.mask(rows, self.prefix_length) for prefill in prefills])
+        rows_of_each = rows * len(prompts) // len(prefills)
+        self.prefix_mask = torch.cat([prefill.mask(rows_of_each, self.prefix_length) for prefill in prefills])
         # The next position of every row, (R, 1).
         self.next_position = self.prefix_mask.sum(-1, keepdim=True)
         self.hidden_states: torch.Tensor | None = None
@@ -92,6 +146,7 @@ class Context:
         self.cache = longest.cache
         if self.cache is None:
             self.cache = DynamicCache(config=self.model.config.text_config)
+        if not longest.layers:
             return
         for index, layer in enumerate(self.cache.layers):
             # A window of the past holds its end, and where others have less there is nothing to see.
@@ -153,8 +208,15 @@ class Context:
         )
         return outputs.last_hidden_state[:, -1]
 
+    def has_room(self, num_tokens: int) -> bool:
+        return True
+
     def reserve(self, num_tokens: int) -> None:
         """Make room for that many more tokens."""
+
+    def attention(self):
+        """The attention that [`feed`] runs with, as a context manager."""
+        return nullcontext()
 
 
 class _Buffers:
@@ -209,19 +271,25 @@ class StaticContext(Context):
     compiled once. The buffers double where more room is needed.
     """
 
-    # Columns are allocated in multiples of this: whole blocks for the attention kernels.
-    BLOCK = 32
+    @contextmanager
+    def attention(self):
+        config = self.model.model.language_model.config
+        given = config._attn_implementation
+        if given in ("sdpa", "eager"):
+            yield
+            return
+        # Others, flash attention for one, do not take a mask of columns. For one new token they gain little.
+        config._attn_implementation = "sdpa"
+        try:
+            yield
+        finally:
+            config._attn_implementation = given
 
     @staticmethod
     def unsupported(model) -> str | None:
         """Why `model` cannot have it, as the end of a sentence; `None` if it can."""
-        config = model.config.text_config
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if kinds != {"full_attention"} or getattr(config, "use_sliding_window", False):
+        if not has_keys_and_values_only(model, windows=False):
             return "its language model has layers with other than full attention"
-        attention = model.model.language_model.config._attn_implementation
-        if attention not in ("sdpa", "eager"):
-            return f"its attention is {attention!r}, not 'sdpa' or 'eager'"
         if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
             return "it lies on several devices"
         return None
@@ -248,9 +316,8 @@ class StaticContext(Context):
         self.attention_mask = torch.full(shape, self.hidden_value, dtype=dtype, device=device)
         self.attention_mask[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
 
-    @classmethod
-    def _rounded(cls, columns: int) -> int:
-        return -(-columns // cls.BLOCK) * cls.BLOCK
+    def _rounded(self, columns: int) -> int:
+        return -(-columns // self.block) * self.block
 
     def _make_caches(self) -> None:
         def cache(rows):
@@ -267,7 +334,8 @@ class StaticContext(Context):
             self.next_position[rows] = self.prefix_mask[rows].sum(-1, keepdim=True)
 
     def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
-        self.hidden_states = self.advance(embeds, conditional_only)
+        with self.attention():
+            self.hidden_states = self.advance(embeds, conditional_only)
         self.length += 1
         return self.hidden_states
 
@@ -281,11 +349,15 @@ class StaticContext(Context):
         self.next_position.add_(1)
         return hidden_states
 
+    def has_room(self, num_tokens: int) -> bool:
+        return self.length + num_tokens <= self.capacity
+
     def reserve(self, num_tokens: int) -> None:
-        needed = self.length + num_tokens
-        if needed <= self.capacity:
+        if self.has_room(num_tokens):
             return
-        grown = self._rounded(max(needed, 2 * self.capacity))
+        grown = self._rounded(max(self.length + num_tokens, 2 * self.capacity))
+        # The caches hold on to the old buffers.
+        self.cache = self.conditional_cache = None
         for buffers in self.buffers:
             buffers.grow(grown)
         self.attention_mask = F.pad(self.attention_mask, (0, grown - self.capacity), value=self.hidden_value)
@@ -293,4 +365,19 @@ class StaticContext(Context):
         self._make_caches()
 
 
-__all__ = ["Context", "Prompt", "StaticContext"]
+def has_keys_and_values_only(model, windows: bool = True) -> bool:
+    """
+    Whether the language model's past is keys and values alone, without recurrent states.
+
+    Args:
+        windows (`bool`, defaults to `True`): also where layers see a window of the past only.
+    """
+    config = model.config.text_config
+    layers = DynamicCache(config=config).layers
+    if len(layers) != config.num_hidden_layers:
+        return False
+    kind = DynamicLayer
+    return all(isinstance(layer, kind) if windows else type(layer) is kind for layer in layers)
+
+
+__all__ = ["Context", "Prompt", "StaticContext", "has_keys_and_values_only"]

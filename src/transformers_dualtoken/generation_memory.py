@@ -1,10 +1,34 @@
 """How much memory a generation will take, said before it begins rather than when it has failed."""
 
+from dataclasses import dataclass
+
 import torch
 
 
 # For what the count leaves out: workspaces of libraries, fragments between blocks.
 _MARGIN = 256 * 2**20
+
+
+@dataclass
+class GenerationSize:
+    """
+    What decides how much memory a generation takes.
+
+    Args:
+        rows (`int`): images drawn at once.
+        num_prompts (`int`): prompts that are fed before; each belongs to as many rows.
+        prompt_length (`int`): of these, padding included.
+        num_columns (`int`): length of the cache: the longer of the prompts and the negative prompts, and what is new.
+        num_candidates (`int`): codes that sampling chooses from, at every depth.
+        guided (`bool`): with an unconditional row for every row.
+    """
+
+    rows: int
+    num_prompts: int
+    prompt_length: int
+    num_columns: int
+    num_candidates: int
+    guided: bool
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -16,51 +40,55 @@ def free_memory(device: torch.device) -> int | None:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def bytes_per_image(model, num_columns: int, prompt_length: int, guided: bool, dtype: torch.dtype) -> int:
+def bytes_needed(model, size: GenerationSize, rows: int) -> int:
     """
-    Bytes that one drawn image takes: keys and values, the prompt's activations, and a step's buffers in the heads.
-
-    Args:
-        model ([`DualTokenForCausalLM`]).
-        num_columns (`int`): length of the cache: prompt and image.
-        prompt_length (`int`).
-        guided (`bool`): with an unconditional row for every image.
-        dtype (`torch.dtype`): the language model's.
+    Bytes that `rows` rows take at their peak: while the prompts are fed, or afterwards, with the prompts' own cache
+    still there.
     """
     config, heads = model.config.text_config, model.config.depth_head_config
-    sides, size = 2 if guided else 1, dtype.itemsize
+    width = model.get_input_embeddings().weight.dtype.itemsize
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * kv_heads * head_dim * size
-    # The prompt's keys and values lie in a cache of their own until they are copied.
-    cache = token * (sides * num_columns + prompt_length)
-    activations = prompt_length * (3 * config.intermediate_size + 8 * config.hidden_size) * size
-    attention = 2 * heads.num_hidden_layers * 2 * sides * model.config.num_depths * heads.hidden_size * size
-    # Logits of both heads, and in float32 what sampling makes of them.
-    logits = 2 * model.config.codebook_size * (size + 3 * 4)
-    return cache + activations + attention + logits
+    token = 2 * config.num_hidden_layers * kv_heads * head_dim * width
+    sides, num_depths = 2 if size.guided else 1, model.config.num_depths
+    num_prompts = -(-rows * size.num_prompts // size.rows)
+    prompt_cache = num_prompts * size.prompt_length * token
+    feeding = num_prompts * size.prompt_length * (3 * config.intermediate_size + 8 * config.hidden_size) * width
+    depth_cache = 2 * heads.num_hidden_layers * 2 * sides * num_depths * heads.hidden_size * width
+    # Logits of both heads, what sampling makes of them in float32, and its noise.
+    sampling = 2 * model.config.codebook_size * (width + 8) + 2 * (num_depths + 4) * size.num_candidates * 4
+    return prompt_cache + max(feeding, rows * (sides * size.num_columns * token + depth_cache + sampling))
 
 
-def check_memory(model, rows: int, num_columns: int, prompt_length: int, guided: bool) -> None:
+def check_memory(model, size: GenerationSize) -> None:
     """
-    Raise a `ValueError` that names the largest batch that fits, unless `rows` images do.
+    Raise a `ValueError` that names the largest batch that fits, unless `size.rows` images do.
 
-    Where the free memory is not known nothing is checked.
+    Nothing is checked where the free memory is not known, or the model lies on several devices.
     """
-    weight = model.get_input_embeddings().weight
-    available = free_memory(weight.device)
+    device = model.get_input_embeddings().weight.device
+    is_spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
+    available = None if is_spread else free_memory(device)
     if available is None:
         return
-    each = bytes_per_image(model, num_columns, prompt_length, guided, weight.dtype)
-    if rows * each + _MARGIN <= available:
+    available = max(0, available - _MARGIN)
+    needed = bytes_needed(model, size, size.rows)
+    if needed <= available:
         return
-    largest = max(0, available - _MARGIN) // each
+    # The largest number of rows, by halving the doubt.
+    largest, too_many = 0, size.rows
+    while too_many - largest > 1:
+        middle = (largest + too_many) // 2
+        if bytes_needed(model, size, middle) <= available:
+            largest = middle
+        else:
+            too_many = middle
     advice = f"the largest batch that fits is {largest}" if largest else "not even one image fits"
     raise ValueError(
-        f"Drawing {rows} image(s) at once after prompts of {prompt_length} tokens takes about {rows * each / 1e9:.1f} GB, "
-        f"{each / 1e9:.2f} GB each, but {max(0, available - _MARGIN) / 1e9:.1f} GB are free on {weight.device}: {advice} "
-        "(prompts times `num_return_sequences`)."
+        f"Drawing {size.rows} image(s) at once, with up to {size.num_columns} tokens each, takes about "
+        f"{needed / 1e9:.2f} GB, but {available / 1e9:.2f} GB are free on {device}: {advice} (prompts times "
+        "`num_return_sequences`)."
     )
 
 
-__all__ = ["bytes_per_image", "check_memory", "free_memory"]
+__all__ = ["GenerationSize", "bytes_needed", "check_memory", "free_memory"]

@@ -36,7 +36,7 @@ class GenerationProgress:
         def update():
             # The host runs ahead of a GPU. The bar waits for what was done a few steps before, so the GPU never idles.
             events.append(torch.cuda.Event())
-            events[-1].record()
+            events[-1].record(torch.cuda.current_stream(device))
             if len(events) > _STEPS_AHEAD:
                 events.popleft().synchronize()
             bar.update()

@@ -7,6 +7,8 @@ the same step runs eagerly.
 """
 
 import functools
+import types
+from collections import OrderedDict
 
 import torch
 from transformers.utils import logging
@@ -18,13 +20,10 @@ from .sharding import is_sharded
 
 logger = logging.get_logger(__name__)
 
-# Steps before a capture: libraries choose their kernels and take their workspaces.
-_WARMUP_STEPS = 2
-
 
 class ImageDecoder:
     """
-    Draws n positions of all rows of a context, as often as it is asked to.
+    Draws positions of all rows of a context, as often as it is asked to.
 
     Args:
         model ([`DualTokenForCausalLM`]).
@@ -32,6 +31,9 @@ class ImageDecoder:
         sampler ([`DualTokenCodeSampler`]).
         guidance_scale (`float`, *optional*): with a guided context.
         compile_options (`dict`, *optional*): arguments of `torch.compile` for the step.
+
+    Raises:
+        ValueError: for `compile_options` where the step has no fixed shape.
     """
 
     def __init__(
@@ -45,13 +47,27 @@ class ImageDecoder:
         self.model, self.context, self.sampler = model, context, sampler
         self.guidance_scale = guidance_scale if context.guided else None
         self.codebooks, config = model._codebooks(), model.config
-        self.noise = sampler.new_noise(config.num_depths, context.rows, config.codebook_size, self.codebooks.device)
+        device = self.codebooks.device
+        self.noise = sampler.new_noise(config.num_depths, context.rows, config.codebook_size, device)
         # State of the tokenizer's up-projections within the current images, for `visual_features="projected"`.
         self.projection_cache: list = []
         self.is_static = isinstance(context, StaticContext) and config.visual_features == "codes"
-        self.compile_options = compile_options if self.is_static else None
-        self.hidden_states = self.codes = self.index = None
-        self._graph, self._captured_capacity = None, None
+        if compile_options is not None and not self.is_static:
+            raise ValueError(
+                "`compile_config` compiles a step of fixed shape: it needs a static cache and "
+                f"`visual_features='codes'`, got {type(context).__name__} and {config.visual_features!r}."
+            )
+        self.compile_options = compile_options
+        # The step's own buffers, made once: a graph knows them by their addresses.
+        self.codes = torch.zeros(
+            config.num_positions, 2, context.rows, config.num_depths, dtype=torch.long, device=device
+        )
+        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        # What rows that do not draw are fed instead, and which rows those are.
+        self.given_embeds = torch.zeros_like(context.last_embeds)
+        self.is_given = torch.zeros(context.rows, 1, 1, dtype=torch.bool, device=device)
+        self.hidden_states: torch.Tensor | None = None
+        self._graph, self._captured_capacity, self._is_capturable = None, None, None
 
     def draw(self, num_positions: int, feed_last: bool = True, on_position=None) -> torch.LongTensor:
         """
@@ -68,27 +84,42 @@ class ImageDecoder:
         """
         if not self.is_static:
             return self._draw_growing(num_positions, feed_last, on_position)
-        self.context.reserve(num_positions)
-        self._begin()
-        step = self._step_function(num_positions)
+        self.is_given.zero_()
+        step = self._prepare(num_positions)
         fed = num_positions if feed_last else num_positions - 1
-        for _ in range(fed):
-            self._fill_noise()
-            step()
-            if on_position is not None:
-                on_position()
-        self.context.length += fed
+        with self.context.attention():
+            for _ in range(fed):
+                self._draw_noise()
+                step()
+                if on_position is not None:
+                    on_position()
+        self._conclude(fed)
         if not feed_last:
-            self._fill_noise()
-            self.codes[num_positions - 1] = self._sample(self.hidden_states)
+            self.codes[num_positions - 1] = self.sample()
             if on_position is not None:
                 on_position()
-        self.context.hidden_states = self.hidden_states.clone()
         return self.codes[:num_positions].permute(1, 2, 0, 3).clone()
+
+    def draw_beside_text(self, embeds: torch.Tensor, writing: list[int]) -> torch.LongTensor:
+        """
+        Draw one position of every row, but feed `embeds` `(B, 1, H)` to the rows `writing`; a static context's.
+
+        Returns:
+            `torch.LongTensor` of shape `(2, B, D)`.
+        """
+        self.given_embeds.copy_(embeds)
+        self.is_given.zero_()
+        self.is_given[writing] = True
+        step = self._prepare(1)
+        with self.context.attention():
+            self._draw_noise()
+            step()
+        self._conclude(1)
+        return self.codes[0].clone()
 
     def sample(self) -> torch.LongTensor:
         """The codes `(2, B, D)` of the next position of every row, which is not fed."""
-        self._fill_noise()
+        self._draw_noise()
         return self._sample(self.context.hidden_states)
 
     def _draw_growing(self, num_positions: int, feed_last: bool, on_position) -> torch.LongTensor:
@@ -102,103 +133,149 @@ class ImageDecoder:
         return torch.stack(codes, dim=2)
 
     def _sample(self, hidden_states: torch.Tensor) -> torch.LongTensor:
-        return self.model.depth_heads.sample(
-            hidden_states, self.codebooks, self.sampler, self.guidance_scale, self.noise
-        )
+        noise = None if self.noise is None else self.noise.values
+        return self.model.depth_heads.sample(hidden_states, self.codebooks, self.sampler, self.guidance_scale, noise)
 
-    def _fill_noise(self) -> None:
+    def _draw_noise(self) -> None:
         # Outside the step: what a graph replays is the same every time.
         if self.noise is not None:
-            self.sampler.fill_noise(self.noise)
+            self.noise.draw()
 
-    def _begin(self) -> None:
-        """The step's own buffers, made once: a graph knows them by their addresses."""
-        hidden_states = self.context.hidden_states
-        if self.codes is None:
-            config = self.model.config
-            shape = (config.num_positions, 2, self.context.rows, config.num_depths)
-            self.codes = torch.zeros(shape, dtype=torch.long, device=hidden_states.device)
-            self.index = torch.zeros(1, dtype=torch.long, device=hidden_states.device)
-            self.hidden_states = torch.empty_like(hidden_states)
+    def _prepare(self, num_positions: int):
+        """Fill the step's buffers; returns what to call for every position: captured, compiled or as it is."""
+        context = self.context
+        if not context.has_room(num_positions):
+            # A graph's memory, and the buffers it knows, before there are new ones.
+            self._graph = None
+            context.reserve(num_positions)
         self.index.zero_()
-        self.hidden_states.copy_(hidden_states)
-
-    def _step_function(self, num_positions: int):
-        """The step to call for every position: captured, compiled or as it is."""
-        step = functools.partial(_compiled_step(self.compile_options), self)
-        if not self._can_capture() or num_positions < 2:
-            return step
-        if self._graph is None or self._captured_capacity != self.context.capacity:
-            self._graph, self._captured_capacity = self._capture(step), self.context.capacity
+        if self.hidden_states is None:
+            self.hidden_states = torch.empty_like(context.hidden_states)
+        self.hidden_states.copy_(context.hidden_states)
+        step = functools.partial(self._step_function(), self)
+        if self._is_capturable is None:
+            self._is_capturable = self._can_capture()
+        if self._is_capturable and (self._graph is None or self._captured_capacity != context.capacity):
+            self._graph, self._captured_capacity = self._capture(step), context.capacity
+            self._is_capturable = self._graph is not None
         return step if self._graph is None else self._graph.replay
+
+    def _conclude(self, num_positions: int) -> None:
+        self.context.length += num_positions
+        self.context.hidden_states = self.hidden_states.clone()
+
+    def _step_function(self):
+        if self.compile_options is None:
+            return _step
+        context = self.context
+        # What a compiled step has of its own, besides the model: sizes, and numbers that it takes for constants.
+        sizes = (context.rows, context.guided, context.capacity, self.guidance_scale)
+        sampling = (self.sampler.temperature, self.sampler.top_k, self.sampler.top_p, self.sampler.do_sample)
+        return _compiled_step(self.compile_options, sizes + sampling)
 
     def _can_capture(self) -> bool:
         model = self.model
         return (
-            self.hidden_states.device.type == "cuda"
+            self.codes.device.type == "cuda"
             and not is_sharded(model)
             and getattr(model, "hf_quantizer", None) is None
             and getattr(model, "_hf_hook", None) is None
         )
 
     def _capture(self, step):
-        """One step as a CUDA graph; `None`, with a warning, where it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._warm_up(step)
-        torch.cuda.current_stream().wait_stream(stream)
-        try:
-            with torch.cuda.graph(graph):
-                step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            logger.warning_once(f"The step of image generation runs eagerly: no CUDA graph could be made ({error}).")
-            return None
+        """One step as a CUDA graph; `None`, with a warning, where something in it would wait for the device."""
+        with torch.cuda.device(self.codes.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            graph = None
+            with torch.cuda.stream(stream), self.context.attention():
+                obstacle = self._warm_up(step)
+                if obstacle is None:
+                    graph = torch.cuda.CUDAGraph()
+                    # Other threads, which load data or answer other requests, may allocate meanwhile.
+                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                        step()
+            torch.cuda.current_stream().wait_stream(stream)
+        if obstacle is not None:
+            logger.warning_once(f"The step of image generation cannot be a CUDA graph and runs eagerly: {obstacle}")
         return graph
 
-    def _warm_up(self, step) -> None:
-        """Run the step and put back what it has changed; the columns it wrote are written again."""
+    def _warm_up(self, step) -> str | None:
+        """
+        Run the step twice and put back what it has changed (the columns it wrote are written again).
+
+        Libraries choose their kernels and take their workspaces the first time. The second time the host must not
+        wait: a capture that fails would leave torch's streams and generators in disorder, so it is found out before.
+        """
         context = self.context
         changed = [self.index, self.hidden_states, context.column, context.next_position, context.attention_mask]
         before = [buffer.clone() for buffer in changed]
-        for _ in range(_WARMUP_STEPS):
-            step()
+
+        def restore():
             for buffer, value in zip(changed, before):
                 buffer.copy_(value)
+
+        step()
+        restore()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            return str(error)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            restore()
+        return None
 
 
 def _step(decoder: ImageDecoder) -> None:
     """Draw a position's codes from the hidden states and feed them, all in the decoder's and the context's buffers."""
     drawn = decoder._sample(decoder.hidden_states)
     decoder.codes.index_copy_(0, decoder.index, drawn.unsqueeze(0))
-    embeds = decoder.model.model.embed_image_codes(*drawn.unsqueeze(2))
+    embeds = decoder.model.model.embed_image_codes(*drawn.unsqueeze(2)).to(decoder.given_embeds.dtype)
+    embeds = torch.where(decoder.is_given, decoder.given_embeds, embeds)
     decoder.hidden_states.copy_(decoder.context.advance(embeds))
     decoder.index.add_(1)
 
 
 # `torch.compile` makes graphs of its own in these modes, which do not take buffers that a step changes.
-_WITHOUT_GRAPHS = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
-# One compiled function for all generations with the same options: another one would be traced anew.
-_compiled = {}
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def _compiled_step(options: dict | None):
-    if options is None:
-        return _step
-    options = {"fullgraph": True, **{name: value for name, value in options.items() if value is not None}}
-    # Every size has kernels of its own, as it has buffers of its own.
-    options.setdefault("dynamic", False)
-    if options.get("mode") in _WITHOUT_GRAPHS:
-        options["mode"] = _WITHOUT_GRAPHS[options["mode"]]
-    if "options" in options:
-        options.pop("mode", None)
-    key = repr(sorted(options.items()))
+# The latest compiled steps, by options and sizes.
+_compiled = OrderedDict()
+_MAX_COMPILED = 16
+
+
+def _compiled_step(options: dict, sizes: tuple):
+    """
+    The compiled step, the same function for the same options and sizes.
+
+    Of every size it is a function of its own: torch gives up on one that it has compiled eight times.
+    """
+    key = (repr(sorted(options.items())), sizes)
     if key not in _compiled:
-        _compiled[key] = torch.compile(_step, **options)
+        function = types.FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
+        _compiled[key] = torch.compile(function, **_compiler_arguments(options))
+        if len(_compiled) > _MAX_COMPILED:
+            _compiled.popitem(last=False)
+    _compiled.move_to_end(key)
     return _compiled[key]
+
+
+def _compiler_arguments(options: dict) -> dict:
+    """Arguments of `torch.compile` from those of a `CompileConfig`."""
+    arguments = {name: value for name, value in options.items() if value is not None}
+    # Every size has kernels of its own, as it has buffers of its own.
+    arguments.setdefault("dynamic", False)
+    if "options" in arguments:
+        arguments.pop("mode", None)
+    elif arguments.get("mode") in _WITHOUT_GRAPHS:
+        arguments["mode"] = _WITHOUT_GRAPHS[arguments["mode"]]
+    return arguments
 
 
 __all__ = ["ImageDecoder"]

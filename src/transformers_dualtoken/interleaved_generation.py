@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from .generation_context import Context
 from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
 
@@ -41,8 +40,7 @@ class InterleavedLoop:
     """
     Args:
         model ([`DualTokenForCausalLM`]).
-        context ([`Context`]): of the prompts, not begun yet.
-        decoder ([`ImageDecoder`]): on that context.
+        decoder ([`ImageDecoder`]): on a context of the prompts that has not begun yet.
         input_ids (`torch.LongTensor` of shape `(B, L)`): the prompts; a row that ends in `<image_start>` draws at once.
         budget (`int`): new tokens at most; an image counts N + 2, and none is started that could not be finished.
         processors (`LogitsProcessorList`): of the text.
@@ -55,7 +53,6 @@ class InterleavedLoop:
     def __init__(
         self,
         model,
-        context: Context,
         decoder: ImageDecoder,
         input_ids: torch.LongTensor,
         budget: int,
@@ -66,7 +63,7 @@ class InterleavedLoop:
         progress: GenerationProgress,
         streamer=None,
     ):
-        self.model, self.context, self.decoder = model, context, decoder
+        self.model, self.context, self.decoder = model, decoder.context, decoder
         self.processors, self.choose_text = processors, choose_text
         self.eos_ids, self.pad_id, self.progress, self.streamer = eos_ids, pad_id, progress, streamer
         self.start_id, self.image_id, self.end_id = model.config.special_image_token_ids
@@ -125,9 +122,6 @@ class InterleavedLoop:
             if row.in_image:
                 row.in_image = index in drawing
                 tokens[index] = self.image_id if row.in_image else self.end_id
-        if drawing:
-            codes = self.decoder.sample()
-            self._take(drawing, codes.unsqueeze(2))
         if writing:
             for index, token in zip(writing, self._write(writing)):
                 tokens[index] = token
@@ -140,9 +134,18 @@ class InterleavedLoop:
         self.length += 1
         if self.streamer is not None and writing:
             self.streamer.put(next_ids.cpu())
-        if self.length < self.end and not all(row.finished for row in self.rows):
+        goes_on = self.length < self.end and not all(row.finished for row in self.rows)
+        if goes_on:
             self.context.reserve(1)
             self.context.start_images(starts)
+        if drawing and goes_on and self.decoder.is_static:
+            others = [index for index in range(len(self.rows)) if index not in drawing]
+            self._take(drawing, self.decoder.draw_beside_text(self._embeds(next_ids, [], None), others).unsqueeze(2))
+            return
+        if drawing:
+            codes = self.decoder.sample()
+            self._take(drawing, codes.unsqueeze(2))
+        if goes_on:
             self.context.feed(self._embeds(next_ids, drawing, codes), conditional_only=not (drawing or starts))
 
     def _write(self, writing: list[int]) -> list[int]:
