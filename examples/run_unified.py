@@ -33,6 +33,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     HfArgumentParser,
+    TrainerState,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -174,6 +175,11 @@ class DataArguments:
             )
         if self.sample_steps is not None and self.sample_prompts is None:
             raise ValueError("--sample_steps needs --sample_prompts, a JSON file of prompts.")
+        if self.sample_prompts is not None and self.sample_steps is None and self.eval_dataset is None:
+            raise ValueError(
+                "--sample_prompts are answered at every evaluation, for which there is no --eval_dataset, or every "
+                "--sample_steps: give one of the two."
+            )
 
 
 def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalLM, DualTokenProcessor]:
@@ -372,15 +378,22 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         logger.info("Going on from %s.", checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    metrics = result.metrics | trainer.sample_counts()
-    if not data_arguments.streaming:
-        metrics["train_samples"] = len(train_dataset)
-        # Those that were found before training.
-        metrics["samples_skipped"] += train_dataset.num_skipped
-        metrics["samples_cut"] += train_dataset.num_cut
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
+    if (
+        checkpoint is not None
+        and result.global_step == TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
+    ):
+        # The metrics of the run that did the work stay as they are.
+        logger.info("Training was finished already, after %d steps.", result.global_step)
+    else:
+        metrics = result.metrics | trainer.sample_counts()
+        if not data_arguments.streaming:
+            metrics["train_samples"] = len(train_dataset)
+            # Those that were found before training.
+            metrics["samples_skipped"] += train_dataset.num_skipped
+            metrics["samples_cut"] += train_dataset.num_cut
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
     if eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)

@@ -160,6 +160,7 @@ def test_settings_that_are_json_objects(tmp_path):
         (["--streaming", "1", "--max_steps", "1", "--precompute_codes", "1"], "stream what it wrote"),
         (["--streaming", "1"], "--streaming needs --max_steps"),
         (["--sample_steps", "5"], "--sample_steps needs --sample_prompts"),
+        (["--sample_prompts", "prompts.json"], "at every evaluation, for which there is no --eval_dataset"),
         (["--quantization", "4"], "needs --lora and --model_name_or_path"),
     ],
 )

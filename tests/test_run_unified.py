@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import lively_unified_model
-from training_helpers import RUN, assert_same_run, build_tiny_processor, changed, check_resume, say, write_images
+from training_helpers import (
+    RUN,
+    assert_same_run,
+    build_tiny_processor,
+    changed,
+    check_finished,
+    check_resume,
+    say,
+    write_images,
+)
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 from transformers_dualtoken.training import (
@@ -106,6 +115,9 @@ def test_mixture_goes_on_where_it_was_stopped(unified_folder, data, tmp_path, op
     log = state_log(whole)
     assert log[0]["tokens_per_second"] > 0
     assert {"pixel_loss_depth_1", "semantic_accuracy_depth_3", "text_accuracy"} <= set().union(*log[:6])
+    results = (whole / "train_results.json").read_bytes()
+    check_finished(run_unified.main, listed, whole)
+    assert (whole / "train_results.json").read_bytes() == results
 
 
 def test_codes_train_as_pixels_do(unified_folder, data, tmp_path):
