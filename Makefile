@@ -15,7 +15,7 @@ help:
 	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
 	@echo "make test       the tests, on CPU and offline, the trained demo's check included      (PYTEST_ARGS=...)"
 	@echo "make test-all   those and the slow ones"
-	@echo "make test-extras  those that need torchvision, torchmetrics, lpips, open_clip: an environment of its own"
+	@echo "make test-extras  those that need torchvision, torchmetrics, lpips, open_clip, triton: an environment of its own"
 	@echo "make lint       check style and format; 'make format' mends what can be mended"
 	@echo "make bench      run every benchmarks/bench_*.py"
 	@echo "make clean      remove virtual environments, build products and caches, not the demo's results"
@@ -57,7 +57,7 @@ bench: $(TEST)/.installed
 # once one of them changes. The package is installed editable: changes to the code need no new installation.
 $(DEMO)/.installed: EXTRA := demo
 $(TEST)/.installed: EXTRA := dev
-$(EXTRAS)/.installed: EXTRA := dev,perceptual,eval
+$(EXTRAS)/.installed: EXTRA := dev,perceptual,eval,kernels
 .venv-%/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 		|| { echo "'$(PYTHON)' is not a Python 3.10 or later: name one, as in 'make $* PYTHON=python3.12'."; exit 1; }

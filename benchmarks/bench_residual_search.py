@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from common import alternating_medians, print_head, print_machine, print_row, run_child, transient_bytes
 from naive.residual_search import nearest_codes_by_distance_matrix, nearest_codes_by_score_matrix
 
-from transformers_dualtoken.quantization import nearest_codes
+from transformers_dualtoken.code_search import nearest_codes
 
 
 SEARCHES = {

@@ -11,9 +11,9 @@ encoding and decoding at half of the measured matrix peak or more, the search a 
 codes 3.5 times as fast as both kinds. FLOPs are counted, not estimated: those of matrix products and convolutions, the
 search as the one product it needs. Rows are printed as they are measured; when --minutes are up, nothing new begins.
 
-TF32 is switched on (`torch.set_float32_matmul_precision("high")`), which changes no code; the search is timed without
-it too. Needs torch and transformers. Without diffusers there is no image decoder, and only encoding is measured. The
-package need not be installed: PYTHONPATH=src.
+TF32 is switched on (`torch.set_float32_matmul_precision("high")`), which changes no code; the search is also timed in
+blocks, as where there is no Triton, with TF32 and without. Needs torch and transformers. Without diffusers there is no
+image decoder, and only encoding is measured. The package need not be installed: PYTHONPATH=src.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from bench_tokenizer import KINDS, latents_of, make_tokenizer, random_codes, ran
 from common import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_dualtoken import DualTokenVisionTokenizer, quantization
+from transformers_dualtoken import DualTokenVisionTokenizer, code_search, quantization
 
 
 ENCODE_CALLS = {
@@ -161,7 +161,7 @@ def count_flops(config, images):
     def no_search(vectors, codebook):
         return vectors.new_zeros(len(vectors), dtype=torch.long)
 
-    flops = {"search of both kinds": search(KINDS)}
+    flops = {"search of both kinds": search(KINDS), "the same in blocks": search(KINDS)}
     with (
         mock.patch.object(quantization, "nearest_codes", no_search),
         mock.patch.object(DualTokenVisionTokenizer, "_check_pixel_values", lambda *args: None),
@@ -204,7 +204,7 @@ class Steps:
         """No chosen code is further than the nearest, in float64."""
         codebook = self.model.pixel_quantizer.codebook[0]
         vectors = self.latents["pixel"].float().flatten(0, 1)[:2048]
-        codes = quantization.nearest_codes(vectors, codebook)
+        codes = code_search.nearest_codes(vectors, codebook)
         distances = torch.cdist(vectors.double(), codebook.double()).square()
         gap = (distances.gather(1, codes[:, None])[:, 0] / distances.amin(1) - 1).max().item()
         assert gap < 1e-5, f"The search chose a code whose distance is {gap:.1e} above the least."
@@ -305,10 +305,15 @@ class Report:
 def measure_search(steps, device: Device, report: Report):
     steps.check_search()
     report.add("search of both kinds", "eager", device.seconds(steps.search), device.peak_gib(steps.search))
-    if device.is_gpu:
-        torch.set_float32_matmul_precision("highest")
-        report.note(f"The search without TF32 takes {1e3 * device.seconds(steps.search):.2f} ms.")
-        torch.set_float32_matmul_precision("high")
+    width = steps.model.config.pixel_quantizer_config.code_dim
+    is_fused = device.is_gpu and code_search.find_fused_search(steps.latents["pixel"].device, width) is not None
+    report.note(f"The search of this device {'is one kernel' if is_fused else 'runs in blocks'}.")
+    with mock.patch.object(quantization, "nearest_codes", code_search.blocked_nearest_codes):
+        report.add("the same in blocks", "eager", device.seconds(steps.search), device.peak_gib(steps.search))
+        if device.is_gpu:
+            torch.set_float32_matmul_precision("highest")
+            report.note(f"The search in blocks takes {1e3 * device.seconds(steps.search):.2f} ms without TF32.")
+            torch.set_float32_matmul_precision("high")
 
 
 def measure_decoding_in_float32(steps, report: Report):

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from transformers_dualtoken import DualTokenVisionTokenizer, DualTokenVisionTokenizerConfig
-from transformers_dualtoken.quantization import nearest_codes
+from transformers_dualtoken.code_search import nearest_codes
 
 
 ENCODE_CALLS = {

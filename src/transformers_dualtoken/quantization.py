@@ -14,99 +14,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import maybe_autocast
 
+from .code_search import nearest_codes
 from .configuration_dualtoken import DualTokenQuantizerConfig
-
-
-# Scores held at once by the search. On a CPU a block of 4 MiB stays in the cache between the product and the
-# reduction; a GPU needs larger blocks to be busy.
-_MAX_SCORES_CPU = 1 << 20
-_MAX_SCORES_GPU = 1 << 26
-_SEARCH_BLOCK = 128
-
-
-def _products_may_be_rounded(device: torch.device) -> bool:
-    """Whether a float32 matrix product on `device` may be in TF32: a setting of the user's."""
-    return device.type != "cpu"
-
-
-def _split_for_tf32(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    `(T, 3 C)` and `(K, 3 C)` whose products are those of `(T, C)` and `(K, C)`, in TF32 as well as in float32.
-
-    TF32 keeps 10 bits of a mantissa. Every number becomes high + low, high with just those bits; of the four products
-    only low * low, 2^-20 of the whole, is left out. The user's setting is neither read nor changed: it belongs to the
-    whole process.
-    """
-
-    def split(values):
-        high = (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
-        return high, values - high
-
-    (vector_high, vector_low), (code_high, code_low) = split(vectors), split(codebook)
-    return (
-        torch.cat([vector_high, vector_low, vector_high], dim=1),
-        torch.cat([code_high, code_high, code_low], dim=1),
-    )
-
-
-@torch.no_grad()
-def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """
-    Index of the nearest code of every vector, in float32, without a distance matrix in memory.
-
-    argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). The scores are made for a few vectors at a time; the
-    maximum is first taken over blocks of codes (a vectorised reduction) and the index is looked for in the winning
-    block only. Of equally near codes the lowest index wins. TF32 on a GPU, where it is switched on, changes no code.
-    Under `torch.compile` it is one operator of the graph, which runs as it does without.
-
-    Args:
-        vectors (`torch.Tensor` of shape `(T, C)`).
-        codebook (`torch.Tensor` of shape `(K, C)`).
-
-    Returns:
-        `torch.Tensor` of shape `(T,)`, int64.
-    """
-    if torch.compiler.is_compiling():
-        return _compiled_search(vectors, codebook)
-    return _search(vectors, codebook)
-
-
-def _search(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    vectors, codebook = vectors.float(), codebook.float()
-    num_vectors, num_codes = len(vectors), len(codebook)
-    num_blocks = -(-num_codes // _SEARCH_BLOCK)
-    padding = num_blocks * _SEARCH_BLOCK - num_codes
-    # A padding code has score -inf and never wins.
-    bias = F.pad(codebook.square().sum(1).mul_(-0.5), (0, padding), value=float("-inf"))
-    if _products_may_be_rounded(vectors.device):
-        vectors, codebook = _split_for_tf32(vectors, codebook)
-    keys = F.pad(codebook, (0, 0, 0, padding)).t()
-
-    max_scores = _MAX_SCORES_CPU if vectors.device.type == "cpu" else _MAX_SCORES_GPU
-    chunk = max(1, min(num_vectors, max_scores // keys.shape[1]))
-    scores = vectors.new_empty(chunk, keys.shape[1])
-    rows = torch.arange(chunk, device=vectors.device)
-    codes = torch.empty(num_vectors, dtype=torch.long, device=vectors.device)
-    for start in range(0, num_vectors, chunk):
-        part = vectors[start : start + chunk]
-        size = len(part)
-        blocks = torch.addmm(bias, part, keys, out=scores[:size]).view(size, num_blocks, _SEARCH_BLOCK)
-        best_block = blocks.amax(-1).argmax(-1)
-        within = blocks[rows[:size], best_block].argmax(-1)
-        torch.add(within, best_block, alpha=_SEARCH_BLOCK, out=codes[start : start + size])
-    # An infinite vector makes NaN of a padding code's score, and an index out of range ends a process that uses a GPU
-    # before the loss can tell of it.
-    return codes.clamp_(max=num_codes - 1)
-
-
-# Traced, the loop over chunks would be unrolled: for four images on a CPU into 46 copies at each of 8 depths, which took
-# a minute to compile and serve this batch only. The name is this module's, since remote code may be loaded beside it.
-_compiled_search = torch.library.custom_op(f"{__name__.replace('.', '_')}::nearest_codes", _search, mutates_args=())
-
-
-@_compiled_search.register_fake
-def _(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    return vectors.new_empty(vectors.shape[0], dtype=torch.long)
 
 
 def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
@@ -305,4 +214,4 @@ class DualTokenResidualQuantizer(nn.Module):
             raise ValueError(f"`{name}` must lie between 0 and {codebook_size - 1}, got values from {low} to {high}.")
 
 
-__all__ = ["DualTokenCodebook", "DualTokenQuantizerOutput", "DualTokenResidualQuantizer", "nearest_codes"]
+__all__ = ["DualTokenCodebook", "DualTokenQuantizerOutput", "DualTokenResidualQuantizer"]

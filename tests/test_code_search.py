@@ -1,0 +1,192 @@
+"""The search for the nearest code against brute force, and which of the two searches runs."""
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+
+from transformers_dualtoken import code_search
+from transformers_dualtoken.code_search import blocked_nearest_codes, nearest_codes
+
+
+def brute_force(vectors, codebook) -> torch.Tensor:
+    """All squared distances `(T, K)` in float64, from the definition."""
+    return (vectors.double()[:, None] - codebook.double()[None]).square().sum(-1)
+
+
+@pytest.mark.parametrize("num_codes", [1, 2, 127, 128, 129, 300, 1000])
+@pytest.mark.parametrize("num_vectors", [1, 77])
+def test_nearest_codes_equals_brute_force(num_codes, num_vectors):
+    vectors, codebook = torch.randn(num_vectors, 8), torch.randn(num_codes, 8)
+    codes = nearest_codes(vectors, codebook)
+    assert codes.shape == (num_vectors,) and codes.dtype == torch.long
+    distances = brute_force(vectors, codebook)
+    chosen = distances.gather(1, codes[:, None])[:, 0]
+    assert torch.all(chosen <= distances.amin(1) * (1 + 1e-5))  # equal up to ties in float32
+
+
+@pytest.mark.parametrize("num_codes", [5, 128, 300])
+def test_of_equally_near_codes_the_lowest_index_wins(num_codes):
+    # Small integers are exact in float32, and 3**2 different codes make every minimum a tie.
+    vectors = torch.randint(-1, 2, (200, 2)).float()
+    codebook = torch.randint(-1, 2, (num_codes, 2)).float()
+    distances = brute_force(vectors, codebook)
+    lowest = [int((row == row.min()).nonzero()[0]) for row in distances]
+    assert nearest_codes(vectors, codebook).tolist() == lowest
+
+
+def test_copies_of_a_code_in_other_blocks_never_win():
+    codebook = torch.randn(150, 8).repeat(3, 1)
+    assert nearest_codes(torch.randn(500, 8), codebook).max() < 150
+
+
+def test_search_in_many_chunks_equals_one(monkeypatch):
+    vectors, codebook = torch.randn(101, 8), torch.randn(300, 8)
+    whole = nearest_codes(vectors, codebook)
+    monkeypatch.setattr("transformers_dualtoken.code_search._MAX_SCORES_CPU", 10 * 384)  # ten vectors at a time
+    assert torch.equal(nearest_codes(vectors, codebook), whole)
+
+
+def tf32(values) -> torch.Tensor:
+    """Float32 with a mantissa of 10 bits, rounded to the nearest, as a GPU's matrix units take it."""
+    return ((values.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32)
+
+
+def test_tf32_products_change_no_code_on_a_gpu(monkeypatch):
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda bias, a, b, out: addmm(bias, tf32(a), tf32(b), out=out))
+    vectors, codebook = 1 + torch.randn(1000, 32), 1 + torch.randn(1000, 32)
+    distances = brute_force(vectors, codebook)
+
+    def is_nearest(codes):
+        return distances.gather(1, codes[:, None])[:, 0] <= distances.amin(1) * (1 + 1e-5)
+
+    assert not is_nearest(nearest_codes(vectors, codebook)).all()  # what the setting would do
+    monkeypatch.setattr(code_search, "_products_may_be_rounded", lambda device: True)
+    assert is_nearest(nearest_codes(vectors, codebook)).all()
+
+
+@pytest.mark.parametrize("num_codes", [24, 128])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_codes_of_numbers_that_are_not_finite_are_in_range(num_codes, value):
+    # An index out of range would end the process on a GPU before the loss tells what is wrong.
+    vectors, codebook = torch.randn(5, 8), torch.randn(num_codes, 8)
+    vectors[2, 3] = value
+    codes = nearest_codes(vectors, codebook)
+    assert codes.min() >= 0 and codes.max() < num_codes
+    others = [0, 1, 3, 4]
+    assert torch.equal(codes[others], nearest_codes(vectors[others], codebook))
+
+
+# --- which search runs on a GPU ---
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What the choice asks about a GPU, answered as an H100 with Triton would; fields to be changed."""
+    gpu = types.SimpleNamespace(
+        capability=(9, 0), has_triton=True, capturing=False, calls=0, kernel=blocked_nearest_codes
+    )
+
+    def kernel(vectors, codebook):
+        gpu.calls += 1
+        return gpu.kernel(vectors, codebook)
+
+    module = types.ModuleType("transformers_dualtoken.code_search_kernel")
+    module.fused_nearest_codes = kernel
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu.capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+    monkeypatch.setattr(code_search, "is_triton_available", lambda: gpu.has_triton)
+    monkeypatch.setattr(code_search, "_fused_searches", {})
+    return gpu
+
+
+def find():
+    # On the CPU: only who asks looks at the kind of device.
+    return code_search.find_fused_search(torch.device("cpu"), 8)
+
+
+def test_kernel_is_tried_once_and_kept(gpu):
+    search = find()
+    assert search is sys.modules["transformers_dualtoken.code_search_kernel"].fused_nearest_codes and gpu.calls == 1
+    assert find() is search and gpu.calls == 1
+
+
+@pytest.mark.parametrize("field, value", [("capability", (7, 5)), ("has_triton", False)])
+def test_other_devices_search_in_blocks_without_a_warning(gpu, field, value, warnings_of_search):
+    setattr(gpu, field, value)
+    assert find() is None and gpu.calls == 0
+    assert not warnings_of_search
+
+
+def rounds_to_tf32(vectors, codebook):
+    return (tf32(vectors) @ tf32(codebook).t() - codebook.square().sum(1) / 2).argmax(1)
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 32, 256])
+def test_what_is_as_exact_as_float32_passes_and_tf32_does_not(width, monkeypatch):
+    cpu = torch.device("cpu")
+    code_search.check_search(blocked_nearest_codes, cpu, width)
+    with pytest.raises(RuntimeError, match="not the nearest"):
+        code_search.check_search(rounds_to_tf32, cpu, width)
+    monkeypatch.setattr(code_search, "_products_may_be_rounded", lambda device: True)
+    addmm = torch.addmm
+    monkeypatch.setattr(torch, "addmm", lambda bias, a, b, out: addmm(bias, tf32(a), tf32(b), out=out))
+    code_search.check_search(blocked_nearest_codes, cpu, width)
+
+
+def no_compiler(vectors, codebook):
+    raise RuntimeError("Failed to find C compiler.")
+
+
+@pytest.mark.parametrize(
+    "kernel, message",
+    [
+        (no_compiler, "RuntimeError: Failed to find C compiler."),
+        (rounds_to_tf32, "codes that are not the nearest"),
+        (lambda vectors, codebook: torch.full((len(vectors),), len(codebook)), "codes from 1001 to 1001 among 1001"),
+    ],
+)
+def test_kernel_that_does_not_work_is_named_and_not_used(gpu, kernel, message, warnings_of_search):
+    gpu.kernel = kernel
+    assert find() is None and find() is None
+    assert gpu.calls == 1 and len(warnings_of_search) == 1
+    assert "width 8 runs in blocks on cpu" in warnings_of_search[0] and message in warnings_of_search[0]
+
+
+def test_memory_that_ends_is_no_reason_to_search_in_blocks(gpu):
+    def no_memory(vectors, codebook):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    gpu.kernel = no_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        find()
+    gpu.kernel = blocked_nearest_codes
+    assert find() is not None
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(gpu):
+    gpu.capturing = True
+    assert find() is None and gpu.calls == 0
+    gpu.capturing = False
+    search = find()
+    gpu.capturing = True
+    assert search is not None and find() is search
+
+
+@pytest.fixture
+def warnings_of_search():
+    """The messages of the search's logger."""
+    messages = []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    handler = Handler(logging.WARNING)
+    code_search.logger.addHandler(handler)
+    yield messages
+    code_search.logger.removeHandler(handler)

@@ -1,0 +1,101 @@
+"""The search as one Triton kernel, without a GPU: interpreted, and compiled; `make test-extras` runs this."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from transformers_dualtoken.code_search import blocked_nearest_codes
+
+
+pytestmark = pytest.mark.extras
+pytest.importorskip("triton", reason="needs the extra kernels: make test-extras", exc_type=ImportError)
+
+SCRIPT = Path(__file__).with_name("kernel_without_gpu.py")
+# Vectors, codes, width, splits: parts of tiles, whole ones, one of each, more splits than there are tiles.
+SIZES = [
+    (301, 1001, 32, 1),
+    (301, 1001, 32, 3),
+    (128, 256, 32, 2),
+    (64, 64, 16, 1),
+    (1, 1, 8, 4),
+    (77, 129, 20, 2),
+    (5, 300, 1, 9),
+    (65, 2000, 64, 7),
+    (0, 10, 8, 1),
+]
+
+
+def run(*arguments, **environment) -> str:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory):
+    """Runs cases `(vectors, codebook, precision, splits)` in the interpreter."""
+
+    def search(cases) -> list[torch.Tensor]:
+        folder = tmp_path_factory.mktemp("cases")
+        torch.save(cases, folder / "cases.pt")
+        run("run", folder / "cases.pt", folder / "codes.pt", TRITON_INTERPRET="1")
+        return torch.load(folder / "codes.pt")
+
+    return search
+
+
+def test_kernel_finds_what_the_blocked_search_finds(search):
+    cases = [
+        (torch.randn(num_vectors, width), torch.randn(num_codes, width), precision, splits)
+        for num_vectors, num_codes, width, splits in SIZES
+        for precision in ("tf32x3", "ieee")
+    ]
+    # A view, as the residuals of one depth may be.
+    cases.append((torch.randn(32, 50).t(), torch.randn(16, 100).t()[:, :16].repeat(1, 2), "tf32x3", 2))
+    for case, codes in zip(cases, search(cases), strict=True):
+        vectors, codebook = case[:2]
+        assert codes.shape == (len(vectors),) and codes.dtype == torch.long
+        if len(vectors):
+            distances = torch.cdist(vectors.double(), codebook.double())
+            excess = distances.gather(1, codes[:, None])[:, 0] - distances.amin(1)
+            assert excess.max() <= 1e-6 * distances.max(), case[2:]
+            agreeing = (codes == blocked_nearest_codes(vectors, codebook)).float().mean()
+            assert agreeing > 0.99, case[2:]  # the others are ties in float32
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_of_equally_near_codes_the_lowest_index_wins(search, splits):
+    # Small integers are exact, so that every minimum is a tie; copies of all codes lie in other tiles and parts.
+    vectors = torch.randint(-1, 2, (200, 2)).float()
+    codebook = torch.randint(-1, 2, (150, 2)).float().repeat(3, 1)
+    distances = torch.cdist(vectors, codebook, compute_mode="donot_use_mm_for_euclid_dist")
+    lowest = [int((row == row.min()).nonzero()[0]) for row in distances]
+    (codes,) = search([(vectors, codebook, "tf32x3", splits)])
+    assert codes.tolist() == lowest
+
+
+def test_codes_of_numbers_that_are_not_finite_are_in_range(search):
+    cases = []
+    for value in (float("inf"), -float("inf"), float("nan")):
+        vectors = torch.randn(5, 8)
+        vectors[2, 3] = value
+        cases += [(vectors, torch.randn(200, 8), "tf32x3", splits) for splits in (1, 2)]
+    for (vectors, codebook, *_), codes in zip(cases, search(cases), strict=True):
+        assert codes.min() >= 0 and codes.max() < len(codebook)
+        others = [0, 1, 3, 4]
+        assert torch.equal(codes[others], blocked_nearest_codes(vectors[others], codebook))
+
+
+@pytest.mark.parametrize("capability, unit", [(80, "mma.sync"), (90, "wgmma.mma_async")])
+def test_kernel_compiles_to_the_matrix_units_without_spilling(capability, unit, tmp_path):
+    report = run("compile", capability, 32, TRITON_CACHE_DIR=str(tmp_path))
+    assert f"{unit}." in report and ".tf32.tf32" in report
+    # Registers that do not suffice are spilled to the stack.
+    assert re.search(r"REG:\d+ STACK:0 ", report), report
