@@ -483,8 +483,19 @@ class TestMemory:
         monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
         assert len(draw(model, cache_implementation="dynamic").pixel_codes) == 2
 
-    def test_a_cpu_is_not_asked(self, model):
-        assert generation_memory.free_memory(torch.device("cpu")) is None
+    def test_a_cpu_has_the_memory_of_the_machine(self, model):
+        """Nothing is said about what is used of it; more than there is never fits."""
+        with open("/proc/meminfo") as file:
+            total = 1024 * int(file.readline().split()[1])
+        assert generation_memory.free_memory(torch.device("cpu")) == pytest.approx(total, rel=0.01)
+        assert generation_memory.free_memory(torch.device("meta")) is None
+        with pytest.raises(ValueError, match=r"takes about \d+\.\d\d GB, .* GB are free on cpu"):
+            draw(model, num_return_sequences=10**9)
+
+    def test_little_memory_is_told_in_megabytes(self, model, free):
+        free(0)
+        with pytest.raises(ValueError, match=r"takes about 0\.\d MB, but 0\.0 MB are free"):
+            draw(model)
 
 
 class Bar:

@@ -9,6 +9,10 @@ import torch
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
 
 
+def _of_heads(pair: tuple) -> str:
+    return f"{pair[0]} for pixel and {pair[1]} for semantic codes"
+
+
 @dataclass
 class DualTokenCodeSampler:
     """
@@ -34,12 +38,13 @@ class DualTokenCodeSampler:
     def __post_init__(self):
         if not all(temperature > 0 for temperature in self.temperature):
             raise ValueError(
-                f"Image temperatures must be positive, got {self.temperature}; `image_do_sample=False` is greedy."
+                f"Image temperatures must be positive, got {_of_heads(self.temperature)}; `image_do_sample=False` is "
+                "greedy."
             )
         if min(self.top_k) < 0 or any(k != int(k) for k in self.top_k):
-            raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {self.top_k}.")
+            raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {_of_heads(self.top_k)}.")
         if not all(0 < p <= 1 for p in self.top_p):
-            raise ValueError(f"Image top-p must lie in (0, 1], got {self.top_p}.")
+            raise ValueError(f"Image top-p must lie in (0, 1], got {_of_heads(self.top_p)}.")
         self.top_k = tuple(int(k) for k in self.top_k)
 
     @classmethod

@@ -6,19 +6,28 @@ beside each image; both contexts see the same drawn codes.
 """
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
 from transformers.generation import GenerationMixin, LogitsProcessorList
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .code_sampling import DualTokenCodeSampler
+from .generation_arguments import (
+    check_guidance_scale,
+    check_image_arguments,
+    check_nothing_is_left,
+    check_prompt,
+    check_text_arguments,
+)
 from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
 from .generation_memory import GenerationSize, check_memory
 from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
 from .interleaved_generation import InterleavedLoop
+
+
+logger = logging.get_logger(__name__)
 
 
 GENERATION_MODES = ("text", "image", "interleaved")
@@ -85,7 +94,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             max_new_tokens (`int`): ignored in image mode; in interleaved mode an image counts N + 2.
             cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
                 and on a CUDA device one graph per position, or `"dynamic"`, a cache that grows. By default static where
-                the language model allows it. The same codes either way.
+                the language model allows it. In float32 the codes are the same either way; in bfloat16 sums in another
+                order are rounded otherwise, and other codes may be drawn.
             compile_config (`CompileConfig`, *optional*): compiles the step of an image position, once for every size.
             on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
                 `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
@@ -97,6 +107,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             Text mode: what transformers returns. Otherwise [`DualTokenGenerateOutput`].
 
         Raises:
+            TypeError: for arguments of the wrong kind.
             ValueError: for an unknown mode, a negative guidance scale, an empty prompt, prompts that end differently,
                 a prompt that ends within an image, a negative prompt that does not end in `<image_start>`, images that
                 do not fit the placeholders, or more images at once than the device's memory holds.
@@ -111,14 +122,10 @@ class DualTokenGenerationMixin(GenerationMixin):
             if guidance_scale is None and config is not None:
                 guidance_scale = config.guidance_scale
         guidance_scale = 3.0 if guidance_scale is None else guidance_scale
-        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-            raise ValueError(f"`guidance_scale` must be a number from 0 (1.0: no guidance), got {guidance_scale}.")
+        check_guidance_scale(guidance_scale)
         input_ids = kwargs.pop("input_ids", None)
         inputs = inputs if inputs is not None else input_ids
-        if inputs is not None and (inputs.ndim != 2 or inputs.shape[1] == 0):
-            raise ValueError(
-                f"The prompt must be ids of shape (B, L) with at least one token, got {tuple(inputs.shape)}."
-            )
+        check_prompt(inputs)
         if kwargs.get("pixel_values") is not None:
             # Once here, rather than at every forward and for every copy of a row.
             if kwargs.get("pixel_codes") is not None or kwargs.get("semantic_codes") is not None:
@@ -129,6 +136,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         if mode == "text":
             return self._generate_text(inputs, generation_config, kwargs)
 
+        check_image_arguments(mode, kwargs)
         sampler = DualTokenCodeSampler.from_kwargs(kwargs)
         codes = self._pop_codes(kwargs)
         attention_mask = kwargs.pop("attention_mask", None)
@@ -152,9 +160,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         given |= {name: getattr(generation_config, name, None) for name in ("max_time", "stop_strings")}
         if mode == "image":
             given |= {"logits_processor": logits_processor, "streamer": streamer}
-        unknown = sorted(name for name, value in given.items() if value is not None)
-        if unknown:
-            raise ValueError(f"`generation_mode={mode!r}` does not take {', '.join(unknown)}.")
+        check_nothing_is_left(mode, given, {"guidance_scale", *generation_config.to_dict()})
         if generation_config.num_beams not in (None, 1):
             raise ValueError(
                 f"`generation_mode={mode!r}` has no beam search, got num_beams={generation_config.num_beams}."
@@ -193,14 +199,12 @@ class DualTokenGenerationMixin(GenerationMixin):
             if suppressed is None and config is not None:
                 suppressed = config.suppress_tokens
         self._drop_cached_images(inputs, kwargs)
-        for name in ("on_image", "progress_bar"):
-            if kwargs.pop(name, None):
-                raise ValueError(f"`{name}` belongs to image and interleaved generation; text has no images.")
-        for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
-            if kwargs.get(name) is None:
-                kwargs.pop(name, None)
-            else:
-                raise ValueError(f"`{name}` belongs to image and interleaved generation; text has no guidance here.")
+        check_text_arguments(kwargs)
+        if inputs is not None and (inputs[:, -1] == self.config.image_start_token_id).any():
+            logger.warning(
+                "The prompt ends in `<image_start>`, which asks for an image, but text mode writes none: pass "
+                "`generation_mode='image'` or `'interleaved'`."
+            )
         # A text answer holds no image, begun or alleged.
         settings = {
             "suppress_tokens": sorted({*(suppressed or []), *self.config.special_image_token_ids}),

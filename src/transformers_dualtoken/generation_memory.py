@@ -1,5 +1,6 @@
 """How much memory a generation will take, said before it begins rather than when it has failed."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,13 @@ class GenerationSize:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; `None` where that is not known (a CPU can swap)."""
+    """
+    Bytes that can still be allocated on a device; `None` where that is not known.
+
+    For a CPU it is all the memory there is: what others hold may be swapped, and what is beyond it never fits.
+    """
+    if device.type == "cpu" and "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
@@ -86,9 +93,13 @@ def check_memory(model, size: GenerationSize) -> None:
     advice = f"the largest batch that fits is {largest}" if largest else "not even one image fits"
     raise ValueError(
         f"Drawing {size.rows} image(s) at once, with up to {size.num_columns} tokens each, takes about "
-        f"{needed / 1e9:.2f} GB, but {available / 1e9:.2f} GB are free on {device}: {advice} (prompts times "
+        f"{_in_words(needed)}, but {_in_words(available)} are free on {device}: {advice} (prompts times "
         "`num_return_sequences`)."
     )
+
+
+def _in_words(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 __all__ = ["GenerationSize", "bytes_needed", "check_memory", "free_memory"]

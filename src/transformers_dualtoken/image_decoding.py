@@ -55,7 +55,8 @@ class ImageDecoder:
         if compile_options is not None and not self.is_static:
             raise ValueError(
                 "`compile_config` compiles a step of fixed shape: it needs a static cache and "
-                f"`visual_features='codes'`, got {type(context).__name__} and {config.visual_features!r}."
+                f"`visual_features='codes'`, got a {'static' if isinstance(context, StaticContext) else 'dynamic'} one "
+                f"and {config.visual_features!r}."
             )
         self.compile_options = compile_options
         # The step's own buffers, made once: a graph knows them by their addresses.

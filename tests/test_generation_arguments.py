@@ -1,0 +1,127 @@
+"""Arguments of `generate` that are of the wrong kind, of another mode, or misspelt."""
+
+import logging
+
+import pytest
+import torch
+from test_generation import GREEDY, ids, shared_model
+from transformers import BatchEncoding, CompileConfig
+
+from transformers_dualtoken import generation, generation_arguments
+
+
+@pytest.fixture
+def model():
+    return shared_model()
+
+
+@pytest.fixture
+def warnings_of():
+    """Collects what a module's logger warns of."""
+    handlers, messages = [], []
+
+    class Handler(logging.Handler):
+        def emit(self, record):
+            messages.append(record.getMessage())
+
+    def listen(module):
+        handlers.append((module.logger, Handler(logging.WARNING)))
+        module.logger.addHandler(handlers[-1][1])
+        return messages
+
+    yield listen
+    for logger, handler in handlers:
+        logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"generator": 42}, r"`generator` must be a torch.Generator.*manual_seed\(0\), got 42"),
+        ({"generator": [torch.Generator()]}, "`generator` must be a torch.Generator"),
+        ({"image_top_k": "30"}, "`image_top_k` must be a number, got '30'"),
+        ({"semantic_temperature": [1.0]}, "`semantic_temperature` must be a number"),
+        ({"pixel_top_p": True}, "`pixel_top_p` must be a number, got True"),
+        ({"num_return_sequences": 2.0}, "`num_return_sequences` must be a whole number, got 2.0"),
+        ({"on_image": "x.png"}, r"`on_image` must be callable as on_image\(codes, owner\), got 'x.png'"),
+        ({"negative_prompt_ids": "ugly"}, "`negative_prompt_ids` must be a tensor, got str"),
+        (
+            {"generation_mode": "interleaved", "max_new_tokens": 40.0},
+            "`max_new_tokens` must be a whole number, got 40",
+        ),
+        ({"generation_mode": "interleaved", "streamer": print}, "`streamer` must have the methods `put` and `end`"),
+    ],
+)
+def test_wrong_kinds_are_named(model, options, message):
+    with pytest.raises(TypeError, match=message):
+        model.generate(ids(5), **{**GREEDY, **options})
+
+
+@pytest.mark.parametrize("scale", ["3", [3.0], torch.tensor([1.0, 3.0]), True, float("nan"), -1])
+def test_guidance_scale_is_a_number(model, scale):
+    with pytest.raises(ValueError, match="`guidance_scale` must be a number from 0"):
+        model.generate(ids(5), **{**GREEDY, "guidance_scale": scale})
+
+
+@pytest.mark.parametrize("prompt", ["Draw a three.", BatchEncoding({"input_ids": ids(5)}), [5, 6]])
+def test_prompt_is_a_tensor(model, prompt):
+    with pytest.raises(TypeError, match=rf"a tensor of ids, got {type(prompt).__name__}: .*`\*\*inputs`"):
+        model.generate(prompt, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("guidence_scale", "Is `guidance_scale` meant"),
+        ("image_topk", "Is `image_top_k` meant"),
+        ("seed", r"generator=torch.Generator\(\).manual_seed\(seed\)"),
+        ("nonsense", r"\.$"),
+    ],
+)
+def test_misspelt_arguments(model, name, hint):
+    with pytest.raises(ValueError, match=f"does not take {name}.*{hint}"):
+        model.generate(ids(5), **{name: 1}, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"do_sample": False}, "passes over `do_sample`: it is `image_do_sample` for images."),
+        ({"do_sample": True, "top_k": 3}, "passes over `top_k`: it is `image_top_k` for images."),
+        ({"repetition_penalty": 1.5}, "writes no text and passes over `repetition_penalty`."),
+    ],
+)
+def test_settings_of_text_are_passed_over_aloud(model, options, message, warnings_of):
+    messages = warnings_of(generation_arguments)
+    model.generate(ids(5), **options, **GREEDY)
+    assert len(messages) == len(options) and messages[-1].endswith(message)
+
+
+def test_settings_of_text_are_for_interleaved_answers(model, warnings_of):
+    messages = warnings_of(generation_arguments)
+    model.generate(
+        ids(5), generation_mode="interleaved", max_new_tokens=2, do_sample=True, top_k=3, repetition_penalty=1.5
+    )
+    assert messages == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"image_top_k": 30}, {"pixel_temperature": 1.0}, {"generator": torch.Generator()}, {"image_do_sample": True}],
+)
+def test_without_its_mode_an_argument_of_images_is_refused(model, option):
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}` belongs to image .*pass `generation_mode='image'`"):
+        model.generate(ids(5), max_new_tokens=2, **option)
+
+
+def test_text_that_should_be_an_image_says_so(model, warnings_of):
+    messages = warnings_of(generation)
+    model.generate(ids(5), max_new_tokens=1)
+    assert messages == []
+    model.generate(ids(5, model.config.image_start_token_id), max_new_tokens=1)
+    assert len(messages) == 1 and "ends in `<image_start>`" in messages[0] and "generation_mode='image'" in messages[0]
+
+
+def test_what_cannot_be_compiled_is_named_by_what_was_given(model):
+    with pytest.raises(ValueError, match="needs a static cache .* got a dynamic one and 'codes'"):
+        model.generate(ids(5), cache_implementation="dynamic", compile_config=CompileConfig(), **GREEDY)
