@@ -7,10 +7,12 @@ The search's Triton kernel on a machine without a GPU: run by Triton's interpret
 Scripts of their own, since whether there is an interpreter is settled when Triton is imported.
 """
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 import torch
@@ -24,8 +26,11 @@ SIZES = dict.fromkeys(("num_vectors", "num_codes", "codes_per_split"), "i32")
 
 
 def run(cases: str, output: str) -> None:
-    """Cases: `(vectors, codebook, precision, splits)`, saved by torch."""
-    torch.save([code_search_kernel.fused_nearest_codes(*case) for case in torch.load(cases)], output)
+    """Cases: `(vectors, codebook, precision, splits)`, saved by torch; without splits as on a GPU of few processors."""
+    torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(major=9, multi_processor_count=2)
+    cases = torch.load(cases)
+    torch.set_default_dtype(getattr(torch, os.environ.get("DEFAULT_DTYPE", "float32")))
+    torch.save([code_search_kernel.fused_nearest_codes(*case) for case in cases], output)
 
 
 def compile(capability: str, width: str) -> None:
@@ -35,12 +40,11 @@ def compile(capability: str, width: str) -> None:
 
     kernel = code_search_kernel.nearest_codes_kernel
     constants = code_search_kernel.kernel_constants(int(width), PRECISION)
-    aligned = [name for name in (*POINTERS, *SIZES) if name != "num_vectors"]
     source = ASTSource(
         fn=kernel,
         signature={**POINTERS, **SIZES, **dict.fromkeys(constants, "constexpr")},
         constexprs=constants,
-        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in POINTERS},
     )
     target = GPUTarget("cuda", int(capability), 32)
     binaries = triton.compile(source, target=target, options=code_search_kernel.LAUNCH_OPTIONS).asm
@@ -51,7 +55,8 @@ def compile(capability: str, width: str) -> None:
         reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [reader, "--dump-resource-usage", file.name]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print("Matrix units:", ", ".join(sorted(set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S+", binaries["ptx"])))))
+    units = re.findall(r"(?<!\w)(?:wgmma\.mma_async|mma\.sync)\S+", binaries["ptx"])
+    print("Matrix units:", *(f"{units.count(unit)} x {unit}" for unit in sorted(set(units))))
 
 
 if __name__ == "__main__":

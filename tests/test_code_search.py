@@ -87,39 +87,85 @@ def test_codes_of_numbers_that_are_not_finite_are_in_range(num_codes, value):
 def gpu(monkeypatch):
     """What the choice asks about a GPU, answered as an H100 with Triton would; fields to be changed."""
     gpu = types.SimpleNamespace(
-        capability=(9, 0), has_triton=True, capturing=False, calls=0, kernel=blocked_nearest_codes
+        capability=(9, 0), has_triton=True, capturing=False, splits=[], kernel=blocked_nearest_codes
     )
 
-    def kernel(vectors, codebook):
-        gpu.calls += 1
+    def kernel(vectors, codebook, splits=None):
+        gpu.splits.append(splits)
         return gpu.kernel(vectors, codebook)
 
     module = types.ModuleType("transformers_dualtoken.code_search_kernel")
-    module.fused_nearest_codes = kernel
+    module.fused_nearest_codes, module.MAX_WIDTH = kernel, 32
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu.capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+    gpu.sync_modes = [2]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: gpu.sync_modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", gpu.sync_modes.append)
     monkeypatch.setattr(code_search, "is_triton_available", lambda: gpu.has_triton)
     monkeypatch.setattr(code_search, "_fused_searches", {})
     return gpu
 
 
-def find():
+def find(width=8):
     # On the CPU: only who asks looks at the kind of device.
-    return code_search.find_fused_search(torch.device("cpu"), 8)
+    return code_search.find_fused_search(torch.device("cpu"), width)
 
 
 def test_kernel_is_tried_once_and_kept(gpu):
     search = find()
-    assert search is sys.modules["transformers_dualtoken.code_search_kernel"].fused_nearest_codes and gpu.calls == 1
-    assert find() is search and gpu.calls == 1
+    assert search is sys.modules["transformers_dualtoken.code_search_kernel"].fused_nearest_codes
+    assert gpu.splits == [None, 1]  # tried as it will run, and as one program
+    assert find() is search and gpu.splits == [None, 1]
+    assert find(width=16) is search and gpu.splits == [None, 1, None, 1]
+
+
+def test_trial_may_wait_for_the_device_and_leaves_the_mode(gpu):
+    find()
+    assert gpu.sync_modes == [2, "default", 2]
+
+
+class OnGPU:
+    """As much of a tensor as the choice looks at."""
+
+    device, shape = torch.device("cuda", 0), (5, 8)
+
+    def float(self):
+        return self
+
+
+def test_gpus_search_by_an_operator_that_runs_the_kernel(monkeypatch):
+    tensors, calls = (OnGPU(), OnGPU()), []
+    with monkeypatch.context() as patch:
+        patch.setattr(code_search, "_operator", lambda *given: calls.append(given))
+        nearest_codes(*tensors)
+    assert calls == [tensors]
+    monkeypatch.setattr(code_search, "find_fused_search", lambda *given: lambda *tensors: (given, tensors))
+    assert code_search._search(*tensors) == ((torch.device("cuda", 0), 8), tensors)
+    monkeypatch.setattr(code_search, "find_fused_search", lambda *given: None)
+    monkeypatch.setattr(code_search, "blocked_nearest_codes", lambda *tensors: ("blocks", tensors))
+    assert code_search._search(*tensors) == ("blocks", tensors)
+
+
+def test_operator_searches(monkeypatch):
+    vectors, codebook = torch.randn(50, 8), torch.randn(30, 8)
+    assert torch.equal(code_search._operator(vectors, codebook), nearest_codes(vectors, codebook))
 
 
 @pytest.mark.parametrize("field, value", [("capability", (7, 5)), ("has_triton", False)])
 def test_other_devices_search_in_blocks_without_a_warning(gpu, field, value, warnings_of_search):
     setattr(gpu, field, value)
-    assert find() is None and gpu.calls == 0
+    assert find() is None and gpu.splits == []
     assert not warnings_of_search
+
+
+def test_amd_searches_in_blocks(gpu, monkeypatch, warnings_of_search):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert find() is None and gpu.splits == [] and not warnings_of_search
+
+
+def test_wide_codes_are_searched_in_blocks(gpu, warnings_of_search):
+    assert find(width=33) is None and gpu.splits == [] and not warnings_of_search
 
 
 def rounds_to_tf32(vectors, codebook):
@@ -153,7 +199,7 @@ def no_compiler(vectors, codebook):
 def test_kernel_that_does_not_work_is_named_and_not_used(gpu, kernel, message, warnings_of_search):
     gpu.kernel = kernel
     assert find() is None and find() is None
-    assert gpu.calls == 1 and len(warnings_of_search) == 1
+    assert len(gpu.splits) == 1 and len(warnings_of_search) == 1
     assert "width 8 runs in blocks on cpu" in warnings_of_search[0] and message in warnings_of_search[0]
 
 
@@ -170,7 +216,7 @@ def test_memory_that_ends_is_no_reason_to_search_in_blocks(gpu):
 
 def test_nothing_is_tried_while_a_graph_is_captured(gpu):
     gpu.capturing = True
-    assert find() is None and gpu.calls == 0
+    assert find() is None and gpu.splits == []
     gpu.capturing = False
     search = find()
     gpu.capturing = True

@@ -24,6 +24,8 @@ SIZES = [
     (64, 64, 16, 1),
     (1, 1, 8, 4),
     (77, 129, 20, 2),
+    (301, 1001, 32, None),
+    (1000, 129, 32, None),
     (5, 300, 1, 9),
     (65, 2000, 64, 7),
     (0, 10, 8, 1),
@@ -42,10 +44,10 @@ def run(*arguments, **environment) -> str:
 def search(tmp_path_factory):
     """Runs cases `(vectors, codebook, precision, splits)` in the interpreter."""
 
-    def search(cases) -> list[torch.Tensor]:
+    def search(cases, **environment) -> list[torch.Tensor]:
         folder = tmp_path_factory.mktemp("cases")
         torch.save(cases, folder / "cases.pt")
-        run("run", folder / "cases.pt", folder / "codes.pt", TRITON_INTERPRET="1")
+        run("run", folder / "cases.pt", folder / "codes.pt", TRITON_INTERPRET="1", **environment)
         return torch.load(folder / "codes.pt")
 
     return search
@@ -91,11 +93,29 @@ def test_codes_of_numbers_that_are_not_finite_are_in_range(search):
         assert codes.min() >= 0 and codes.max() < len(codebook)
         others = [0, 1, 3, 4]
         assert torch.equal(codes[others], blocked_nearest_codes(vectors[others], codebook))
+        assert codes[2] == 0 or not vectors[2].isnan().any()
 
 
-@pytest.mark.parametrize("capability, unit", [(80, "mma.sync"), (90, "wgmma.mma_async")])
-def test_kernel_compiles_to_the_matrix_units_without_spilling(capability, unit, tmp_path):
-    report = run("compile", capability, 32, TRITON_CACHE_DIR=str(tmp_path))
-    assert f"{unit}." in report and ".tf32.tf32" in report
+def test_half_as_the_default_dtype_rounds_nothing(search):
+    vectors, codebook = torch.randn(300, 32), torch.randn(640, 32)
+    expected = blocked_nearest_codes(vectors, codebook)
+    (codes,) = search([(vectors, codebook, "tf32x3", 4)], DEFAULT_DTYPE="bfloat16")
+    assert torch.equal(codes, expected)
+
+
+def test_other_widths_are_refused(search):
+    with pytest.raises(AssertionError, match="must be of one width and on one device, got widths 8 and 16 on cpu"):
+        search([(torch.randn(3, 8), torch.randn(5, 16), "ieee", 1)])
+
+
+# Of a tile, in steps of 8 along the width: three products of TF32 for one of float32. The interpreter rounds nothing.
+@pytest.mark.parametrize("width", [8, 32])
+@pytest.mark.parametrize(
+    "capability, unit, products_of_a_step", [(80, "mma.sync", 8), (90, "wgmma.mma_async", 1)], ids=["8.0", "9.0"]
+)
+def test_kernel_compiles_to_the_matrix_units_without_spilling(capability, unit, products_of_a_step, width, tmp_path):
+    report = run("compile", capability, width, TRITON_CACHE_DIR=str(tmp_path))
+    steps = max(width, 16) // 8
+    assert f"{3 * steps * products_of_a_step} x {unit}." in report and ".tf32.tf32" in report, report
     # Registers that do not suffice are spilled to the stack.
     assert re.search(r"REG:\d+ STACK:0 ", report), report

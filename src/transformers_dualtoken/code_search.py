@@ -1,5 +1,6 @@
 """The nearest code of every vector, in float32: blocked products anywhere, one kernel on a GPU that takes it."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -23,8 +24,9 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     Index of the nearest code of every vector, in float32, without a distance matrix in memory.
 
     argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). Of equally near codes the lowest index wins. TF32 on a GPU,
-    where it is switched on, changes no code. GPUs of NVIDIA run it as one Triton kernel; elsewhere the scores are made
-    for a few vectors at a time. Under `torch.compile` it is one operator of the graph, which runs as it does without.
+    where it is switched on, changes no code. GPUs of NVIDIA run it as one Triton kernel (codes up to 32 wide); elsewhere
+    the scores are made for a few vectors at a time. The two may differ where codes are equally near to float32. Under
+    `torch.compile` it is one operator of the graph, which runs as it does without.
 
     Args:
         vectors (`torch.Tensor` of shape `(T, C)`).
@@ -33,8 +35,9 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.Tensor` of shape `(T,)`, int64.
     """
-    if torch.compiler.is_compiling():
-        return _compiled_search(vectors, codebook)
+    # On a GPU always an operator: who traces would not see a kernel that is launched beside torch.
+    if torch.compiler.is_compiling() or vectors.device.type == "cuda":
+        return _operator(vectors, codebook)
     return _search(vectors, codebook)
 
 
@@ -48,10 +51,10 @@ def _search(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 # Traced, the loop over chunks would be unrolled: for four images on a CPU into 46 copies at each of 8 depths, which took
 # a minute to compile and serve this batch only. The name is this module's, since remote code may be loaded beside it.
-_compiled_search = torch.library.custom_op(f"{__name__.replace('.', '_')}::nearest_codes", _search, mutates_args=())
+_operator = torch.library.custom_op(f"{__name__.replace('.', '_')}::nearest_codes", _search, mutates_args=())
 
 
-@_compiled_search.register_fake
+@_operator.register_fake
 def _(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return vectors.new_empty(vectors.shape[0], dtype=torch.long)
 
@@ -139,27 +142,36 @@ def _try_fused_search(device: torch.device, width: int) -> Callable | None:
     has_tf32 = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
     if not has_tf32 or not is_triton_available():
         return None
+    # The trial waits for the device, also where nothing else may.
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
     try:
-        from .code_search_kernel import fused_nearest_codes
+        from .code_search_kernel import MAX_WIDTH, fused_nearest_codes
 
-        check_search(fused_nearest_codes, device, width)
+        if width > MAX_WIDTH:
+            return None
+        # As the codes are divided on this device, and all of them in one program after the other.
+        for splits in (None, 1):
+            check_search(functools.partial(fused_nearest_codes, splits=splits), device, width)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        # Triton needs a C compiler, and shared memory for the width: codes can be found without either.
+        # Triton needs a C compiler, for one: codes can be found without it.
         logger.warning(
             f"The search for codes of width {width} runs in blocks on {device}, since its kernel does not work there: "
             f"{type(error).__name__}: {error}"
         )
         return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
     return fused_nearest_codes
 
 
 def check_search(search: Callable, device: torch.device, width: int) -> None:
     """Raise a `RuntimeError` unless `search` finds the nearest codes, as far as float32 can tell them apart."""
     generator = torch.Generator().manual_seed(0)
-    # No multiples of any tile, and enough of them that products rounded to TF32 show: by 3e-5 at a width of 256, by
-    # more at less. Exact to float32 it is 1e-6 at most.
+    # No multiples of any tile, and enough of them that products rounded to TF32 show: by 2e-5 at least, up to a width
+    # of 512. Exact to float32 it is 1e-6 at most.
     vectors, codebook = (
         1 + torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu") for count in (2001, 1001)
     )

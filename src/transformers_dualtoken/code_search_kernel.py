@@ -15,15 +15,15 @@ except ImportError as error:
 
 
 # A program's tile of scores. With the running maximum and where that was, every score takes three registers of its
-# thread: twice the tile spills, on compute capability 8.0 as on 9.0.
+# thread: twice the tile, or codes wider than 32, spill on compute capability 8.0; so that is the width it is for.
+MAX_WIDTH = 32
 _BLOCK_VECTORS = 64
 _BLOCK_CODES = 64
 LAUNCH_OPTIONS = {"num_warps": 4, "num_stages": 3}
-# Programs wanted for every multiprocessor. Fewer vectors than that need: the codes are divided among programs too.
-_PROGRAMS_PER_PROCESSOR = 4
 
 
-@triton.jit(do_not_specialize=["num_vectors"])
+# No size makes a binary of its own: what was tried once is what runs.
+@triton.jit(do_not_specialize=["num_vectors", "num_codes", "codes_per_split"])
 def nearest_codes_kernel(
     vectors,  # (T, C) float32
     codebook,  # (K, C) float32
@@ -66,9 +66,8 @@ def nearest_codes_kernel(
         best_start = tl.where(better, start, best_start)
 
     score = tl.max(best, 1)
-    # Of equal scores the lowest code; of NaN, which equals nothing, the last code there is.
+    # Of equal scores the lowest code. NaN is above nothing, so a vector whose scores all are keeps the first.
     code = tl.min(tl.where(best == score[:, None], best_start + within[None, :], num_codes), 1)
-    code = tl.minimum(code, num_codes - 1)
     out = split.to(tl.int64) * num_vectors + row
     tl.store(best_scores + out, score, mask=is_row)
     tl.store(best_codes + out, code.to(tl.int64), mask=is_row)
@@ -101,6 +100,11 @@ def fused_nearest_codes(
     Returns:
         `torch.Tensor` of shape `(T,)`, int64.
     """
+    if vectors.shape[1] != codebook.shape[1] or vectors.device != codebook.device:
+        raise ValueError(
+            f"Vectors and codes must be of one width and on one device, got widths {vectors.shape[1]} and "
+            f"{codebook.shape[1]} on {vectors.device} and {codebook.device}."
+        )
     if not len(vectors):
         return torch.empty(0, dtype=torch.long, device=vectors.device)
     vectors, codebook = vectors.contiguous(), codebook.contiguous()
@@ -108,14 +112,17 @@ def fused_nearest_codes(
     blocks = triton.cdiv(num_vectors, _BLOCK_VECTORS)
     most_splits = triton.cdiv(num_codes, _BLOCK_CODES)
     if splits is None:
-        processors = torch.cuda.get_device_properties(vectors.device).multi_processor_count
-        splits = triton.cdiv(_PROGRAMS_PER_PROCESSOR * processors, blocks)
+        # Fewer vectors than make the GPU busy: the codes are divided too, as far as all programs run at once. So many
+        # find registers on a multiprocessor.
+        properties = torch.cuda.get_device_properties(vectors.device)
+        at_once = (3 if properties.major == 9 else 2) * properties.multi_processor_count
+        splits = max(1, at_once // blocks)
     # Whole tiles, and no part without codes.
     codes_per_split = triton.cdiv(most_splits, min(splits, most_splits)) * _BLOCK_CODES
     splits = triton.cdiv(num_codes, codes_per_split)
 
     bias = codebook.square().sum(1).mul_(-0.5)
-    scores = torch.empty(splits, num_vectors, device=vectors.device)
+    scores = torch.empty(splits, num_vectors, dtype=torch.float32, device=vectors.device)
     codes = torch.empty(splits, num_vectors, dtype=torch.long, device=vectors.device)
     # Triton launches on the current device, whatever device its tensors are on.
     with torch.cuda.device_of(vectors):
