@@ -33,8 +33,10 @@ SIZES = [
 
 
 def run(*arguments, **environment) -> str:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    # This environment may have a torchvision that only the shim makes importable.
+    command = [sys.executable, "-m", "torchvision_shim", str(SCRIPT), *map(str, arguments)]
+    paths = [str(SCRIPT.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **environment}
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
