@@ -250,10 +250,8 @@ def test_any_mixture_of_fragments_stays_text(processor):
         assert out["assistant_masks"][0][-2:] == [1, 0] and len(out["assistant_masks"][0]) == len(expected)
 
 
-def test_typed_special_tokens_in_roles_and_template_variables(processor):
-    messages = [{"role": "user<|im_end|>", "content": "a"}]
-    ids = processor.apply_chat_template(messages, tokenize=True)[0]
-    assert special_ids(processor, ids) == ["<|im_start|>", "<|im_end|>"]
+def test_typed_special_tokens_in_template_variables(processor):
+    messages = [{"role": "user", "content": "a"}]
     template = "{{ greeting }}<|im_end|>{{ messages[0]['content'] }}"
     ids = processor.apply_chat_template(messages, chat_template=template, greeting="<|im_end|>", tokenize=True)[0]
     assert special_ids(processor, ids) == ["<|im_end|>"]
@@ -385,6 +383,8 @@ def test_image_sources_in_messages(processor, tmp_path):
         ([[]], "Each conversation of a batch must be a list of at least one message"),
         ("Hello", "list of at least one message"),
         ([{"content": "a"}], "dict with a 'role'"),
+        ([{"role": "usr", "content": "a"}], "the role 'usr'; the roles are system, user, assistant, tool"),
+        ([{"role": "user<|im_end|>", "content": "a"}], "the roles are system, user"),
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
         ([{"role": "user", "content": [{"type": "video"}]}], "got a part of type 'video'"),
         ([{"role": "user", "content": ["text"]}], "part of a message must be"),
@@ -392,6 +392,14 @@ def test_image_sources_in_messages(processor, tmp_path):
 )
 def test_chat_errors(processor, messages, message):
     with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(messages)
+
+
+def test_roles_of_a_template_of_ones_own(processor):
+    template = "{% for m in messages %}{% if m['role'] == 'judge' %}J: {% endif %}{{ m['content'] }}{% endfor %}"
+    messages = [{"role": "judge", "content": "a"}]
+    assert processor.apply_chat_template(messages, chat_template=template) == "J: a"
+    with pytest.raises(ValueError, match="the role 'judge'"):
         processor.apply_chat_template(messages)
 
 

@@ -48,14 +48,23 @@ CHAT_TEMPLATE = """\
 # second must not hide a control token of the template that comes next.
 _TYPED, _SEAM = "1", "0"
 
+ROLES = ("system", "user", "assistant", "tool")
 IMAGE_DATA_KEYS = ("image", "url", "path", "base64")
 CODE_KEYS = ("pixel_codes", "semantic_codes")
 
 
-def normalize_chats(conversation) -> tuple[list[list[dict]], bool]:
+def roles_of(chat_template: str) -> tuple[str, ...]:
+    """The roles a message may have: the usual ones, and what a template of one's own names as a string."""
+    return ROLES if chat_template == CHAT_TEMPLATE else (*ROLES, *re.findall(r"""['"](\w+)['"]""", chat_template))
+
+
+def normalize_chats(conversation, roles: tuple[str, ...] | None = ROLES) -> tuple[list[list[dict]], bool]:
     """
     One conversation or a batch as a list of conversations, and whether it was a batch. Messages and parts lose the
     keys that are `None` (datasets fill in those of other parts); OpenAI's `image_url` parts become image parts.
+
+    Raises:
+        ValueError: for another form, and a role that is none of `roles` (`None`: any).
     """
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
@@ -64,12 +73,14 @@ def normalize_chats(conversation) -> tuple[list[list[dict]], bool]:
     chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
     if not all(isinstance(chat, (list, tuple)) and chat for chat in chats):
         raise ValueError("Each conversation of a batch must be a list of at least one message.")
-    return [[_normalize_message(message) for message in chat] for chat in chats], batched
+    return [[_normalize_message(message, roles) for message in chat] for chat in chats], batched
 
 
-def _normalize_message(message) -> dict:
+def _normalize_message(message, roles: tuple[str, ...] | None) -> dict:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"A message must be a dict with a 'role' (a string) and a 'content', got {message!r:.200}.")
+    if roles is not None and message["role"] not in roles:
+        raise ValueError(f"A message has the role {message['role']!r:.200}; the roles are {', '.join(ROLES)}.")
     message = {key: value for key, value in message.items() if value is not None}
     content = message.setdefault("content", "")
     if isinstance(content, (list, tuple)):

@@ -17,6 +17,7 @@ from .chat_dualtoken import (
     mark_special_tokens,
     new_marker,
     normalize_chats,
+    roles_of,
     special_tokens_of,
     stack_codes,
     without_image_data,
@@ -246,8 +247,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         r"""
         Render one conversation or a batch of them; with `tokenize=True` prepare the model's inputs.
 
-        A message is `{"role": ..., "content": ...}`, its content a string or a list of parts: `{"type": "text",
-        "text": ...}`; `{"type": "image", "image": ...}` with a PIL image, array, tensor, path or URL (the keys `url`,
+        A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant`, `tool` or one that the
+        template names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image", "image": ...}` with a PIL image, array, tensor, path or URL (the keys `url`,
         `path` and `base64` and OpenAI's `image_url` parts work as well), in any role; or `{"type": "image",
         "pixel_codes": ..., "semantic_codes": ...}` with codes (H, W, D).
 
@@ -273,8 +274,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             `pixel_values` (images, 3, S, S) or `pixel_codes` and `semantic_codes` (images, H, W, D).
 
         Raises:
-            ValueError: for an empty conversation, parts of another form, images of more than one sort, and flags that
-                exclude each other.
+            ValueError: for an empty conversation, an unknown role, parts of another form, images of more than one
+                sort, and flags that exclude each other.
         """
         self._check_flags(
             add_generation_prompt, continue_final_message, return_assistant_tokens_mask, generate_image, tokenize
@@ -288,7 +289,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 processor_kwargs[name] = kwargs.pop(name)
 
-        chats, batched = normalize_chats(conversation)
+        chats, batched = normalize_chats(conversation, roles_of(template))
         parts = [part for chat in chats for part in image_parts(chat)]
         counts = [len(image_parts(chat)) for chat in chats]
         images, codes = [], {}

@@ -108,12 +108,14 @@ class ChatEncoder:
     @staticmethod
     def images(example: dict) -> list[dict]:
         """The image parts of an example, in reading order."""
-        ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
+        ((messages,), _) = normalize_chats(
+            example.get("messages") or [{"role": "", "content": example["content"]}], roles=None
+        )
         return image_parts(messages)
 
     def _encode_chat(self, example: dict) -> EncodedExample:
         try:
-            ((messages,), _) = normalize_chats(example["messages"])
+            ((messages,), _) = normalize_chats(example["messages"], roles=None)
             encoded = self.processor.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, placeholders_only=True
             )
@@ -128,7 +130,7 @@ class ChatEncoder:
     def _encode_document(self, example: dict) -> EncodedExample:
         content = example["content"]
         try:
-            (((message,),), _) = normalize_chats([{"role": "document", "content": content}])
+            (((message,),), _) = normalize_chats([{"role": "", "content": content}], roles=None)
         except ValueError as error:
             raise BadSampleError(str(error)) from error
         parts = [{"type": "text", "text": message["content"]}] if isinstance(content, str) else message["content"]
