@@ -292,6 +292,31 @@ def test_generate_image_ends_in_image_start(processor):
         processor.apply_chat_template(messages, generate_image=True)
 
 
+def test_negative_prompt(processor):
+    """One text, a text for each, or conversations with images: the inputs that `generate` takes."""
+    chats, start = [[say("user", "a")], [say("user", "Draw two.")]], processor.image_start_token_id
+    plain = processor.apply_chat_template(chats, add_generation_prompt=True, generate_image=True, **TOKENIZE)
+    flags = {"add_generation_prompt": True, "generate_image": True, **TOKENIZE}
+    for negative in ("Draw two.", ["a", "Draw two."]):
+        out = processor.apply_chat_template(chats, negative_prompt=negative, **flags)
+        assert torch.equal(out.input_ids, plain.input_ids)
+        texts = [negative] if isinstance(negative, str) else negative
+        alone = processor.apply_chat_template([[say("user", text)] for text in texts], **flags)
+        assert torch.equal(out.negative_prompt_ids, alone.input_ids)
+        assert torch.equal(out.negative_prompt_attention_mask, alone.attention_mask)
+        assert "negative_pixel_values" not in out
+    # Beside a prompt that may become text or an image, the negative one still ends in an image's start.
+    out = processor.apply_chat_template(chats, add_generation_prompt=True, negative_prompt="a", **TOKENIZE)
+    assert (out.negative_prompt_ids[:, -1] == start).all() and (out.input_ids[:, -1] != start).all()
+    shown = [say("user", picture(255), "a")]
+    out = processor.apply_chat_template([say("user", picture(0), "a")], negative_prompt=shown, **flags)
+    assert (out.negative_pixel_values == 1).all() and (out.pixel_values == -1).all()
+    out = processor(text=["a", "b"], negative_prompt="ugly", return_tensors="pt")
+    assert torch.equal(out.negative_prompt_ids, processor(text="ugly<|vision_start|>", return_tensors="pt").input_ids)
+    with pytest.raises(ValueError, match="`negative_prompt` .* needs `tokenize=True` and `return_dict=True`"):
+        processor.apply_chat_template(chats, negative_prompt="a", add_generation_prompt=True)
+
+
 def test_continue_final_message(processor):
     messages = [say("user", "Draw."), say("assistant", picture(), "Here")]
     out = processor.apply_chat_template(messages, continue_final_message=True, **TOKENIZE)

@@ -49,6 +49,28 @@ def _flatten_images(image_processor, images) -> tuple[list, list[int] | None]:
     return make_flat_list_of_images(image_processor.fetch_images(images)), None
 
 
+# What the inputs of a negative prompt are called in `generate`.
+_NEGATIVE_INPUTS = {
+    "input_ids": "negative_prompt_ids",
+    "attention_mask": "negative_prompt_attention_mask",
+    "pixel_values": "negative_pixel_values",
+    "pixel_codes": "negative_pixel_codes",
+    "semantic_codes": "negative_semantic_codes",
+}
+
+
+def _negative_inputs(inputs: dict) -> dict:
+    return {_NEGATIVE_INPUTS[name]: value for name, value in inputs.items() if name in _NEGATIVE_INPUTS}
+
+
+def _negative_chats(negative_prompt) -> list:
+    """Strings as conversations of one message, conversations as they are."""
+    texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+    if isinstance(texts, (list, tuple)) and all(isinstance(text, str) for text in texts):
+        return [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts]
+    return negative_prompt
+
+
 class _DualTokenProcessorMixin:
     """What both processors share."""
 
@@ -139,7 +161,14 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         return merged
 
     def __call__(
-        self, images=None, text=None, videos=None, audio=None, placeholders_only: bool = False, **kwargs
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        placeholders_only: bool = False,
+        negative_prompt: str | list[str] | None = None,
+        **kwargs,
     ) -> BatchFeature:
         r"""
         Prepare rendered prompts and images. Special tokens in `text` count as such: for the text of a user take
@@ -152,12 +181,15 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 `<|vision_start|><|image_pad|><|vision_end|>`; the one `<|image_pad|>` is repeated here.
             placeholders_only (`bool`, defaults to `False`): the prompts may show images that are not given, because
                 the model gets their codes instead.
+            negative_prompt (`str` or `list[str]`, *optional*): rendered prompts without images that an image is guided
+                away from, one for all or one for each; `<|vision_start|>` is added where it does not end them.
             **kwargs: settings of the tokenizer and the image processor (`padding`, `padding_side`, `return_tensors`,
                 `resize_mode`, ...), flat or as `text_kwargs` and `images_kwargs`.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (B, L), padded on the left unless told otherwise, and
-            `pixel_values` (images, 3, S, S) in [-1, 1].
+            `pixel_values` (images, 3, S, S) in [-1, 1]; with a negative prompt also `negative_prompt_ids` and
+            `negative_prompt_attention_mask`.
 
         Raises:
             ValueError: if a prompt is empty, if the numbers of placeholders and images differ (per prompt for nested
@@ -185,7 +217,17 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             data = dict(self.tokenizer(prompts, **merged["text_kwargs"]))
             self._finish_text(data, counts, merged)
         data.update(self._image_inputs(images, merged))
-        return BatchFeature(data, tensor_type=merged["return_tensors"])
+        features = BatchFeature(data, tensor_type=merged["return_tensors"])
+        if negative_prompt is not None:
+            texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(
+                    f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r:.200}."
+                )
+            start = self.image_start_token
+            texts = [text if text.endswith(start) else text + start for text in texts]
+            features.update(_negative_inputs(self(text=texts, **kwargs)))
+        return features
 
     def _check_counts(self, counts: list[int], num_images: int, row_counts: list[int] | None):
         if row_counts is not None and len(row_counts) != len(counts):
@@ -241,6 +283,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         return_dict: bool = False,
         generate_image: bool = False,
         placeholders_only: bool = False,
+        negative_prompt: str | list | None = None,
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
@@ -265,13 +308,18 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             placeholders_only (`bool`): write placeholders for image parts but process no image, because the model gets
                 the codes of all images otherwise. The parts may then lack image data.
             return_dict (`bool`): return all inputs instead of `input_ids` alone.
+            negative_prompt (`str`, list of them or conversations, *optional*): what an image is guided away from, one
+                for all conversations or one for each. A string is what the user says. Rendered as the conversations
+                are, with `<|vision_start|>` at the end; needs `tokenize=True` and `return_dict=True`.
             processor_kwargs (`dict`): settings of the tokenizer and the image processor (`padding`, `max_length`,
                 `resize_mode`, ...), and `images` for image parts without data. They are also taken from `**kwargs`;
                 what the template mentions goes to the template.
 
         Returns:
             `str` or `list[str]`, or with `tokenize=True` a [`BatchFeature`] of `input_ids`, `attention_mask`, and
-            `pixel_values` (images, 3, S, S) or `pixel_codes` and `semantic_codes` (images, H, W, D).
+            `pixel_values` (images, 3, S, S) or `pixel_codes` and `semantic_codes` (images, H, W, D). With a negative
+            prompt also `negative_prompt_ids`, `negative_prompt_attention_mask`, and its images' `negative_pixel_values`
+            or `negative_pixel_codes` and `negative_semantic_codes`, as `generate` takes them.
 
         Raises:
             ValueError: for an empty conversation, an unknown role, parts of another form, images of more than one
@@ -280,6 +328,25 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         self._check_flags(
             add_generation_prompt, continue_final_message, return_assistant_tokens_mask, generate_image, tokenize
         )
+        negative = {}
+        if negative_prompt is not None:
+            if not (tokenize and return_dict):
+                raise ValueError(
+                    "`negative_prompt` gives inputs of its own: it needs `tokenize=True` and `return_dict=True`."
+                )
+            negative = self.apply_chat_template(
+                _negative_chats(negative_prompt),
+                chat_template=chat_template,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_tensors=return_tensors,
+                return_dict=True,
+                generate_image=True,
+                processor_kwargs={name: value for name, value in (processor_kwargs or {}).items() if name != "images"},
+                **{name: value for name, value in kwargs.items() if name != "images"},
+            )
         template = self._find_template(chat_template)
         processor_kwargs = dict(processor_kwargs or {})
         if return_tensors not in (None, "auto"):
@@ -348,6 +415,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         data.update(codes)
         data.update(self._image_inputs(_flatten_images(self.image_processor, images)[0], merged))
         features = BatchFeature(data, tensor_type=merged["return_tensors"])
+        features.update(_negative_inputs(negative))
         return features if return_dict else features["input_ids"]
 
     @staticmethod
