@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from training_helpers import noise
 
+from transformers_dualtoken.image_reading import read_image
 from transformers_dualtoken.training.data import chat_rows
 from transformers_dualtoken.training.data.chat_source import BadSampleError, ChatSource
 from transformers_dualtoken.training.data.chat_sources import load_chat_sources
-from transformers_dualtoken.training.data.image_reading import read_image
 from transformers_dualtoken.training.data.sample_stream import SampleStream
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from .image_reading import IMAGE_KEYS
+
 
 # Qwen2.5's ChatML without its default system prompt. Parts are written one after the other, nothing between them; the
 # `generation` block is what `return_assistant_tokens_mask` marks.
@@ -49,7 +51,6 @@ CHAT_TEMPLATE = """\
 _TYPED, _SEAM = "1", "0"
 
 ROLES = ("system", "user", "assistant", "tool")
-IMAGE_DATA_KEYS = ("image", "url", "path", "base64")
 CODE_KEYS = ("pixel_codes", "semantic_codes")
 
 
@@ -119,6 +120,12 @@ def without_image_data(message: dict) -> dict:
     return {**message, "content": parts}
 
 
+def part_image(part: Mapping):
+    """What an image part holds its image in, as [`locate_image`] takes it; `None` if it has none."""
+    found = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
+    return found.get("image", found or None)
+
+
 def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
     """
     What image parts carry: the images of all of them, or their codes.
@@ -128,15 +135,15 @@ def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
     """
     with_codes = [part for part in parts if any(key in part for key in CODE_KEYS)]
     with_image = [
-        next(part[key] for key in IMAGE_DATA_KEYS if key in part)
+        part_image(part)
         for part in parts
-        if any(key in part for key in IMAGE_DATA_KEYS) and not any(key in part for key in CODE_KEYS)
+        if part_image(part) is not None and not any(key in part for key in CODE_KEYS)
     ]
     if max(len(with_codes), len(with_image)) == len(parts):
         return with_image, with_codes
     raise ValueError(
         f"All {len(parts)} image parts of a call must carry images, or all codes: {len(with_image)} carry an image "
-        f"(one of the keys {', '.join(map(repr, IMAGE_DATA_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
+        f"(one of the keys {', '.join(map(repr, IMAGE_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
         f"'semantic_codes'), {len(parts) - len(with_image) - len(with_codes)} neither. If the model gets the codes of "
         "all images otherwise, pass `placeholders_only=True`."
     )

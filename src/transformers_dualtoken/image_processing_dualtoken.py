@@ -1,5 +1,7 @@
 """Image processor of the torchvision backend. Importable without torchvision; only its construction needs it."""
 
+import math
+
 import numpy as np
 import torch
 from transformers.image_processing_backends import TorchvisionBackend
@@ -8,7 +10,11 @@ from transformers.image_transforms import group_images_by_shape, reorder_images
 from transformers.image_utils import SizeDict
 from transformers.utils import requires_backends
 
-from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin, channels_first
+from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin
+from .image_reading import channels_first, float_scale
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend):
@@ -24,17 +30,21 @@ class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend)
         requires_backends(self, ["torch", "torchvision"])
         super().__init__(**kwargs)
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, device=None, **kwargs):
-        if isinstance(image, torch.Tensor) and (image.dtype == torch.uint8 or image.is_floating_point()):
-            tensor = channels_first(image, input_data_format)
-            if tensor.shape[0] == 3 and tensor.numel():
-                tensor = tensor.float() if tensor.is_floating_point() else tensor
-                return tensor.contiguous() if device is None else tensor.contiguous().to(device)
-        array = super().process_image(
-            image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **kwargs
-        )
+    def process_image(self, image, device=None, do_rescale=None, rescale_factor=None, do_convert_rgb=None, **kwargs):
+        is_tensor = isinstance(image, torch.Tensor)
+        if is_tensor and do_rescale and do_convert_rgb and math.isclose(rescale_factor, 1 / 255):
+            # Stays on its device.
+            if image.layout == torch.strided and (image.dtype == torch.uint8 or image.dtype in _FLOATS):
+                tensor = channels_first(image.detach(), kwargs.get("input_data_format"))
+                if tensor.shape[0] == 3:
+                    if tensor.dtype != torch.uint8:
+                        tensor = tensor.float()
+                        tensor = (tensor * float_scale(tensor)).round().clamp(0, 255).to(torch.uint8)
+                    return tensor.contiguous() if device is None else tensor.contiguous().to(device)
+        settings = {"do_rescale": do_rescale, "rescale_factor": rescale_factor, "do_convert_rgb": do_convert_rgb}
+        array = super().process_image(image, **settings, **kwargs)
         tensor = torch.from_numpy(array if array.flags.writeable else np.array(array))
-        if device is None and isinstance(image, torch.Tensor):
+        if device is None and is_tensor:
             device = image.device
         return tensor if device is None else tensor.to(device)
 

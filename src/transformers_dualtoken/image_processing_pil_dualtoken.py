@@ -4,34 +4,37 @@ The torchvision backend (`image_processing_dualtoken.py`) takes its conversions,
 so the two differ in nothing but the resampling routine.
 """
 
-import base64
-import binascii
-import os
-import struct
-import urllib.request
+import contextlib
+import math
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import (
-    ChannelDimension,
-    PILImageResampling,
-    SizeDict,
-    infer_channel_dimension_format,
-    is_valid_image,
-)
+from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs
-from transformers.utils import logging
 
+from .image_reading import (
+    MAX_DECODED_PIXELS,
+    ImageBounds,
+    UnreadableImageError,
+    array_to_rgb,
+    as_channels_first,
+    as_numpy,
+    check_rescaled,
+    decode_image,
+    flatten_images,
+    image_name,
+    is_array,
+    open_image,
+    pil_to_rgb,
+    to_8_bit,
+)
 
-logger = logging.get_logger(__name__)
 
 RESIZE_MODES = ("squash", "center_crop", "pad")
-# What decoders raise on a damaged file; PIL raises SyntaxError for a broken PNG.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error)
+_WRONG_SIZE = "`size` must be a number of pixels or give 'height' and 'width', whole numbers from 1 on"
 # A reconstruction may overshoot [-1, 1], an untrained decoder's by much; pixel values of 0..255 lie beyond this.
 _MAX_RECONSTRUCTION = 16.0
 # A longer image loses its ends before `center_crop` resizes it: they are cropped anyway, and would fill the memory.
@@ -46,134 +49,21 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
         one on both sides.
     fill_color (`int` or `list[int]`, *optional*, defaults to `(127, 127, 127)`):
         Colour of the padding under `resize_mode="pad"`: red, green and blue in 0..255, or one number for a grey.
+    image_sources (`list[str]`, *optional*, defaults to `("data", "local", "url")`):
+        What images are read from, besides those in memory: `"data"` (bytes, base64 text, `data:` URLs), `"local"`
+        (paths and `file://` URLs), `"url"` (http and https), `"fsspec"` (other URLs). Where strangers write the
+        messages, `("data",)`: a path would show them files of this machine, a URL calls into its network.
+    max_image_pixels (`int`, *optional*, defaults to 67,108,864):
+        Pixels of an image that is decoded, told by its header. `None` leaves only Pillow's own limit.
+    max_image_bytes (`int`, *optional*, defaults to 67,108,864):
+        Bytes of an image that is downloaded. `None` lifts the limit.
     """
 
     resize_mode: str | None
     fill_color: int | list[int] | tuple[int, ...] | None
-
-
-def open_image(source) -> Image.Image:
-    """Open a path, a URL or base64 data (with or without a `data:image/...;base64,` head), mode and EXIF untouched."""
-    shown = str(source) if len(str(source)) <= 200 else f"{str(source)[:200]}..."
-    try:
-        if isinstance(source, os.PathLike) or (len(source) < 4096 and os.path.isfile(source)):
-            return Image.open(source)
-        if source.startswith(("http://", "https://")):
-            # Some servers refuse Python's own name.
-            request = urllib.request.Request(source, headers={"User-Agent": "transformers-dualtoken"})
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return Image.open(BytesIO(response.read()))
-        data = source.split(",", 1)[1] if source.startswith("data:image/") else source
-        return Image.open(BytesIO(base64.b64decode(data, validate=True)))
-    except FileNotFoundError as error:
-        raise ValueError(f"There is no image file at {shown!r}.") from error
-    except (binascii.Error, IndexError) as error:
-        raise ValueError(
-            f"An image given as text must be the path of a file, an http(s) URL or base64 data, got {shown!r}."
-        ) from error
-    except _DECODE_ERRORS as error:
-        raise ValueError(f"{shown!r} cannot be opened as an image: {error}") from error
-
-
-def decode_image(image: Image.Image) -> Image.Image:
-    """Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation."""
-    if image.format == "EPS":
-        # Whatever the file is called; PIL would run Ghostscript on it.
-        raise ValueError("An EPS file is a program and no image; convert it to PNG or JPEG first.")
-    try:
-        image.load()
-    except _DECODE_ERRORS as error:
-        name = repr(getattr(image, "filename", None) or "given")
-        raise ValueError(
-            f"The image {name} cannot be decoded, it is truncated or damaged ({error}). Give a complete image file."
-        ) from error
-    if 0 in image.size:
-        raise ValueError(f"An image must have at least one pixel, got a size of {image.size[0]} x {image.size[1]}.")
-    try:
-        return ImageOps.exif_transpose(image)
-    except (*_DECODE_ERRORS, KeyError, TypeError):
-        # Unreadable EXIF data says nothing about the orientation; the pixels are fine.
-        return image
-
-
-def _to_8_bit(array: np.ndarray) -> np.ndarray:
-    """0..65535 -> 0..255, rounded to nearest."""
-    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-
-
-def pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """
-    A decoded PIL image of any mode as `uint8` (H, W, 3). Transparent pixels are composited on white; 16-bit grey is
-    scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
-    """
-    if image.mode.startswith("I"):
-        array = np.asarray(image)
-        if array.min() < 0 or array.max() > 65535:
-            raise ValueError(
-                f"An integer image must hold 16-bit values (0 to 65535), got {array.min()} to {array.max()}."
-            )
-        return np.repeat(_to_8_bit(array)[..., None], 3, axis=-1)
-    if image.mode == "F":
-        raise ValueError(
-            "A floating-point image (PIL mode 'F') has no defined range. Convert it to 8 bit first, or give an array."
-        )
-    bands = image.getbands()
-    if "A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
-        if image.mode in ("La", "PA"):
-            image = image.convert("LA" if image.mode == "La" else "RGBA")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
-
-
-def array_to_rgb(array: np.ndarray) -> np.ndarray:
-    """
-    An array (C, H, W) with 1 (grey), 3 or 4 (RGBA, composited on white) channels as (3, H, W). Integers become `uint8`
-    (`uint16` is scaled from 16 bit), booleans 0 and 255; floating-point values keep their scale.
-    """
-    channels = array.shape[0]
-    if channels not in (1, 3, 4):
-        raise ValueError(f"An image array must have 1, 3 or 4 channels, got shape {array.shape} (channels first).")
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = _to_8_bit(array)
-    elif np.issubdtype(array.dtype, np.integer):
-        if array.size and (array.min() < 0 or array.max() > 255):
-            raise ValueError(
-                f"An integer image array must hold values from 0 to 255 (or be uint16: 0 to 65535), got {array.dtype} "
-                f"values from {array.min()} to {array.max()}."
-            )
-        array = array.astype(np.uint8)
-    else:
-        array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError("The image array contains NaN or infinite values.")
-    if channels == 1:
-        return np.repeat(array, 3, axis=0)
-    if channels == 3:
-        return array
-    white = 255.0 if array.dtype == np.uint8 else 1.0
-    if array.min() < 0 or array.max() > white:
-        raise ValueError(
-            f"A floating-point RGBA image must lie in [0, 1], got values from {array.min()} to {array.max()}."
-        )
-    alpha = array[3:] / white
-    composite = alpha * array[:3] + (1 - alpha) * white
-    return (np.round(composite) if white == 255.0 else composite).astype(array.dtype)
-
-
-def channels_first(image, input_data_format=None):
-    """(H, W), (H, W, C) or (C, H, W), NumPy or torch, as (C, H, W); without a format it is inferred from the shape."""
-    if image.ndim == 2:
-        return image[None]
-    if image.ndim != 3:
-        raise ValueError(f"An image array must have 2 or 3 dimensions, got shape {tuple(image.shape)}.")
-    if input_data_format is None:
-        input_data_format = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
-        return image
-    return image.permute(2, 0, 1) if hasattr(image, "permute") else np.moveaxis(image, -1, 0)
+    image_sources: list[str] | tuple[str, ...] | None
+    max_image_pixels: int | None
+    max_image_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -200,6 +90,20 @@ def plan_resize(image_size: tuple[int, int], size: tuple[int, int], resize_mode:
     scale = min(new / old for new, old in zip(size, image_size))
     resized = tuple(min(new, max(1, round(old * scale))) for new, old in zip(size, image_size))
     return ResizePlan(trimmed, resized, (0, 0), tuple((new - old) // 2 for new, old in zip(size, resized)))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def _named(image):
+    """Errors of reading an image, those of the network too, become sentences that name it."""
+    try:
+        yield
+    except (UnreadableImageError, OSError) as error:
+        name = image_name(image)
+        raise UnreadableImageError(f"The image {repr(name) if name else 'given'} cannot be used: {error}.") from error
 
 
 def _cut(image, offset: tuple[int, int], size: tuple[int, int]):
@@ -229,16 +133,16 @@ def post_process_images(reconstruction) -> list[Image.Image]:
     Raises:
         ValueError: for another rank or number of channels, for integers, NaN, or values far outside [-1, 1].
     """
-    is_torch = hasattr(reconstruction, "detach")
-    if not is_torch and not isinstance(reconstruction, np.ndarray):
+    if not is_array(reconstruction):
         raise ValueError(f"`reconstruction` must be a tensor or an array, got {type(reconstruction).__name__}.")
     shape = tuple(reconstruction.shape)
-    if len(shape) not in (3, 4) or shape[-3] != 3:
+    if len(shape) not in (3, 4) or shape[-3] != 3 or 0 in shape[-2:]:
         raise ValueError(f"`reconstruction` must have shape (B, 3, height, width) or (3, height, width), got {shape}.")
-    dtype = reconstruction.dtype
-    if not (dtype.is_floating_point if is_torch else np.issubdtype(dtype, np.floating)):
-        raise ValueError(f"`reconstruction` must be a floating-point tensor with values in [-1, 1], got {dtype}.")
-    array = reconstruction.detach().float().cpu().numpy() if is_torch else reconstruction.astype(np.float32)
+    if "float" not in str(reconstruction.dtype):
+        raise ValueError(
+            f"`reconstruction` must be a floating-point tensor with values in [-1, 1], got {reconstruction.dtype}."
+        )
+    array = as_numpy(reconstruction).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError("`reconstruction` contains NaN or infinite values; images have values in [-1, 1].")
     if array.size and np.abs(array).max() > _MAX_RECONSTRUCTION:
@@ -267,67 +171,139 @@ class DualTokenImageProcessingMixin:
     do_convert_rgb = True
     resize_mode = "squash"
     fill_color = (127, 127, 127)
+    image_sources = ImageBounds.sources
+    max_image_pixels = ImageBounds.max_pixels
+    max_image_bytes = ImageBounds.max_bytes
 
     def __init__(self, **kwargs):
+        # To transformers `None` is the default; to these two it is no limit.
+        limits = {name: kwargs[name] for name in ("max_image_pixels", "max_image_bytes") if name in kwargs}
         super().__init__(**kwargs)
-        self._validate_resize(self.size, self.resize_mode)
-
-    @staticmethod
-    def _validate_resize(size, resize_mode):
-        if resize_mode not in RESIZE_MODES:
-            accepted = ", ".join(map(repr, RESIZE_MODES))
-            raise ValueError(f"`resize_mode` must be one of {accepted}, got {resize_mode!r}.")
-        if size is None or not (size.height and size.width):
-            raise ValueError(f"`size` must be a number of pixels or give 'height' and 'width', got {size}.")
+        vars(self).update(limits)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
 
     def _standardize_kwargs(self, fill_color=None, **kwargs) -> dict:
         if isinstance(fill_color, int):
             fill_color = (fill_color,) * 3
-        if fill_color is not None and (
-            len(fill_color) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in fill_color)
-        ):
-            raise ValueError(f"`fill_color` must be one or three integers from 0 to 255, got {fill_color}.")
-        kwargs = super()._standardize_kwargs(**kwargs)
-        kwargs["fill_color"] = None if fill_color is None else tuple(fill_color)
+        for name in ("image_mean", "image_std"):
+            if isinstance(kwargs.get(name), (int, float)):
+                kwargs[name] = (kwargs[name],) * 3
+        try:
+            kwargs = super()._standardize_kwargs(**kwargs)
+        except (IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"{_WRONG_SIZE}, got {kwargs.get('size')!r}.") from error
+        kwargs["fill_color"] = tuple(fill_color) if isinstance(fill_color, list) else fill_color
         return kwargs
 
-    def _validate_preprocess_kwargs(self, size=None, resize_mode=None, **kwargs):
+    def _validate_preprocess_kwargs(
+        self,
+        size=None,
+        resize_mode=None,
+        fill_color=None,
+        image_mean=None,
+        image_std=None,
+        rescale_factor=None,
+        resample=None,
+        **kwargs,
+    ):
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb", "do_center_crop", "do_pad"):
+            if not isinstance(kwargs.get(name), (bool, type(None))):
+                raise ValueError(f"`{name}` must be True or False, got {kwargs[name]!r}.")
+        for name, mode in (("do_center_crop", "center_crop"), ("do_pad", "pad")):
+            if kwargs.get(name):
+                raise ValueError(f"`{name}` is no setting of this image processor; use `resize_mode={mode!r}`.")
         if kwargs.get("do_resize"):
-            self._validate_resize(size, resize_mode)
-        super()._validate_preprocess_kwargs(size=size, **kwargs)
+            if resize_mode not in RESIZE_MODES:
+                accepted = ", ".join(map(repr, RESIZE_MODES))
+                raise ValueError(f"`resize_mode` must be one of {accepted}, got {resize_mode!r}.")
+            sides = (size.height, size.width) if size is not None else ()
+            if not sides or not all(isinstance(side, int) and side is not True and side > 0 for side in sides):
+                raise ValueError(f"{_WRONG_SIZE}, got {size}.")
+            if math.prod(sides) > MAX_DECODED_PIXELS:
+                raise ValueError(f"`size` must have at most {MAX_DECODED_PIXELS:,} pixels, got {size}.")
+            if resample not in list(PILImageResampling):
+                raise ValueError(
+                    f"`resample` must be one of {', '.join(map(str, PILImageResampling))}, got {resample!r}."
+                )
+        is_level = isinstance(fill_color, tuple) and all(
+            isinstance(value, int) and 0 <= value <= 255 for value in fill_color
+        )
+        if not is_level or len(fill_color) != 3:
+            raise ValueError(f"`fill_color` must be one or three integers from 0 to 255, got {fill_color!r}.")
+        if kwargs.get("do_rescale") and not (_is_number(rescale_factor) and rescale_factor != 0):
+            raise ValueError(f"`rescale_factor` must be a finite number other than 0, got {rescale_factor!r}.")
+        if kwargs.get("do_normalize"):
+            for name, values in (("image_mean", image_mean), ("image_std", image_std)):
+                is_tuple = isinstance(values, tuple) and len(values) in (1, 3, 4) and all(map(_is_number, values))
+                if not is_tuple or (name == "image_std" and min(values) <= 0):
+                    what = "positive numbers" if name == "image_std" else "finite numbers"
+                    raise ValueError(f"`{name}` must be one number or three {what}, got {values!r}.")
+        self._bounds(**kwargs)
+
+    @staticmethod
+    def _bounds(image_sources, max_image_pixels, max_image_bytes, **kwargs) -> ImageBounds:
+        return ImageBounds(image_sources, max_image_pixels, max_image_bytes)
 
     def fetch_images(self, image_url_or_urls):
-        """Open paths, URLs and base64 strings with PIL; images and arrays pass through, lists keep their nesting."""
+        """Open what holds images (see [`locate_image`]); those in memory pass through, lists keep their nesting."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(item) for item in image_url_or_urls]
-        if isinstance(image_url_or_urls, (str, os.PathLike)):
-            return open_image(image_url_or_urls)
-        if is_valid_image(image_url_or_urls):
-            # transformers counts dimensions to tell an image from a batch; grey ones may come without a channel.
-            is_grey = not isinstance(image_url_or_urls, Image.Image) and image_url_or_urls.ndim == 2
-            return image_url_or_urls[None] if is_grey else image_url_or_urls
-        raise TypeError(
-            "An image must be a PIL image, an array, a tensor, a path, a URL or base64 data, got "
-            f"{type(image_url_or_urls).__name__}."
-        )
+        with _named(image_url_or_urls):
+            return open_image(image_url_or_urls, self._bounds(**vars(self)))
 
-    def process_image(self, image, do_convert_rgb=None, input_data_format=None, do_rescale=None, **kwargs):
-        """One PIL image, array or tensor as an RGB array (3, H, W)."""
+    def _prepare_image_like_inputs(self, images, *args, expected_ndims: int = 3, **kwargs) -> list:
+        """Every image as `process_image` makes it, one after the other: files are open and decoded one at a time."""
+        images = flatten_images(images)
+        if not images:
+            raise ValueError("There must be at least one image, got an empty list.")
+        bounds, processed = self._bounds(**kwargs), []
+        for image in images:
+            with _named(image):
+                processed.append(self.process_image(open_image(image, bounds), *args, **kwargs))
+        return processed
+
+    def process_image(
+        self,
+        image,
+        do_convert_rgb=None,
+        input_data_format=None,
+        do_rescale=None,
+        rescale_factor=None,
+        do_normalize=None,
+        image_mean=(),
+        resize_mode=None,
+        **kwargs,
+    ) -> np.ndarray:
+        """
+        One PIL image, array or tensor as an array (3, H, W): `uint8`, or what it was where `rescale_factor` is not
+        1/255 or nothing is rescaled.
+        """
         if isinstance(image, Image.Image):
-            image = decode_image(image)
-            array = pil_to_rgb(image) if do_convert_rgb else np.array(image)
-            return np.ascontiguousarray(channels_first(array, ChannelDimension.LAST))
-        if hasattr(image, "detach"):
-            image = image.detach().cpu()
-            image = (image.float() if image.is_floating_point() else image).numpy()
-        array = channels_first(np.asarray(image), input_data_format)
-        if 0 in array.shape:
-            raise ValueError(f"An image must have at least one pixel, got an array of shape {array.shape}.")
-        array = array_to_rgb(array) if do_convert_rgb else array
-        if do_rescale and np.issubdtype(array.dtype, np.floating) and 0 <= array.min() and array.max() <= 1:
-            logger.warning_once(
-                "A floating-point image with values in [0, 1] is divided by 255 again: pass `do_rescale=False`, or "
-                "give values from 0 to 255."
+            image = decode_image(image, ImageBounds(max_pixels=None))
+            image = pil_to_rgb(image) if do_convert_rgb else np.array(image)
+            input_data_format = ChannelDimension.LAST
+        array = as_channels_first(image, input_data_format)
+        if do_rescale and math.isclose(rescale_factor, 1 / 255):
+            array = to_8_bit(array)
+        elif array.dtype.kind == "f":
+            array = array.astype(np.float32)
+            if not np.isfinite(array).all():
+                raise ValueError("The image array contains NaN or infinite values.")
+        else:
+            array = to_8_bit(array)
+        if not do_rescale and do_normalize:
+            check_rescaled(array)
+        if do_convert_rgb:
+            array = array_to_rgb(array)
+        elif (
+            do_normalize
+            and len(image_mean) not in (1, len(array))
+            or resize_mode == "pad"
+            and len(array) not in (1, 3)
+        ):
+            raise ValueError(
+                f"Without `do_convert_rgb` an image needs the channels that `image_mean` has ({len(image_mean)}), got "
+                f"{len(array)}."
             )
         return np.ascontiguousarray(array)
 
@@ -364,9 +340,11 @@ class DualTokenImageProcessorPil(DualTokenImageProcessingMixin, PilBackend):
     r"""
     Images to `pixel_values`, `float32` (B, 3, height, width) in [-1, 1], with PIL and NumPy.
 
-    Accepts PIL images of any mode, paths, URLs, base64 strings, NumPy arrays and torch tensors: one, a list, or a
-    batch. Everything becomes RGB: transparent pixels are composited on white, 16-bit grey is scaled to 8 bit, the EXIF
-    orientation is applied, of an animation the current frame is taken. Arrays hold 0..255 unless `do_rescale=False`.
+    Accepts PIL images of any mode, paths, URLs, bytes, file objects, base64 text, `{"bytes": ..., "path": ...}`, NumPy
+    arrays and torch tensors: one, a list, or a batch. Everything becomes RGB: transparent pixels are composited on
+    white, 16-bit grey is scaled to 8 bit, the EXIF orientation is applied, of an animation the current frame is taken.
+    Integer arrays hold 0..255 (`uint16`: 0..65535); floating-point ones 0..255 or [0, 1], which give what the rounded
+    `uint8` gives. With `do_rescale=False` an array is not rounded, and must lie in [0, 1] if it is normalised.
 
     Args:
         size (`int` or `dict`, defaults to 384): side, or `{"height": ..., "width": ...}`, in pixels.
@@ -376,8 +354,10 @@ class DualTokenImageProcessorPil(DualTokenImageProcessingMixin, PilBackend):
         **kwargs: the other settings of transformers' image processors (`resample`, `do_normalize`, ...).
 
     Raises:
-        ValueError: for an unknown `resize_mode`, a `size` or `fill_color` of another form, and for an image that is
-            truncated, damaged, empty or of an undefined range.
+        ValueError: for settings of another form or range, and for arrays of another shape or range.
+        UnreadableImageError (a `ValueError`): for an image that is missing, truncated, damaged, empty, too large, from
+            a source that is not allowed, or of an undefined range.
+        TypeError: for what holds no image.
     """
 
     def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:

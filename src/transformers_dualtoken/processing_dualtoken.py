@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -23,6 +22,7 @@ from .chat_dualtoken import (
     without_image_data,
 )
 from .image_processing_pil_dualtoken import DualTokenImageProcessorKwargs, post_process_images
+from .image_reading import flatten_images
 
 
 class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
@@ -39,14 +39,15 @@ class DualTokenVisionTokenizerProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True, "return_attention_mask": False}}
 
 
-def _flatten_images(image_processor, images) -> tuple[list, list[int] | None]:
+def _flatten_images(images) -> tuple[list, list[int] | None]:
     """All images in reading order, and how many each row has; `None` for a flat list, which does not tell."""
     if images is None or (isinstance(images, (list, tuple)) and not images):
         return [], None
     if isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images):
         rows = [row if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
-        return image_processor.fetch_images([image for row in rows for image in row]), [len(row) for row in rows]
-    return make_flat_list_of_images(image_processor.fetch_images(images)), None
+        rows = [flatten_images(row) for row in rows]
+        return [image for row in rows for image in row], [len(row) for row in rows]
+    return flatten_images(images), None
 
 
 # What the inputs of a negative prompt are called in `generate`.
@@ -200,7 +201,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if images is None and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
-        images, row_counts = _flatten_images(self.image_processor, images)
+        images, row_counts = _flatten_images(images)
         data = {}
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
@@ -363,7 +364,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if tokenize:
             given = processor_kwargs.pop("images", None)
             if given is not None:
-                images, row_counts = _flatten_images(self.image_processor, given)
+                images, row_counts = _flatten_images(given)
                 self._check_counts(counts, len(images), row_counts)
             elif not placeholders_only:
                 images, with_codes = image_data(parts)
@@ -413,7 +414,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         data = self._pad(rows, masks if return_assistant_tokens_mask else None, merged["text_kwargs"])
         self._finish_text(data, counts, merged)
         data.update(codes)
-        data.update(self._image_inputs(_flatten_images(self.image_processor, images)[0], merged))
+        data.update(self._image_inputs(_flatten_images(images)[0], merged))
         features = BatchFeature(data, tensor_type=merged["return_tensors"])
         features.update(_negative_inputs(negative))
         return features if return_dict else features["input_ids"]
@@ -515,7 +516,7 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         data = {}
         if text is not None:
             data.update(self.tokenizer([text] if isinstance(text, str) else list(text), **text_kwargs))
-        data.update(self._image_inputs(_flatten_images(self.image_processor, images)[0], merged))
+        data.update(self._image_inputs(_flatten_images(images)[0], merged))
         return BatchFeature(data, tensor_type=return_tensors)
 
 

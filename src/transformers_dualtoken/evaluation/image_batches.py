@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..image_reading import UnreadableImageError, image_name
+
 
 class _Samples(IterableDataset):
     """One process's (and one loader worker's) share of a data set, read and resized; what cannot be read is `None`."""
@@ -105,7 +107,7 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> dict | None:
         """A row of the data set as tensors and texts; `None` if its image cannot be read."""
-        from ..training.data.image_reading import UnreadableImageError, image_name, report_skipped
+        from ..training.data.image_reading import report_skipped
 
         value = row[self.image_column]
         name = image_name(value) or "(without a name)"

@@ -7,10 +7,10 @@ import jinja2
 import numpy as np
 import torch
 
-from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, image_parts, normalize_chats, stack_codes
+from ...chat_dualtoken import CODE_KEYS, image_parts, normalize_chats, part_image, stack_codes
+from ...image_reading import UnreadableImageError, image_name, read_image
 from ...processing_dualtoken import DualTokenProcessor
 from .chat_source import BadSampleError
-from .image_reading import UnreadableImageError, image_name, read_image
 
 
 @dataclass
@@ -94,7 +94,7 @@ class ChatEncoder:
             raise BadSampleError("it must have either 'messages' (a chat) or 'content' (a document)")
         encoded = self._encode_chat(example) if "messages" in example else self._encode_document(example)
         for number, part in enumerate(encoded.images):
-            if not any(part.get(key) is not None for key in (*IMAGE_DATA_KEYS, *CODE_KEYS)):
+            if part_image(part) is None and not any(part.get(key) is not None for key in CODE_KEYS):
                 raise BadSampleError(f"its image {number} has no image data: the part is {part!r:.200}")
         if self.max_length is not None and len(encoded.input_ids) > self.max_length:
             encoded = self._cut(encoded)
@@ -208,9 +208,7 @@ class ChatEncoder:
         return {key: torch.from_numpy(stacked) for key, stacked in codes.items()}
 
     def _pixel_values(self, part: dict) -> torch.Tensor:
-        value = next(part[key] for key in IMAGE_DATA_KEYS if part.get(key) is not None)
-        if isinstance(value, torch.Tensor):
-            return value
+        value = part_image(part)
         try:
             image = read_image(value)
         except UnreadableImageError as error:

@@ -1,14 +1,13 @@
 """The formats of data for unified training: from a record (a dict of columns) to the example that is encoded."""
 
-import base64
-import binascii
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...chat_dualtoken import CODE_KEYS, IMAGE_DATA_KEYS, ROLES, normalize_chats
+from ...chat_dualtoken import CODE_KEYS, ROLES, normalize_chats, part_image
+from ...image_reading import UnreadableImageError, locate_image
 from .chat_source import BadSampleError
 
 
@@ -280,7 +279,7 @@ def _fill_images(contents: list, images: list, folder: str | None, placeholder: 
     for part in parts:
         if part["type"] != "image":
             continue
-        values = {key: part[key] for key in IMAGE_DATA_KEYS if not _is_missing(part.get(key))}
+        image = part_image({key: value for key, value in part.items() if not _is_missing(value)})
         codes = {key: np.asarray(part[key]) for key in CODE_KEYS if key in part}
         index = part.get("index")
         part.clear()
@@ -289,9 +288,8 @@ def _fill_images(contents: list, images: list, folder: str | None, placeholder: 
             if len(codes) < len(CODE_KEYS):
                 raise BadSampleError(f"an image part has only {', '.join(codes)} of {' and '.join(CODE_KEYS)}")
             part.update(codes)
-        elif values:
-            key, value = next(iter(values.items()))
-            part["image"] = {"bytes": _decoded(value), "path": None} if key == "base64" else _image(value, folder)
+        elif image is not None:
+            part["image"] = _image(image, folder)
         else:
             if index is not None and index != len(empty):
                 raise BadSampleError(f"image part {len(empty)} says that its image is number {index}, out of order")
@@ -305,36 +303,13 @@ def _fill_images(contents: list, images: list, folder: str | None, placeholder: 
 
 
 def _image(value, folder: str | None):
-    """An image as `read_image` takes it, its path beside the data made whole; a local file must exist."""
+    """An image as [`locate_image`] gives it, its path beside the data made whole; a local file must exist."""
     if _is_missing(value):
         raise BadSampleError("an image is missing")
-    if isinstance(value, Mapping):
-        if value.get("bytes") is not None:
-            return {"bytes": value["bytes"], "path": value.get("path")}
-        value = value.get("path")
-    if isinstance(value, bytes):
-        return {"bytes": value, "path": None}
-    if not isinstance(value, str):
-        # Also PIL images, of which `read_image` knows more.
-        if hasattr(value, "mode"):
-            return value
-        raise BadSampleError(f"an image must be a path, a URL, or {{'bytes', 'path'}}, got {type(value).__name__}")
-    if value.startswith("data:"):
-        return {"bytes": _decoded(value.partition(",")[2]), "path": None}
-    if not value:
-        raise BadSampleError("the path of an image is empty")
-    if "://" in value:
-        return value
-    if folder is not None and "://" in folder:
-        return f"{folder.rstrip('/')}/{value}"
-    path = os.path.join(folder or "", os.path.expanduser(value))
-    if not os.path.isfile(path):
-        raise BadSampleError(f"the image file {path!r} does not exist")
-    return path
-
-
-def _decoded(data) -> bytes:
     try:
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise BadSampleError(f"the base64 text of an image cannot be decoded ({error})") from error
+        image = locate_image(value, folder)
+    except (TypeError, UnreadableImageError) as error:
+        raise BadSampleError(str(error).rstrip(".")) from error
+    if isinstance(image, str) and "://" not in image and not os.path.isfile(image):
+        raise BadSampleError(f"the image file {image!r} does not exist")
+    return image

@@ -1,163 +1,26 @@
-"""One image of a data set, whatever its file is like, as `pixel_values`; what cannot be read says why."""
+"""One image of a data set as `pixel_values`, augmented, and what is said of the ones passed over."""
 
 import math
-import os
 import random
-import urllib.error
-import urllib.request
-import warnings
-from io import BytesIO
 
-import fsspec
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.utils import logging
 
-from ...image_processing_pil_dualtoken import decode_image, pil_to_rgb
+from ...image_reading import UnreadableImageError, read_image
 
 
 logger = logging.get_logger(__name__)
 
-# An image is decoded to at most this many pixels (200 MB as RGB). A larger JPEG is decoded at reduced size, a larger
-# file of another format is skipped. What PIL takes for a decompression bomb (179 million pixels) is always skipped.
-MAX_DECODED_PIXELS = 2**26
 # More unreadable images than this in a row are a broken data set, not a few broken files.
 MAX_SKIPPED_IN_A_ROW = 1000
 # So many of them are named in a process's log; all are counted.
 MAX_NAMED = 20
 
 
-class UnreadableImageError(ValueError):
-    """An image that training passes over; the message is the reason."""
-
-
-def image_name(value) -> str | None:
-    """What to call an image in a message: where it lies, as far as that is known."""
-    if isinstance(value, dict):
-        return value.get("path")
-    if isinstance(value, (str, os.PathLike)):
-        return str(value)
-    return getattr(value, "filename", None) or None
-
-
 def report_skipped(name: str, reason: UnreadableImageError) -> None:
     """Log, once in this process, that an image was passed over."""
     logger.warning_once(f"The image {name} is skipped: {reason}.")
-
-
-def read_image(value, min_size: int | None = None, reducing_gap: float | None = None) -> Image.Image:
-    """
-    An entry of a column of images as an upright RGB image.
-
-    Modes are converted as the image processor does it: transparent pixels are composited on white, 16-bit grey is
-    scaled to 8 bit, CMYK (inverted by Adobe or not) and palettes become RGB.
-
-    Args:
-        value (`dict`, `str` or `PIL.Image.Image`): `{"bytes": ..., "path": ...}` as of `datasets.Image(decode=False)`
-            (of the two one may be `None`), the path or URL of a file, or an image.
-        min_size (`int`, *optional*): pixels that either side needs at least. With it a JPEG is decoded at 1/2, 1/4 or
-            1/8 of its size where it has more than [`MAX_DECODED_PIXELS`], or where `reducing_gap` asks for it.
-        reducing_gap (`float`, *optional*): a JPEG is decoded at the smallest size with sides of at least
-            `reducing_gap * min_size`, as in `PIL.Image.Image.thumbnail`. `None` decodes at full size.
-
-    Raises:
-        UnreadableImageError: for an entry without an image, a file that is missing, empty, truncated, damaged or no
-            image, an image with too many pixels, of floating-point values (they have no defined range), or PostScript.
-        TypeError: for another kind of entry.
-        OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
-            nothing is there; no image is passed over because of the network.
-    """
-    # A damaged file is reported once, by its error; PIL would also warn of odd tags, and of large images.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = value if isinstance(value, Image.Image) else _open(_read_bytes(value), min_size, reducing_gap)
-        if image.format == "EPS":  # PIL goes by the content and not by the name, and would start Ghostscript
-            raise UnreadableImageError("it is PostScript, a program and no image")
-        try:
-            image.load()
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL's decoders raise errors of many kinds on damaged data
-            raise UnreadableImageError(f"it is truncated or damaged ({error})") from error
-        try:
-            image = decode_image(image)
-            if image.mode == "RGB" and "transparency" not in image.info:
-                return image
-            return Image.fromarray(pil_to_rgb(image))
-        except ValueError as error:
-            raise UnreadableImageError(str(error)) from error
-
-
-def _read_bytes(value) -> bytes:
-    path, data = (value.get("path"), value.get("bytes")) if isinstance(value, dict) else (value, None)
-    if data is None:
-        if path is None:
-            raise UnreadableImageError("the entry holds no image")
-        if not isinstance(path, (str, os.PathLike)):
-            raise TypeError(
-                "An image of a data set must be {'bytes': ..., 'path': ...}, a path or a PIL image, got "
-                f"{type(value).__name__}."
-            )
-        data = _read_url(str(path)) if _is_url(path) else _read_file(path)
-    if not data:
-        raise UnreadableImageError("the file is empty (0 bytes)")
-    return data
-
-
-def _is_url(path) -> bool:
-    """Streams name the files of the Hub so, and those within an archive: `zip://a.jpg::photos.zip`."""
-    return "://" in str(path) and not os.path.exists(path)
-
-
-def _read_file(path) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
-        raise UnreadableImageError(f"the file cannot be read ({error})") from error
-
-
-def _read_url(url: str) -> bytes:
-    if url.startswith(("http://", "https://")):
-        # Some servers refuse Python's own name.
-        request = urllib.request.Request(url, headers={"User-Agent": "transformers-dualtoken"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.read()
-        except urllib.error.HTTPError as error:
-            if error.code not in (404, 410):
-                raise
-            raise UnreadableImageError(f"there is no file at this URL ({url}: {error})") from error
-    # `open` would first ask for the size, and call every fault of the network a missing file.
-    filesystem, path = fsspec.url_to_fs(url)
-    try:
-        return filesystem.cat_file(path)
-    except FileNotFoundError as error:
-        raise UnreadableImageError(f"there is no file at this URL ({error})") from error
-
-
-def _open(data: bytes, min_size: int | None, reducing_gap: float | None) -> Image.Image:
-    try:
-        image = Image.open(BytesIO(data))
-        width, height = image.size
-        is_large = width * height > MAX_DECODED_PIXELS
-        if min_size is not None and (is_large or reducing_gap is not None):
-            # Does nothing for other formats than JPEG.
-            side = min_size if is_large else math.ceil(min_size * reducing_gap)
-            image.draft(None, (side, side))
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImageError(f"it has too many pixels ({error})") from error
-    except Exception as error:  # as above: readers of headers are no better
-        raise UnreadableImageError(f"it is damaged ({error})") from error
-    if image.width * image.height > MAX_DECODED_PIXELS:
-        raise UnreadableImageError(
-            f"it has too many pixels: {width} x {height}, where {MAX_DECODED_PIXELS:,} can be decoded"
-        )
-    return image
 
 
 class ImagePreparation:

@@ -15,8 +15,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...chat_dualtoken import image_parts, normalize_chats
 from ...generation import GENERATION_MODES
+from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
-from ..data.image_reading import image_name, read_image
 from ..vision_tokenizer.reconstruction_grid import send_to_trackers
 
 
@@ -54,7 +54,7 @@ class SamplePrompt:
         prompt (`dict`): `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the
             default), `"image"` or `"interleaved"`; everything else goes to `generate` (`guidance_scale`,
             `num_return_sequences`, `max_new_tokens`, ...). An image part's `"image"` is whatever
-            [`~training.data.image_reading.read_image`] takes.
+            [`~image_reading.locate_image`] takes.
         processor ([`DualTokenProcessor`]).
         number (`int`): what to call it, from 1.
 
@@ -77,24 +77,16 @@ class SamplePrompt:
         try:
             ((self.messages,), _) = normalize_chats(messages)
             self.inputs = processor.apply_chat_template(
-                self._with_images(self.messages),
+                self.messages,
                 add_generation_prompt=True,
                 generate_image=self.mode == "image",
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
+                image_sources=IMAGE_SOURCES,
             )
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"Sample prompt {number} cannot be used: {error}") from error
-
-    @staticmethod
-    def _with_images(messages: list[dict]) -> list[dict]:
-        """The messages with images in place of paths."""
-        messages = copy.deepcopy(messages)
-        for part in image_parts(messages):
-            if part.get("image") is not None:
-                part["image"] = read_image(part["image"])
-        return messages
 
     def __str__(self) -> str:
         return f"sample prompt {self.number} ({self.mode}): {self.text()!r:.200}"

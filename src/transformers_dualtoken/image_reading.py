@@ -1,0 +1,613 @@
+"""One reader of images, for training and for inference: from what holds an image to an RGB image.
+
+Nothing a stranger sends is read without bounds ([`ImageBounds`]), and what cannot be read says why.
+"""
+
+import base64
+import binascii
+import http.client
+import math
+import os
+import re
+import socket
+import stat
+import string
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO
+
+import fsspec
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
+
+
+# An image is decoded to at most this many pixels (200 MB as RGB), told by its header before it is decoded.
+MAX_DECODED_PIXELS = 2**26
+# A download is given up beyond this many bytes, and after so many seconds.
+MAX_DOWNLOADED_BYTES = 2**26
+DOWNLOAD_SECONDS = 60
+# `data`: bytes, base64 text and data URLs; `local`: paths and file URLs; `url`: http and https; `fsspec`: what other
+# URLs fsspec knows (hf://, s3://, zip://a.png::b.zip, ...).
+IMAGE_SOURCES = ("data", "local", "url", "fsspec")
+# Keys of a dict that holds an image, the first that is there counts; `path` may also be the name of the bytes.
+IMAGE_KEYS = ("image", "bytes", "base64", "url", "path")
+# No image is so small; a path may consist of the same characters.
+_SHORTEST_BASE64 = 32
+# Half a level of 8 bits: floating-point images may leave their range by so much of it.
+_HALF_LEVEL = 0.5 / 255
+
+
+class UnreadableImageError(ValueError):
+    """An image that cannot be read, and that training passes over; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class ImageBounds:
+    """
+    What may be read, and how much of it. The defaults are those of inference.
+
+    Args:
+        sources (`tuple[str, ...]`): of [`IMAGE_SOURCES`]. Images in memory (PIL, arrays, tensors) are always read.
+        max_pixels (`int`, *optional*): of an image. `None`: as many as Pillow decodes (`PIL.Image.MAX_IMAGE_PIXELS`).
+        max_bytes (`int`, *optional*): of a download. `None`: any number.
+
+    Raises:
+        ValueError: for an unknown source and a limit below 1.
+    """
+
+    sources: tuple[str, ...] = ("data", "local", "url")
+    max_pixels: int | None = MAX_DECODED_PIXELS
+    max_bytes: int | None = MAX_DOWNLOADED_BYTES
+
+    def __post_init__(self):
+        is_list = isinstance(self.sources, (list, tuple))
+        if not is_list or not all(source in IMAGE_SOURCES for source in self.sources):
+            raise ValueError(f"`image_sources` must be a list of {', '.join(IMAGE_SOURCES)}, got {self.sources!r}.")
+        for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
+            if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+                raise ValueError(f"`{name}` must be a whole number from 1 on, or None for no limit, got {limit!r}.")
+
+    def check_pixels(self, width: int, height: int) -> None:
+        if self.max_pixels is not None and width * height > self.max_pixels:
+            raise UnreadableImageError(
+                f"it has too many pixels: {width} x {height}, where {self.max_pixels:,} can be decoded "
+                "(`max_image_pixels`)"
+            )
+
+
+# The data of a training run are its owner's choice.
+TRAINING_BOUNDS = ImageBounds(sources=IMAGE_SOURCES)
+
+
+def image_name(value) -> str | None:
+    """What to call an image in a message: where it lies, as far as that is known."""
+    if isinstance(value, Mapping):
+        value = value.get("path") or value.get("url") or value.get("image")
+        return None if value is None else image_name(value)
+    if isinstance(value, (str, os.PathLike)):
+        name = os.fsdecode(value)
+        return name if len(name) <= 200 else f"{name[:60]}... ({len(name):,} characters)"
+    name = getattr(value, "filename", None) or getattr(value, "name", None)
+    return name if isinstance(name, str) else None
+
+
+def is_array(value) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor))
+
+
+def flatten_images(images) -> list:
+    """One image, a batch (an array or tensor of 4 dimensions) or lists of both as a flat list of images."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in flatten_images(item)]
+    return list(images) if is_array(images) and images.ndim == 4 else [images]
+
+
+def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAINING_BOUNDS):
+    """
+    What holds an image in one of four forms: `{"bytes": ..., "path": a name or None}`, the path of a local file, a
+    URL, or, unchanged, an image in memory (PIL, array, tensor).
+
+    Args:
+        value: bytes, a file object, a path, a `file://` URL, another URL, a `data:` URL, base64 text, an image in
+            memory, or a dict with one of these under one of [`IMAGE_KEYS`].
+        folder (`str`, *optional*): where relative paths begin, a path or a URL.
+        bounds ([`ImageBounds`]): without `local`, text is not looked for in the file system.
+
+    Raises:
+        UnreadableImageError: for an entry without an image, and text that is not what it claims.
+        TypeError: for another kind of entry.
+    """
+    if isinstance(value, Mapping):
+        key = next((key for key in IMAGE_KEYS if value.get(key) is not None), None)
+        if key is None:
+            keys = ", ".join(map(repr, value)) or "no keys"
+            raise UnreadableImageError(f"the entry holds no image (it has {keys}, none of {', '.join(IMAGE_KEYS)})")
+        if key == "bytes":
+            return {**locate_image(_as_bytes(value[key])), "path": image_name(value.get("path"))}
+        if key == "base64":
+            return {"bytes": _decode_base64(value[key]), "path": None}
+        return locate_image(value[key], folder, bounds)
+    if value is None:
+        raise UnreadableImageError("the entry holds no image")
+    if isinstance(value, Image.Image) or is_array(value):
+        return value
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return {"bytes": bytes(value), "path": None}
+    if hasattr(value, "read"):
+        return {"bytes": _read_file_object(value), "path": image_name(value)}
+    if isinstance(value, os.PathLike):
+        return _local_path(os.fsdecode(value), folder)
+    if not isinstance(value, str):
+        raise TypeError(
+            "An image must be a path, a URL, base64 text, bytes, a file object, {'bytes': ..., 'path': ...}, a PIL "
+            f"image, an array or a tensor, got {type(value).__name__}."
+        )
+    if not value:
+        raise UnreadableImageError("the path of an image is empty")
+    scheme = value[:8].lower()
+    if scheme.startswith("data:"):
+        return {"bytes": _decode_data_url(value), "path": None}
+    may_be_local = "local" in bounds.sources
+    if scheme.startswith("file:"):
+        # Percent signs are an escape in a URL, and none where somebody wrote "file://" before a path.
+        path = re.sub(r"^file:(//(localhost(?=/))?)?", "", value, flags=re.IGNORECASE)
+        decoded = urllib.parse.unquote(path)
+        return _local_path(path if may_be_local and os.path.isfile(path) else decoded, folder)
+    if scheme.startswith(("http://", "https://")):
+        return value
+    path = _local_path(value, folder)
+    if may_be_local and os.path.isfile(path):
+        return path
+    if "://" in value[:4096]:
+        return value
+    if len(value) < _SHORTEST_BASE64:
+        return path
+    try:
+        return {"bytes": _decode_base64(value), "path": None}
+    except UnreadableImageError:
+        return path
+
+
+def _local_path(path: str, folder: str | None) -> str:
+    if folder is not None and "://" in folder:
+        return f"{folder.rstrip('/')}/{path}"
+    return os.path.join(folder or "", os.path.expanduser(path))
+
+
+def _as_bytes(value) -> bytes:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"The 'bytes' of an image must be bytes, got {type(value).__name__}.")
+    return bytes(value)
+
+
+def _read_file_object(file) -> bytes:
+    try:
+        # As Pillow does: a buffer that an image was just written to stands at its end.
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        data = file.read()
+    except (OSError, ValueError) as error:
+        raise UnreadableImageError(f"the file object cannot be read ({error})") from error
+    if not isinstance(data, bytes):
+        raise TypeError(f"A file object must be open for bytes (mode 'rb'), got one that gives {type(data).__name__}.")
+    return data
+
+
+def _decode_base64(text) -> bytes:
+    try:
+        # Encoders break lines; blanks say nothing.
+        data = text if isinstance(text, bytes) else "".join(text.split())
+        return base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError, AttributeError) as error:
+        raise UnreadableImageError(f"the base64 text of an image cannot be decoded ({error})") from error
+
+
+def _decode_data_url(url: str) -> bytes:
+    head, comma, data = url.partition(",")
+    if not comma:
+        raise UnreadableImageError("a data URL needs a comma before its data")
+    data = urllib.parse.unquote_to_bytes(data)
+    return _decode_base64(data.decode("latin-1")) if head.rstrip().lower().endswith(";base64") else data
+
+
+def read_image(
+    value,
+    min_size: int | None = None,
+    reducing_gap: float | None = None,
+    bounds: ImageBounds = TRAINING_BOUNDS,
+) -> Image.Image:
+    """
+    What holds an image as an upright RGB image.
+
+    Modes are converted as the image processor does it: transparent pixels are composited on white, 16-bit grey is
+    scaled to 8 bit, CMYK (inverted by Adobe or not) and palettes become RGB.
+
+    Args:
+        value: see [`locate_image`]. Arrays and tensors as [`array_to_rgb`] takes them.
+        min_size (`int`, *optional*): pixels that either side needs at least. With it a JPEG is decoded at 1/2, 1/4 or
+            1/8 of its size where it has more than `bounds.max_pixels`, or where `reducing_gap` asks for it.
+        reducing_gap (`float`, *optional*): a JPEG is decoded at the smallest size with sides of at least
+            `reducing_gap * min_size`, as in `PIL.Image.Image.thumbnail`. `None` decodes at full size.
+        bounds ([`ImageBounds`])
+
+    Raises:
+        UnreadableImageError: for an entry without an image, a file that is missing, empty, truncated, damaged or no
+            image, an image with too many pixels, of floating-point values without a defined range, or PostScript, and
+            for what `bounds` excludes.
+        TypeError: for another kind of entry.
+        OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
+            nothing is there; no image is passed over because of the network.
+    """
+    # A damaged file is reported once, by its error; PIL would also warn of odd tags, and of large images.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = open_image(value, bounds, min_size, reducing_gap)
+    try:
+        if is_array(image):
+            return Image.fromarray(np.moveaxis(array_to_rgb(to_8_bit(as_channels_first(image))), 0, -1))
+        if image.mode == "RGB" and "transparency" not in image.info:
+            return image
+        return Image.fromarray(pil_to_rgb(image))
+    except UnreadableImageError:
+        raise
+    except ValueError as error:
+        raise UnreadableImageError(str(error).rstrip(".")) from error
+
+
+def open_image(
+    value,
+    bounds: ImageBounds,
+    min_size: int | None = None,
+    reducing_gap: float | None = None,
+):
+    """
+    What holds an image as a PIL image, decoded and upright, its mode as it is; arrays and tensors pass through.
+    Arguments and errors are those of [`read_image`].
+    """
+    value = locate_image(value, bounds=bounds)
+    if is_array(value):
+        return value
+    if isinstance(value, Image.Image):
+        return decode_image(value, bounds)
+    if isinstance(value, Mapping):
+        bounds_source, file = "data", BytesIO(value["bytes"])
+    elif "://" not in value or os.path.isfile(value):
+        bounds_source, file = "local", None
+    else:
+        bounds_source, file = "url" if value[:8].lower().startswith(("http://", "https://")) else "fsspec", None
+    if bounds_source not in bounds.sources:
+        raise UnreadableImageError(
+            f"images from the source {bounds_source!r} are not read here; "
+            f"allowed are {', '.join(bounds.sources) or 'none'} (`image_sources`)"
+        )
+    if bounds_source == "local":
+        file = _open_local(value)
+    elif file is None:
+        file = BytesIO(_download(value, bounds) if bounds_source == "url" else _read_fsspec(value))
+    with file:
+        if not file.read(1):
+            raise UnreadableImageError("the file is empty (0 bytes)")
+        file.seek(0)
+        return decode_image(_open(file, bounds, min_size, reducing_gap), bounds)
+
+
+def _open_local(path: str):
+    where = "" if os.path.isabs(path) else f", looked for in {os.getcwd()!r}"
+    try:
+        # Before it is opened: opening a pipe would wait for its other end.
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImageError(f"{path!r} is a folder or a device and no file")
+        return open(path, "rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, UnreadableImageError):
+            raise
+        raise UnreadableImageError(f"the file cannot be read ({error}{where})") from error
+
+
+def _read_fsspec(url: str) -> bytes:
+    # `open` would first ask for the size, and call every fault of the network a missing file.
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UnreadableImageError(f"there is no way to read this URL ({url}: {error})") from error
+    try:
+        return filesystem.cat_file(path)
+    except FileNotFoundError as error:
+        raise UnreadableImageError(f"there is no file at this URL ({error})") from error
+
+
+class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Keeps the sockets of a download, to cut them off when its time is over: their own timeout is one per read."""
+
+    def __init__(self):
+        super().__init__()
+        self.sockets: list[socket.socket] = []
+        self.is_over = False
+
+    def do_open(self, http_class, request, **options):
+        sockets = self.sockets
+
+        class Connection(http_class):
+            def connect(self):
+                super().connect()
+                sockets.append(self.sock)
+
+        return super().do_open(Connection, request, **options)
+
+    def cut(self) -> None:
+        self.is_over = True
+        for connection in self.sockets:
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:  # it has ended by itself
+                pass
+
+
+def _download(url: str, bounds: ImageBounds) -> bytes:
+    """The body of an http(s) URL. Redirects are followed to http(s) only, as often as urllib does."""
+    handler = _Handler()
+    opener = urllib.request.OpenerDirector()  # `build_opener` would add ftp, file and data
+    for kind in (
+        urllib.request.ProxyHandler,
+        urllib.request.UnknownHandler,
+        urllib.request.HTTPDefaultErrorHandler,
+        urllib.request.HTTPRedirectHandler,
+        urllib.request.HTTPErrorProcessor,
+    ):
+        opener.add_handler(kind())
+    opener.add_handler(handler)
+    timer = threading.Timer(DOWNLOAD_SECONDS, handler.cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        # Some servers refuse Python's own name.
+        request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
+        with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
+            return _read_response(response, bounds.max_bytes)
+    except (ValueError, http.client.HTTPException, OSError) as error:
+        if handler.is_over:
+            raise TimeoutError(f"{url} was not read to its end within {DOWNLOAD_SECONDS} seconds") from error
+        if isinstance(error, UnreadableImageError):
+            raise
+        if isinstance(error, urllib.error.HTTPError) and (error.code in (404, 410) or 300 <= error.code < 400):
+            raise UnreadableImageError(f"there is no file at this URL ({url}: {error})") from error
+        if isinstance(error, urllib.error.URLError):
+            raise
+        if isinstance(error, (ValueError, http.client.InvalidURL)):
+            raise UnreadableImageError(f"it is no valid URL ({url}: {error})") from error
+        raise urllib.error.URLError(f"{url} gave no valid answer ({error!r})") from error
+    finally:
+        timer.cancel()
+
+
+def _read_response(response: http.client.HTTPResponse, max_bytes: int | None) -> bytes:
+    def too_large(size):
+        return UnreadableImageError(
+            f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
+        )
+
+    if max_bytes is not None and response.length is not None and response.length > max_bytes:
+        raise too_large(f"{response.length:,}")
+    data = bytearray()
+    while chunk := response.read(2**16):
+        data += chunk
+        if max_bytes is not None and len(data) > max_bytes:
+            raise too_large(f"more than {max_bytes:,}")
+    if response.length:
+        raise UnreadableImageError(f"the server sent {len(data):,} bytes and announced {response.length:,} more")
+    return bytes(data)
+
+
+def _quoted(url: str) -> str:
+    """Blanks and other characters outside ASCII as percent signs, what is quoted already as it is."""
+    parts = urllib.parse.urlsplit(url)
+    if not parts.hostname:
+        raise ValueError("it names no host")
+    quoted = {name: urllib.parse.quote(getattr(parts, name), safe=string.punctuation) for name in ("path", "query")}
+    return urllib.parse.urlunsplit(parts._replace(**quoted, fragment=""))
+
+
+def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float | None) -> Image.Image:
+    try:
+        image = Image.open(file)
+        width, height = image.size
+        is_large = bounds.max_pixels is not None and width * height > bounds.max_pixels
+        if min_size is not None and (is_large or reducing_gap is not None):
+            # Does nothing for other formats than JPEG.
+            side = min_size if is_large else math.ceil(min_size * reducing_gap)
+            image.draft(None, (side, side))
+    except MemoryError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UnreadableImageError(f"it has too many pixels ({error})") from error
+    except Exception as error:  # readers of headers raise errors of many kinds on damaged data
+        raise UnreadableImageError(f"it is damaged ({error})") from error
+    return image
+
+
+def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
+    """
+    Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation.
+
+    Raises:
+        UnreadableImageError: for an image that is truncated, damaged, without pixels, too large, or PostScript.
+    """
+    if image.format == "EPS":  # PIL goes by the content and not by the name, and would start Ghostscript
+        raise UnreadableImageError("it is PostScript, a program and no image")
+    bounds.check_pixels(*image.size)
+    try:
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as above: decoders are no better
+        raise UnreadableImageError(f"it is truncated or damaged ({error})") from error
+    if 0 in image.size:
+        raise UnreadableImageError(f"it must have at least one pixel, and its size is {image.width} x {image.height}")
+    # An icon's header may understate what it holds.
+    bounds.check_pixels(*image.size)
+    try:
+        # Without one `exif_transpose` would make a copy.
+        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
+    except MemoryError:
+        raise
+    except Exception:
+        # Unreadable EXIF data says nothing about the orientation; the pixels are fine.
+        return image
+
+
+def pil_to_rgb(image: Image.Image) -> np.ndarray:
+    """
+    A decoded PIL image of any mode as `uint8` (H, W, 3). Transparent pixels are composited on white; 16-bit grey is
+    scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
+    """
+    if image.mode.startswith("I"):
+        array = np.asarray(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise UnreadableImageError(
+                f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
+            )
+        return np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise UnreadableImageError(
+            "a floating-point image (PIL mode 'F') has no defined range; convert it to 8 bit first, or give an array"
+        )
+    bands = image.getbands()
+    if "A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
+        if image.mode in ("La", "PA"):
+            image = image.convert("LA" if image.mode == "La" else "RGBA")
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return np.array(image.convert("RGB"))
+
+
+def _from_16_bit(array: np.ndarray) -> np.ndarray:
+    """0..65535 -> 0..255, rounded to nearest."""
+    return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def as_numpy(image) -> np.ndarray:
+    """An array or tensor as a plain array of numbers; lower precisions become `float32`."""
+    if isinstance(image, torch.Tensor):
+        if image.layout != torch.strided or image.is_quantized or image.is_complex() or image.is_meta:
+            raise ValueError(
+                f"An image tensor must be dense and of real numbers, got {image.dtype}, {image.layout}, {image.device}."
+            )
+        image = image.detach().cpu()
+        return (image.float() if image.is_floating_point() and image.dtype != torch.float64 else image).numpy()
+    if isinstance(image, np.ma.MaskedArray):
+        if np.ma.is_masked(image):
+            raise ValueError("An image array must not have masked values; fill them first (`array.filled(...)`).")
+        image = image.data
+    image = np.asarray(image)
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"An image array must hold real numbers, got dtype {image.dtype}.")
+    return image.astype(np.float32) if image.dtype == np.float16 else image
+
+
+def as_channels_first(image, input_data_format=None) -> np.ndarray:
+    """An array or tensor as an array (C, H, W), see [`channels_first`]."""
+    return channels_first(as_numpy(image), input_data_format)
+
+
+def channels_first(image, input_data_format=None):
+    """
+    (H, W), (H, W, C) or (C, H, W), NumPy or torch, as (C, H, W). Without a format it is inferred from the shape: of
+    two sides that may be the channels it is the one of 3, or else the first.
+    """
+    shape = tuple(image.shape)
+    if image.ndim not in (2, 3):
+        raise ValueError(f"An image array must have 2 or 3 dimensions, got shape {shape}.")
+    if 0 in shape:
+        raise ValueError(f"An image must have at least one pixel, got an array of shape {shape}.")
+    if image.ndim == 2:
+        return image[None]
+    if input_data_format is None:
+        if shape[0] not in (1, 3, 4) and shape[2] not in (1, 3, 4):
+            raise ValueError(f"An image array must have 1, 3 or 4 channels, the first or the last side, got {shape}.")
+        is_last = shape[2] == 3 and shape[0] != 3
+        input_data_format = (
+            ChannelDimension.LAST if is_last else infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+        )
+    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
+        return image
+    return image.permute(2, 0, 1) if isinstance(image, torch.Tensor) else np.moveaxis(image, -1, 0)
+
+
+def float_scale(image) -> float:
+    """
+    What a floating-point image, array or tensor, is multiplied with to lie in 0..255: 1 if it does, 255 for [0, 1].
+
+    Raises:
+        ValueError: for other values. Between 1 and 2 only whole numbers are levels of 255, for decoded images end there.
+    """
+    low, high = float(image.min()), float(image.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("The image array contains NaN or infinite values.")
+    if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
+        return 255.0
+    if low < -_HALF_LEVEL or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
+        raise ValueError(
+            f"A floating-point image must have values from 0 to 255, or from 0 to 1, got {low:g} to {high:g}. Of "
+            "decoded images, which lie in [-1, 1], `post_process_images` makes images."
+        )
+    return 1.0
+
+
+def check_rescaled(image) -> None:
+    """Raise a `ValueError` for an image that is to be normalised without having been rescaled to [0, 1]."""
+    if "float" not in str(image.dtype):
+        raise ValueError(
+            f"With `do_rescale=False` an image must be floating-point with values in [0, 1], got {image.dtype}."
+        )
+    low, high = float(image.min()), float(image.max())
+    if not (-_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL):
+        raise ValueError(
+            f"With `do_rescale=False` an image must have values in [0, 1], got {low:g} to {high:g}. Of decoded images, "
+            "which lie in [-1, 1], `post_process_images` makes images."
+        )
+
+
+def to_8_bit(array: np.ndarray) -> np.ndarray:
+    """
+    Numbers as levels of 255, `uint8`, of the same shape. `uint16` is scaled from 16 bit, booleans become 0 and 255,
+    other integers must be levels already, and floating-point values too, or lie in [0, 1].
+    """
+    if array.dtype.kind == "f":
+        return (array * array.dtype.type(float_scale(array))).round().clip(0, 255).astype(np.uint8)
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return _from_16_bit(array)
+    if array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
+        raise ValueError(
+            f"An integer image array must hold values from 0 to 255 (or be uint16: 0 to 65535), got {array.dtype} "
+            f"values from {array.min()} to {array.max()}."
+        )
+    return array.astype(np.uint8)
+
+
+def array_to_rgb(array: np.ndarray) -> np.ndarray:
+    """
+    An image (C, H, W) with 1 (grey), 3 or 4 (RGBA, composited on white) channels, `uint8` or floating point in [0, 1],
+    as (3, H, W).
+    """
+    channels = array.shape[0]
+    if channels not in (1, 3, 4):
+        raise ValueError(f"An image array must have 1, 3 or 4 channels, got shape {array.shape} (channels first).")
+    if channels == 1:
+        return np.repeat(array, 3, axis=0)
+    if channels == 3:
+        return array
+    white = 255.0 if array.dtype == np.uint8 else 1.0
+    alpha = array[3:] / white
+    composite = alpha * array[:3] + (1 - alpha) * white
+    return (np.round(composite) if white == 255.0 else composite).astype(array.dtype)
