@@ -447,7 +447,7 @@ def test_prompts_are_read_and_checked_at_once(tmp_path, processor):
         ([], "at least one sample prompt"),
         ([read[1], {"mode": "image"}], "Sample prompt 2 must be a dict with 'messages'"),
         ([{**read[1], "mode": "draw"}], "sample prompt 1 must be one of 'text', 'image', 'interleaved', got 'draw'"),
-        ([missing], "Sample prompt 1 cannot be used: the file cannot be read.*none.png"),
+        ([missing], "Sample prompt 1 cannot be used: The image .*none.png' cannot be used: the file cannot be read"),
     ):
         with pytest.raises(ValueError, match=message):
             SampleGenerationCallback(trainer, wrong)

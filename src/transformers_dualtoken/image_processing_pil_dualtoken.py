@@ -183,7 +183,7 @@ class DualTokenImageProcessingMixin:
         self._validate_preprocess_kwargs(**{name: getattr(self, name, None) for name in self._valid_kwargs_names})
 
     def _standardize_kwargs(self, fill_color=None, **kwargs) -> dict:
-        if isinstance(fill_color, int):
+        if type(fill_color) is int:
             fill_color = (fill_color,) * 3
         for name in ("image_mean", "image_std"):
             if isinstance(kwargs.get(name), (int, float)):
@@ -218,15 +218,15 @@ class DualTokenImageProcessingMixin:
                 raise ValueError(f"`resize_mode` must be one of {accepted}, got {resize_mode!r}.")
             sides = (size.height, size.width) if size is not None else ()
             if not sides or not all(isinstance(side, int) and side is not True and side > 0 for side in sides):
-                raise ValueError(f"{_WRONG_SIZE}, got {size}.")
+                raise ValueError(f"{_WRONG_SIZE}, got {size and dict(size)}.")
             if math.prod(sides) > MAX_DECODED_PIXELS:
-                raise ValueError(f"`size` must have at most {MAX_DECODED_PIXELS:,} pixels, got {size}.")
+                raise ValueError(f"`size` must have at most {MAX_DECODED_PIXELS:,} pixels, got {dict(size)}.")
             if resample not in list(PILImageResampling):
                 raise ValueError(
                     f"`resample` must be one of {', '.join(map(str, PILImageResampling))}, got {resample!r}."
                 )
         is_level = isinstance(fill_color, tuple) and all(
-            isinstance(value, int) and 0 <= value <= 255 for value in fill_color
+            type(value) is int and 0 <= value <= 255 for value in fill_color
         )
         if not is_level or len(fill_color) != 3:
             raise ValueError(f"`fill_color` must be one or three integers from 0 to 255, got {fill_color!r}.")

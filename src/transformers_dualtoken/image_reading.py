@@ -106,7 +106,8 @@ def flatten_images(images) -> list:
     """One image, a batch (an array or tensor of 4 dimensions) or lists of both as a flat list of images."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in flatten_images(item)]
-    return list(images) if is_array(images) and images.ndim == 4 else [images]
+    is_batch = is_array(images) and not getattr(images, "is_nested", False) and images.ndim == 4
+    return list(images) if is_batch else [images]
 
 
 def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAINING_BOUNDS):
@@ -497,9 +498,16 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
 def as_numpy(image) -> np.ndarray:
     """An array or tensor as a plain array of numbers; lower precisions become `float32`."""
     if isinstance(image, torch.Tensor):
-        if image.layout != torch.strided or image.is_quantized or image.is_complex() or image.is_meta:
+        if (
+            image.is_nested
+            or image.layout != torch.strided
+            or image.is_quantized
+            or image.is_complex()
+            or image.is_meta
+        ):
             raise ValueError(
-                f"An image tensor must be dense and of real numbers, got {image.dtype}, {image.layout}, {image.device}."
+                f"An image tensor must be dense and of real numbers, got {image.dtype}, {image.layout}"
+                f"{', nested' if image.is_nested else ''}, {image.device}."
             )
         image = image.detach().cpu()
         return (image.float() if image.is_floating_point() and image.dtype != torch.float64 else image).numpy()
