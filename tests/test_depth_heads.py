@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from naive.depth_head import naive_head, stacked_sources
 
-from transformers_dualtoken import DualTokenDepthHeadConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from transformers_dualtoken import DualTokenDepthHeadConfig, depth_heads
 from transformers_dualtoken.depth_heads import DualTokenDepthHeads
 
 
@@ -174,6 +176,57 @@ def test_gradient_checkpointing_changes_nothing():
         results.append([loss_sums, hidden.grad, *(parameter.grad for parameter in heads.parameters())])
     for plain, checkpointed in zip(*results):
         torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2**-6)], ids=str
+)
+@pytest.mark.parametrize("num_depths", [1, 2, 8])
+def test_attention_is_that_of_torch(dtype, tolerance, num_depths):
+    """In value and gradient; in bfloat16 both are compared with float64."""
+    generator = torch.Generator().manual_seed(0)
+    exact = [torch.randn(40, num_depths, 16, generator=generator, dtype=torch.float64) for _ in range(4)]
+    results = []
+    for attention, of in (
+        (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), torch.float64),
+        (depth_heads._causal_attention, dtype),
+    ):
+        *inputs, upstream = (x.to(dtype).to(of) for x in exact)
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        output = attention(*inputs)
+        assert output.dtype == of
+        results.append([output, *torch.autograd.grad(output, inputs, upstream)])
+    for expected, value in zip(*results):
+        assert (value.double() - expected).abs().max() <= tolerance * max(1, expected.abs().max())
+
+
+class Watched(TorchDispatchMode):
+    """The names of all operations and the bytes of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.sizes[name] = max([self.sizes.get(name, 0), *(leaf.nbytes for leaf in leaves)])
+        return result
+
+
+def test_attention_of_eight_images_makes_twelve_megabytes_of_scores():
+    """At the paper's size, in bfloat16; nothing has a fixed limit of positions, and no mask is made for each."""
+    positions, num_depths = 8 * 729, 8
+    with torch.device("meta"):
+        layer = depth_heads.DualTokenDepthLayer(DualTokenDepthHeadConfig(), num_depths).to(torch.bfloat16)
+        hidden = torch.empty(2, num_depths, positions, 1024, dtype=torch.bfloat16, requires_grad=True)
+    with Watched() as watched:
+        layer(hidden).sum().backward()
+    assert not any("attention" in name for name in watched.sizes)
+    scores = 2 * positions * 8 * num_depths**2 * 2
+    assert watched.sizes["_softmax"] == watched.sizes["_softmax_backward_data"] == scores < 12.1e6
+    assert watched.sizes["triu"] == num_depths**2 * 2
 
 
 def test_bfloat16_stays_near_float32():

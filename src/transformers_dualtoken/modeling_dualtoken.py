@@ -290,7 +290,8 @@ class DualTokenModel(DualTokenPreTrainedModel):
         """Where a sequence holds image placeholders, `(B, L)`; from the embeddings where there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        # Filled on the device: a number of the host's would be copied there at every call.
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
@@ -332,10 +333,10 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         image_mask = None
         has_images = pixel_values is not None or pixel_codes is not None or semantic_codes is not None
-        sharded = past_length == 0 and is_sharded(self)
+        # In this order: the length of a static cache is a tensor, and to compare it waits for the device.
+        sharded = is_sharded(self) and _length(past_key_values) == 0
         if sharded and any_rank(pixel_values is not None, inputs_embeds.device) and pixel_values is None:
             # The ranks bring the encoder's weights together, layer by layer: those without pixels encode a blank.
             vision = self.config.vision_tokenizer_config
@@ -354,12 +355,11 @@ class DualTokenModel(DualTokenPreTrainedModel):
                 pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
             ).pooler_output
             image_mask = self.image_mask(input_ids, inputs_embeds)
-            if len(pixel_codes) or not torch.compiler.is_compiling():
-                self.check_placeholders(image_mask, len(pixel_codes))
+            self.check_placeholders(image_mask, len(pixel_codes))
             inputs_embeds = inputs_embeds.masked_scatter(
                 image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
             )
-        elif not torch.compiler.is_compiling() and input_ids is not None and past_length == 0:
+        elif input_ids is not None and _may_begin(input_ids, past_key_values):
             # Only at the start of a sequence: image placeholders are never generated without their codes.
             self.check_placeholders(input_ids == self.config.image_token_id, 0)
 
@@ -414,7 +414,13 @@ class DualTokenModel(DualTokenPreTrainedModel):
         )
 
     def check_placeholders(self, image_mask: torch.BoolTensor, num_images: int) -> None:
-        """Raise a `ValueError` unless a sequence's placeholders `(B, L)` are as many as its images take."""
+        """
+        Raise a `ValueError` unless a sequence's placeholders `(B, L)` are as many as its images take.
+
+        To count them waits for the device once. Under `torch.compile`, whose graph it would end, it is left out.
+        """
+        if torch.compiler.is_compiling():
+            return
         per_row, per_image = image_mask.sum(-1).tolist(), self.config.num_positions
         placeholders = sum(per_row)
         if placeholders != num_images * per_image:
@@ -429,6 +435,18 @@ class DualTokenModel(DualTokenPreTrainedModel):
                 f"Every row must hold whole images, {per_image} placeholders each; rows {parted} hold "
                 f"{[per_row[row] for row in parted]}."
             )
+
+
+def _length(cache: Cache | None) -> int | torch.Tensor:
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def _may_begin(input_ids: torch.LongTensor, cache: Cache | None) -> bool:
+    """Whether the ids `(B, L)` may begin their sequences. Waits for no device where one token follows another."""
+    length = _length(cache)
+    if isinstance(length, torch.Tensor) and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
+        return False
+    return bool(length == 0)
 
 
 class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
