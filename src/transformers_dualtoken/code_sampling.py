@@ -1,11 +1,14 @@
 """Drawing codes from the depth heads' logits."""
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 
+# Of which a probability of 1 is made: finer than float32, and sums of all codes fit into int64.
+_PROBABILITY_UNITS = 2**40
 _SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
 
 
@@ -97,8 +100,12 @@ class DualTokenCodeSampler:
                     scores[head, :, k:] = float("-inf")
             if min(self.top_p) < 1:
                 # A code stays while those before it hold less than top-p; the first always stays.
-                held = scores.softmax(-1).cumsum(-1)
-                scores[..., 1:].masked_fill_(held[..., :-1] >= _per_head(self.top_p, held), float("-inf"))
+                # Added up in whole numbers: a GPU adds no fractions in a fixed order, and refuses to under
+                # deterministic algorithms.
+                held = (scores.softmax(-1) * _PROBABILITY_UNITS).long().cumsum(-1)
+                # Beyond every sum where all codes stay.
+                top_p = tuple(math.ceil((p if p < 1 else 2) * _PROBABILITY_UNITS) for p in self.top_p)
+                scores[..., 1:].masked_fill_(held[..., :-1] >= _per_head(top_p, held), float("-inf"))
         chosen = (scores + noise).argmax(-1, keepdim=True)
         return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
 
