@@ -354,6 +354,15 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     set_seed(training_arguments.seed)
 
     model, processor = load_model(model_arguments, training_arguments)
+    attention = model.config.text_config._attn_implementation
+    if data_arguments.packing and not any(name in attention for name in ("flash", "flex")):
+        logger.warning(
+            "Samples packed into a row are kept apart by masks of %d x %d with --attn_implementation %s; "
+            "flash_attention_2 needs none.",
+            data_arguments.max_length,
+            data_arguments.max_length,
+            attention,
+        )
     train_dataset, eval_dataset = load_data(data_arguments, model, processor, training_arguments)
     trainer = DualTokenTrainer(
         model=model,

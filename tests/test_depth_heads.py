@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive.depth_head import naive_head, stacked_sources
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_dualtoken import DualTokenDepthHeadConfig, depth_heads

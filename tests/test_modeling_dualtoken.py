@@ -581,6 +581,28 @@ class TestFromParts:
         assert model.lm_head.weight.dtype == model.depth_heads.norm.weight.dtype == torch.bfloat16
         assert model.vision_tokenizer.pixel_quantizer.codebook.embeddings.dtype == torch.float32
 
+    def test_eval_mode(self, parts):
+        model = DualTokenForCausalLM.from_pretrained_parts(*(part.train() for part in parts), **self.IDS)
+        assert not any(module.training for module in model.modules())
+
+    @pytest.mark.parametrize("as_paths", [False, True])
+    def test_attention_of_the_parts(self, tokenizer, tmp_path, as_paths):
+        """The language model's own or the one asked for; the tokenizer's stays."""
+        fields = _without_type(tiny_unified_config().text_config.to_dict())
+        language_model = Qwen2ForCausalLM._from_config(Qwen2Config(**fields), attn_implementation="eager")
+        parts = [tokenizer, language_model]
+        if as_paths:
+            parts = [tmp_path / "tokenizer", tmp_path / "language_model"]
+            tokenizer.save_pretrained(parts[0])
+            language_model.save_pretrained(parts[1])
+        for asked in (None, "eager", "sdpa"):
+            model = DualTokenForCausalLM.from_pretrained_parts(*parts, **self.IDS, attn_implementation=asked)
+            language, tower = model.model.language_model, model.vision_tokenizer.siglip.vision_model
+            expected = asked or ("sdpa" if as_paths else "eager")
+            configs = (model.config.text_config, language.config, language.layers[0].self_attn.config)
+            assert [config._attn_implementation for config in configs] == [expected] * 3
+            assert tower.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
+
     @BOTH
     @pytest.mark.parametrize("trained", [True, False])
     @torch.no_grad()

@@ -26,11 +26,15 @@ from training_helpers import (
     write_images,
 )
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     GenerationConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     TrainingArguments,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.training import (
@@ -290,6 +294,27 @@ def test_unified_run_from_pixels_and_on_from_a_unified_model(vision_tokenizer_fo
     run_unified.main(go_on)
     moved = changed(first, load_file(tmp_path / "heads" / "model.safetensors"))
     assert {name.split(".")[0] for name in moved} == {"depth_heads"}
+
+
+@pytest.mark.parametrize("attention, says_so", [("eager", True), ("counting_flex", False)])
+def test_attention_of_a_new_unified_model(
+    vision_tokenizer_folder, language_model_folder, tmp_path, attention, says_so, caplog
+):
+    """`--attn_implementation` is the language model's, and where packed rows need masks the run says so."""
+    lengths = []
+
+    def counting(module, query, key, value, attention_mask, **kwargs):
+        lengths.append(query.shape[2])
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("counting_flex", counting)
+    AttentionMaskInterface.register("counting_flex", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    arguments = unified_arguments(tmp_path, vision_tokenizer_folder, language_model_folder)
+    arguments += ["--packing", "1", "--max_length", "128", "--attn_implementation", attention]
+    arguments += ["--max_steps", "1", "--save_strategy", "no", "--output_dir", str(tmp_path / "run")]
+    run_unified.main(arguments)
+    assert bool(lengths) != says_so
+    assert ("masks of 128 x 128 with --attn_implementation eager" in caplog.text) == says_so
 
 
 def test_last_whole_checkpoint_is_found(tmp_path):

@@ -410,7 +410,11 @@ def test_from_siglip_pretrained(siglip_checkpoint):
     assert config.semantic_quantizer_config.num_depths == 2
     assert config.pixel_quantizer_config.codebook_size == 24
     assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in model.parameters())
-    low = DualTokenVisionTokenizer.from_siglip_pretrained(path, dtype=torch.bfloat16, **overrides)
+    assert not any(module.training for module in model.modules())
+    low = DualTokenVisionTokenizer.from_siglip_pretrained(
+        path, dtype=torch.bfloat16, attn_implementation="eager", **overrides
+    )
+    assert low.siglip.vision_model.encoder.layers[0].self_attn.config._attn_implementation == "eager"
     assert {parameter.dtype for parameter in low.parameters()} == {torch.bfloat16}
     assert low.pixel_quantizer.codebook.embeddings.dtype == torch.float32
 

@@ -480,17 +480,26 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
 
     @classmethod
     def from_pretrained_parts(
-        cls, vision_tokenizer, language_model, *, dtype: torch.dtype | None = None, **config_overrides
+        cls,
+        vision_tokenizer,
+        language_model,
+        *,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **config_overrides,
     ):
         """
         Assemble a model from a trained vision tokenizer and a causal language model; projector and heads are new.
 
-        The projector is scaled so that image positions enter the language model as large as its text embeddings.
+        The projector is scaled so that image positions enter the language model as large as its text embeddings. The
+        model is in eval mode, as after `from_pretrained`.
 
         Args:
             vision_tokenizer ([`DualTokenVisionTokenizer`], `str` or `os.PathLike`).
             language_model (`PreTrainedModel`, `str` or `os.PathLike`): for instance a Qwen2.5 checkpoint.
             dtype (`torch.dtype`, *optional*): dtype of the weights; the language model's by default.
+            attn_implementation (`str`, *optional*): of the language model; its own by default. The tokenizer keeps its
+                own.
             config_overrides: fields of [`DualTokenConfig`], for instance the ids of the image tokens.
 
         Raises:
@@ -506,13 +515,20 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
                 f"`vision_tokenizer` must be a DualTokenVisionTokenizer, got {type(vision_tokenizer).__name__}."
             )
         if not isinstance(language_model, PreTrainedModel):
-            language_model = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype or "auto")
+            language_model = AutoModelForCausalLM.from_pretrained(
+                language_model, dtype=dtype or "auto", attn_implementation=attn_implementation
+            )
         config = DualTokenConfig(
             text_config=config_fields(language_model.config),
             vision_tokenizer_config=config_fields(vision_tokenizer.config),
             **config_overrides,
         )
-        model = cls._from_config(config, dtype=dtype or language_model.dtype)
+        # Of configs only the fields are taken, and how attention is computed is none.
+        attention = {
+            "text_config": attn_implementation or language_model.config._attn_implementation,
+            "vision_tokenizer_config": vision_tokenizer.config._attn_implementation,
+        }
+        model = cls._from_config(config, dtype=dtype or language_model.dtype, attn_implementation=attention)
         copy_weights(vision_tokenizer, model.vision_tokenizer)
         copy_weights(language_model.base_model, model.model.language_model)
         if not config.tie_word_embeddings:
@@ -524,7 +540,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         scaled_by = [model.model.visual_projector, model.get_input_embeddings(), *up_projections]
         with gathered(parameter for module in scaled_by for parameter in module.parameters()):
             model._scale_visual_projector()
-        return model
+        return model.eval()
 
     @torch.no_grad()
     def _scale_visual_projector(self) -> None:

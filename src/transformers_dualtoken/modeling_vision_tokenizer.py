@@ -294,17 +294,24 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
 
     @classmethod
     def from_siglip_pretrained(
-        cls, pretrained_model_name_or_path, *, dtype: torch.dtype | None = None, **config_overrides
+        cls,
+        pretrained_model_name_or_path,
+        *,
+        dtype: torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        **config_overrides,
     ):
         """
         Start of training: the towers of a SigLIP or SigLIP 2 checkpoint of fixed resolution, everything else new.
 
         Without overrides the paper's layers are carried over to the encoder's depth (27 layers: 6, 4, 26; 24 layers:
-        6, 4, 23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below.
+        6, 4, 23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below. The model is
+        in eval mode, as after `from_pretrained`.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id of model type `siglip`.
             dtype (`torch.dtype`, *optional*): dtype of the weights; float32 by default.
+            attn_implementation (`str`, *optional*): of the towers, as in `from_pretrained`.
             config_overrides: fields of [`DualTokenVisionTokenizerConfig`]. A dict given for a quantiser's config
                 changes only the fields it names.
 
@@ -336,9 +343,10 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             if not isinstance(override, DualTokenQuantizerConfig):
                 override = DualTokenQuantizerConfig(**{"num_depths": num_depths, **override})
             fields[name] = override
-        model = cls._from_config(DualTokenVisionTokenizerConfig(**{**fields, **config_overrides}), dtype=dtype)
+        config = DualTokenVisionTokenizerConfig(**{**fields, **config_overrides})
+        model = cls._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
         model.siglip.load_state_dict(siglip.state_dict())
-        return model
+        return model.eval()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.siglip.text_model.embeddings.token_embedding
