@@ -1,5 +1,10 @@
 """DualToken for Hugging Face Transformers. Importing this package registers its classes with the Auto classes."""
 
+# First: another version of transformers may lack what is imported next.
+from . import transformers_compat  # noqa: F401
+
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,6 +34,8 @@ from .modeling_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTokenP
 from .modeling_vision_tokenizer import DualTokenEncoderOutput, DualTokenVisionTokenizer
 from .processing_dualtoken import DualTokenProcessor, DualTokenVisionTokenizerProcessor
 
+
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it here
 
 for _config in (DualTokenVisionTokenizerConfig, DualTokenConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)

@@ -312,7 +312,7 @@ class DualTokenConfig(PreTrainedConfig):
         "vision_tokenizer_config": DualTokenVisionTokenizerConfig,
         "depth_head_config": DualTokenDepthHeadConfig,
     }
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
     text_config: dict | PreTrainedConfig | None = None
     vision_tokenizer_config: dict | PreTrainedConfig | None = None

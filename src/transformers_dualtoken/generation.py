@@ -25,6 +25,7 @@ from .generation_memory import GenerationSize, check_memory
 from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
 from .interleaved_generation import InterleavedLoop
+from .transformers_compat import CACHE_NAME, given_cache
 
 
 logger = logging.get_logger(__name__)
@@ -220,7 +221,10 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _drop_cached_images(self, inputs: torch.LongTensor | None, kwargs: dict) -> None:
         """Going on from a cache, only the images after it are fed; the codes may be those of the whole conversation."""
-        cache, codes = kwargs.get("past_key_values"), kwargs.get("pixel_codes")
+        cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
+        codes = kwargs.get("pixel_codes")
         cached_length = cache.get_seq_length() if cache is not None else 0
         if inputs is None or codes is None or not 0 < cached_length < inputs.shape[1]:
             return

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
 
 from .sharding import is_sharded
+from .transformers_compat import CACHE_NAME
 
 
 @dataclass
@@ -202,9 +203,9 @@ class Context:
             inputs_embeds=embeds.repeat(len(position_ids) // len(embeds), 1, 1),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE_NAME: cache},
         )
         return outputs.last_hidden_state[:, -1]
 

@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 from .configuration_dualtoken import DualTokenConfig, config_fields
 from .depth_heads import (
@@ -29,6 +29,7 @@ from .generation import DualTokenGenerationMixin
 from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
 from .sharding import any_rank, copy_weights, gathered, is_sharded
+from .transformers_compat import CACHE_NAME, given_cache
 
 
 # Rows whose logits an adapted text head makes at once.
@@ -36,28 +37,24 @@ _ADAPTED_HEAD_ROWS = 1024
 
 
 @dataclass
-class DualTokenModelOutputWithPast(ModelOutput):
+class DualTokenModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, L, H)`).
-        past_key_values (`Cache`, with `use_cache`).
+        past_key_values (`Cache`, with `use_cache`): `cache` since transformers 5.24.
         hidden_states (tuple of `torch.Tensor` of shape `(B, L, H)`, with `output_hidden_states`).
         attentions (tuple of `torch.Tensor` of shape `(B, heads, L, L)`, with `output_attentions`).
         pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, when images were given).
         image_mask (`torch.BoolTensor` of shape `(B, L)`, when images were given): the images' positions.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
     image_mask: torch.BoolTensor | None = None
 
 
 @dataclass
-class DualTokenCausalLMOutputWithPast(ModelOutput):
+class DualTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor`, scalar, with `labels`): weighted sum of the three losses below.
@@ -76,14 +73,9 @@ class DualTokenCausalLMOutputWithPast(ModelOutput):
         num_depth_correct (`torch.LongTensor` of shape `(2, D)`), num_visual_targets (`int`): the same of the codes.
     """
 
-    loss: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
     pixel_loss: torch.Tensor | None = None
     semantic_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     last_hidden_state: torch.Tensor | None = None
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
@@ -142,7 +134,7 @@ class DualTokenPreTrainedModel(PreTrainedModel):
         "DualTokenDepthHeads",
         "DualTokenVisualProjector",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -306,6 +298,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         pixel_codes: torch.LongTensor | None = None,
         semantic_codes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> DualTokenModelOutputWithPast:
         """
@@ -316,7 +309,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
                 `attention_mask` keeps, so that a masked prefix shifts nothing. Given without a mask and without
                 `past_key_values`, every position that does not follow its predecessor begins another sample, and no
                 sample sees another one: so short samples are packed into one row.
-            past_key_values (`Cache`, *optional*).
+            past_key_values, or cache (`Cache`, *optional*): transformers gives it the second name since 5.24.
             inputs_embeds (`torch.Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`.
             pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*): the batch's images in reading
                 order, in [-1, 1]; or
@@ -330,6 +323,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if pixel_values is not None and (pixel_codes is not None or semantic_codes is not None):
             raise ValueError("Images come either as `pixel_values` or as codes, not as both.")
+        past_key_values = given_cache(past_key_values, cache)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -374,16 +368,16 @@ class DualTokenModel(DualTokenPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         return DualTokenModelOutputWithPast(
             # No view where none is needed, of which FSDP2 would warn.
             last_hidden_state=hidden_states if hidden_states.shape == shape else hidden_states.view(shape),
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             pixel_codes=pixel_codes,
@@ -627,6 +621,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | Sequence | int | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> DualTokenCausalLMOutputWithPast:
         """
@@ -656,7 +651,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
             pixel_codes=pixel_codes,
@@ -674,7 +669,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return DualTokenCausalLMOutputWithPast(
             **losses,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=hidden_states,
