@@ -227,6 +227,28 @@ def test_embed_codes(shared_codebook, dtype):
 # --- restarts ---
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+@pytest.mark.parametrize("shared_codebook", [True, False])
+@pytest.mark.parametrize(("update_rule", "ema_vectors"), RULES)
+def test_a_vector_that_is_not_finite_moves_no_codebook(update_rule, ema_vectors, shared_codebook, value):
+    """Nor does one whose sum overflows; the next batch moves it as if there had been none."""
+    quantizer = make_quantizer(update_rule=update_rule, ema_vectors=ema_vectors, shared_codebook=shared_codebook)
+    # Codes that do not follow from the statistics, as a converted checkpoint may have them.
+    quantizer.codebook.embeddings.normal_()
+    before = snapshot(quantizer)
+    vectors = torch.randn(3, 50, 8)
+    vectors[1, 7] = value
+    vectors[1, 8] = value
+    output = quantizer.train()(vectors)
+    assert not output.commitment_loss.isfinite()  # which the trainers stop at
+    assert 0 <= output.codes.min() <= output.codes.max() < 24
+    for name, buffer in snapshot(quantizer).items():
+        assert torch.equal(buffer, before[name]), name
+    quantizer(vectors[:1])
+    assert all(buffer.isfinite().all() for buffer in snapshot(quantizer).values())
+    assert not torch.equal(quantizer.codebook.embeddings, before["embeddings"])
+
+
 def test_unused_codes_restart_at_different_vectors_of_the_batch():
     quantizer = make_quantizer(num_depths=1, ema_decay=0.0).train()  # no memory: N is this batch's count
     z = torch.randn(40, 8)

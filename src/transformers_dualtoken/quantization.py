@@ -75,6 +75,9 @@ class DualTokenCodebook(nn.Module):
         N <- decay N + (1 - decay) n, M <- decay M + (1 - decay) sum(x); codes with N < 1 restart at a random vector
         of the batch (N = 1); e = M / [sum(N) (N + eps) / (sum(N) + K eps)]. The statistics are summed over the ranks.
 
+        A step with a vector that is not finite, on any rank, leaves everything as it is: one NaN would reach every code
+        by the total of M, and never leave it. The trainer stops at the loss, which is not finite either.
+
         Args:
             depth (`int`): which codebook; ignored by a shared one.
             codes (`torch.Tensor` of shape `(T,)`): the chosen codes.
@@ -91,17 +94,21 @@ class DualTokenCodebook(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
+        # Decided on the device, without a host sync, and alike on all ranks, since a NaN is summed over them. An average
+        # of equal numbers is that number, bit for bit.
+        is_finite = sums.isfinite().all()
+        counts, sums = counts.where(is_finite, cluster_size), sums.where(is_finite, embedding_sum)
         cluster_size.lerp_(counts, 1 - self.decay)
         embedding_sum.lerp_(sums, 1 - self.decay)
         if self.restart_unused_codes:
-            unused = cluster_size < 1
+            unused = (cluster_size < 1) & is_finite
             # Drawn for every code, used or not: to ask for the number of unused ones would wait for a GPU.
             restart = _restart_vectors(vectors, len(embeddings))
             torch.where(unused[:, None], restart, embedding_sum, out=embedding_sum)
             cluster_size.masked_fill_(unused, 1)
         total = cluster_size.sum()
         smoothed = total * (cluster_size + self.eps) / (total + len(embeddings) * self.eps)
-        torch.div(embedding_sum, smoothed[:, None], out=embeddings)
+        torch.where(is_finite, embedding_sum / smoothed[:, None], embeddings, out=embeddings)
 
 
 @dataclass
