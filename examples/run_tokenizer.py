@@ -13,11 +13,13 @@ Without LPIPS and adversary: `--loss_weights '{"perceptual": 0, "generator": 0}'
 argument; examples/configs/ holds the paper's.
 
 Images: a folder, parquet files, webdataset shards, or a data set of the Hub; with `--streaming` they are read while
-training. A run that was stopped goes on from its last checkpoint when started again with the same command.
+training. A run that was stopped goes on from its last checkpoint when started again with the same command; SIGTERM makes
+it save one after the step at hand and exit with status 0.
 """
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -46,6 +48,7 @@ from transformers_dualtoken.training import (
     find_checkpoint,
     load_image_dataset,
 )
+from transformers_dualtoken.training.resume import step_of
 from transformers_dualtoken.training.training_arguments import json_object
 
 
@@ -197,12 +200,15 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         callbacks=callbacks,
     )
     checkpoint = find_checkpoint(training_arguments)
+    first_step = step_of(checkpoint)
     if checkpoint is not None and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
+    if not 0 < result.global_step == first_step or not Path(training_arguments.output_dir, "train_results.json").is_file():
+        # Of a run that was finished already, the metrics of the one that did the work stay as they are.
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
     if trainer.eval_dataset is not None:
         trainer.save_metrics("eval", trainer.evaluate())
 

@@ -15,7 +15,7 @@ on one GPU also with a 4-bit language model (`--quantization 4`):
 Several GPUs: the same after `torchrun --nproc_per_node 8`, with `--deepspeed examples/deepspeed/zero3.json` where the
 model does not fit, or after `accelerate launch --config_file examples/accelerate/fsdp2.yaml`. Settings may also come
 from one JSON or YAML file, given as the only argument. A run that was stopped goes on from its last whole checkpoint
-when started again with the same command.
+when started again with the same command; SIGTERM makes it save one after the step at hand and exit with status 0.
 
 `--train_dataset` is a file, folder, pattern or Hub data set of chat messages, LLaVA conversations, image-caption pairs,
 image edits, interleaved documents, plain text or precomputed codes (examples/precompute_codes.py), or a JSON or YAML file
@@ -33,7 +33,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     HfArgumentParser,
-    TrainerState,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -61,6 +60,7 @@ from transformers_dualtoken.training import (
     set_trainable,
     tokenizer_fingerprint,
 )
+from transformers_dualtoken.training.resume import step_of
 from transformers_dualtoken.training.training_arguments import json_object
 
 
@@ -383,14 +383,12 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         trainer.add_callback(SampleGenerationCallback(trainer, prompts, steps=data_arguments.sample_steps))
 
     checkpoint = find_checkpoint(training_arguments)
+    first_step = step_of(checkpoint)
     if checkpoint is not None:
         logger.info("Going on from %s.", checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if (
-        checkpoint is not None
-        and result.global_step == TrainerState.load_from_json(Path(checkpoint) / "trainer_state.json").global_step
-    ):
+    if 0 < result.global_step == first_step and Path(training_arguments.output_dir, "train_results.json").is_file():
         # The metrics of the run that did the work stay as they are.
         logger.info("Training was finished already, after %d steps.", result.global_step)
     else:

@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 from tiny_models import lively_unified_model
 from training_helpers import (
     RUN,
+    Sigterm,
+    Stop,
+    Stopped,
     assert_same_run,
     build_tiny_processor,
     changed,
     check_finished,
     check_resume,
+    check_sigterm,
     say,
     write_images,
 )
@@ -30,6 +34,7 @@ from transformers_dualtoken.training import (
     DualTokenChatDataset,
     DualTokenTrainer,
     DualTokenTrainingArguments,
+    TrainingStopped,
     set_trainable,
 )
 
@@ -118,6 +123,24 @@ def test_mixture_goes_on_where_it_was_stopped(unified_folder, data, tmp_path, op
     results = (whole / "train_results.json").read_bytes()
     check_finished(run_unified.main, listed, whole)
     assert (whole / "train_results.json").read_bytes() == results
+    check_sigterm(run_unified.main, listed, whole, tmp_path / "sigterm")
+
+
+def test_resumed_run_that_deletes_its_checkpoint(unified_folder, data, tmp_path):
+    """The best checkpoint is kept and the last one deleted; metrics and card come all the same."""
+    options = {"save_total_limit": 1, "load_best_model_at_end": 1, "eval_strategy": "steps", "eval_steps": 3}
+    options |= {"eval_dataset": data / "chat.jsonl", "max_eval_samples": 4, "metric_for_best_model": "pixel_loss"}
+    options["max_length"] = 100
+    listed = arguments(unified_folder, data / "text.jsonl", tmp_path / "run", **options)
+    with pytest.raises(Stopped):
+        run_unified.main(listed, callbacks=[Stop(4)])
+    with pytest.raises(TrainingStopped):
+        run_unified.main(listed, callbacks=[Sigterm(5)])
+    assert (tmp_path / "run/checkpoint-5/trainer_state.json").is_file()
+    for _ in range(2):
+        run_unified.main(listed)
+        assert json.loads((tmp_path / "run/train_results.json").read_text())["train_samples"] == 6
+        assert (tmp_path / "run/eval_results.json").is_file() and (tmp_path / "run/README.md").is_file()
 
 
 def test_codes_train_as_pixels_do(unified_folder, data, tmp_path):

@@ -19,11 +19,15 @@ from training_helpers import (
     RUN,
     TOKENIZER_FIELDS,
     FixedItems,
+    Sigterm,
+    Stop,
+    Stopped,
     assert_equal,
     assert_same_run,
     changed,
     check_finished,
     check_resume,
+    check_sigterm,
     quiet,
     state_of,
     write_images,
@@ -37,6 +41,7 @@ from transformers_dualtoken.training import (
     DualTokenVisionTokenizerRecipe,
     DualTokenVisionTokenizerTrainer,
     PatchDiscriminator,
+    TrainingStopped,
     collate_images,
 )
 from transformers_dualtoken.training.vision_tokenizer.adversary import adaptive_weight
@@ -837,7 +842,27 @@ def test_run_goes_on_where_it_was_stopped(siglip_folder, tmp_path, no_dataset_ca
     arguments = [*run_arguments(siglip_folder, tmp_path, images), *extra]
     folder = check_resume(run_tokenizer.main, arguments, tmp_path)
     assert_same_adversary(folder, tmp_path / "stopped")
+    results = (folder / "train_results.json").read_bytes()
     check_finished(run_tokenizer.main, arguments, folder)
+    assert (folder / "train_results.json").read_bytes() == results
+    # Also where transformers' own way of saving is asked for, which saves within a step.
+    jit = ["--enable_jit_checkpoint", "1"] if images == 4 else []
+    check_sigterm(run_tokenizer.main, [*arguments, *jit], folder, tmp_path / "sigterm")
+    assert_same_adversary(folder, tmp_path / "sigterm")
+
+
+def test_resumed_run_that_deletes_its_checkpoint(siglip_folder, tmp_path, no_dataset_cache):
+    arguments = [*run_arguments(siglip_folder, tmp_path), "--eval_dataset", str(tmp_path / "images")]
+    arguments += ["--eval_split", "train", "--save_total_limit", "1", "--load_best_model_at_end", "1"]
+    arguments += ["--eval_strategy", "steps", "--eval_steps", "3", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(Stopped):
+        run_tokenizer.main(arguments, callbacks=[Stop(4)])
+    with pytest.raises(TrainingStopped):
+        run_tokenizer.main(arguments, callbacks=[Sigterm(5)])
+    assert (tmp_path / "run/checkpoint-5/trainer_state.json").is_file()
+    for _ in range(2):
+        run_tokenizer.main(arguments)
+        assert (tmp_path / "run/train_results.json").is_file() and (tmp_path / "run/eval_results.json").is_file()
 
 
 @pytest.mark.slow

@@ -1,6 +1,9 @@
 """What the tests of both trainers share: short runs on the CPU, and runs that are stopped and go on."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from tiny_tokenizer import build_tiny_qwen2_tokenizer
 from transformers import TrainerCallback
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor
+from transformers_dualtoken.training import TrainingStopped
 
 
 TOKENIZER_FIELDS = {
@@ -171,3 +175,40 @@ def check_finished(main, arguments, folder):
     main([*arguments, "--output_dir", str(folder)])
     assert not changed(before, load_file(folder / "model.safetensors"))
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
+
+
+class Sigterm(TrainerCallback):
+    """A signal in the middle of a step: the codebooks have moved, the weights have not."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def check_sigterm(main, arguments, whole, folder, step=4, last_step=6):
+    """A run that got the signal in a step, between two checkpoints, and went on, is the same as a whole one."""
+    handler = signal.getsignal(signal.SIGTERM)
+    arguments = [*arguments, "--output_dir", str(folder)]
+    with pytest.raises(TrainingStopped) as stopped:
+        main(arguments, callbacks=[Sigterm(step)])
+    assert stopped.value.code == 0 and stopped.value.checkpoint == str(folder / f"checkpoint-{step}")
+    assert signal.getsignal(signal.SIGTERM) is handler
+    main(arguments)
+    assert_same_run(whole, folder, last_step)
+
+
+def stop_by_sigterm(process, folder, step, delay) -> str:
+    """Signal a process, some seconds after a step that is logged; its output. It exits with status 0 and a line."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if f"at step {step}" in line:
+            break
+    time.sleep(delay)
+    process.send_signal(signal.SIGTERM)
+    output = "".join(lines) + process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "SIGTERM: stopped after step" in output, output[-3000:]
+    return output

@@ -17,6 +17,7 @@ from .data.image_sources import load_image_dataset
 from .data.image_stream import DualTokenImageStream
 from .data.sample_stream import SampleStream, StreamProgress
 from .data.tokenizer_fingerprint import tokenizer_fingerprint
+from .preemption import TrainingStopped
 from .resume import find_checkpoint
 from .training_arguments import DualTokenTrainingArguments, DualTokenVisionTokenizerTrainingArguments
 from .unified.sample_generation import SampleGenerationCallback, read_prompts
@@ -49,6 +50,7 @@ __all__ = [
     "SampleStream",
     "StreamProgress",
     "ThroughputMeter",
+    "TrainingStopped",
     "TrainingFlops",
     "collate_images",
     "find_checkpoint",

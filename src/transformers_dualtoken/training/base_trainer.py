@@ -13,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .data.sample_stream import SampleStream, StreamProgress
+from .preemption import SaveOnSigterm, TrainingStopped
 
 
 _COUNTED = ("num_skipped", "num_cut")
@@ -54,6 +55,9 @@ class DualTokenBaseTrainer(Trainer):
     A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it)
     and `"num_cut"` (how many were cut), whose sums since the beginning are logged, and a stream's `"stream_position"`.
 
+    A SIGTERM to any rank ends [`train`] after the step at hand: a checkpoint is saved, and [`TrainingStopped`], a
+    `SystemExit` with status 0, is raised. Resumed from it, training ends in the bits of one that was left alone.
+
     Raises:
         ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
             training set without a length that is no [`SampleStream`].
@@ -73,6 +77,8 @@ class DualTokenBaseTrainer(Trainer):
                 "`torchrun --nproc_per_node N`, or show it one by CUDA_VISIBLE_DEVICES=0."
             )
         self.add_callback(DatasetEpochCallback())
+        self._save_on_sigterm = SaveOnSigterm()
+        self.add_callback(self._save_on_sigterm)
         self._term_sums, self._term_count = defaultdict(float), 0
         self.is_stream = isinstance(self.train_dataset, SampleStream)
         if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
@@ -143,6 +149,15 @@ class DualTokenBaseTrainer(Trainer):
             self.stream_progress.update(position)
 
     # Checkpoints
+
+    def train(self, *args, **kwargs):
+        with self._save_on_sigterm.listening():
+            try:
+                return super().train(*args, **kwargs)
+            except TrainingStopped:
+                # Trackers and the progress bar come to their end.
+                self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+                raise
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         # The last that is made before training begins.

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 
@@ -42,9 +43,14 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
+def step_of(checkpoint: str | None) -> int:
+    """The step at which a whole checkpoint was saved; 0 of none. To be asked before training, which may delete it."""
+    return 0 if checkpoint is None else json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())["global_step"]
+
+
 def _is_whole(checkpoint: Path) -> bool:
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
     return True
