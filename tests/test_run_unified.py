@@ -24,6 +24,7 @@ from training_helpers import (
     check_finished,
     check_resume,
     check_sigterm,
+    check_sigterm_at_random,
     say,
     write_images,
 )
@@ -292,3 +293,13 @@ def test_killed_at_any_moment_a_run_ends_in_the_same_bits(unified_folder, data, 
         process.communicate()
     finish(start(killed))
     assert_same_run(whole, killed, last_step=9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [0, 1])
+def test_sigterm_at_any_moment_saves_and_goes_on_in_the_same_bits(unified_folder, data, tmp_path, streaming):
+    options = {"max_steps": 30, "save_steps": 10, "max_length": 100, "packing": 1, "prompt_drop_probability": 0.5}
+    options |= {"gradient_accumulation_steps": 2, "save_total_limit": 1}
+    options |= {"streaming": streaming, "shuffle_buffer_size": 5, "dataloader_num_workers": 1} if streaming else {}
+    listed = arguments(unified_folder, data / "mixture.json", **options)
+    check_sigterm_at_random([sys.executable, str(EXAMPLES / "run_unified.py"), *listed], tmp_path, last_step=30)

@@ -28,6 +28,7 @@ from training_helpers import (
     check_finished,
     check_resume,
     check_sigterm,
+    check_sigterm_at_random,
     quiet,
     state_of,
     write_images,
@@ -917,6 +918,26 @@ def test_killed_run_goes_on(siglip_folder, tmp_path, streaming, ranks):
             json.loads((folder / "checkpoint-6" / f"data_state_{rank}.json").read_text()) for folder in (whole, killed)
         )
         assert first == second and first["stream"]["positions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("streaming", "ranks"), [(False, 1), (True, 1), (False, 2)])
+def test_sigterm_at_any_moment_saves_and_goes_on_in_the_same_bits(
+    siglip_folder, tmp_path, monkeypatch, streaming, ranks
+):
+    """Also where one of two ranks gets the signal."""
+    arguments = [*run_arguments(siglip_folder, tmp_path, images=24), "--max_steps", "30", "--save_steps", "10"]
+    arguments += ["--gradient_accumulation_steps", "2", "--save_total_limit", "1"]
+    if streaming:
+        arguments += ["--streaming", "1", "--shuffle_buffer_size", "5", "--steps_per_epoch", "6"]
+        arguments += ["--dataloader_num_workers", "2"]
+    command = [sys.executable, run_tokenizer.__file__]
+    if ranks > 1:
+        arguments += ["--ddp_backend", "gloo"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, *launch, run_tokenizer.__file__]
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    check_sigterm_at_random([*command, *arguments], tmp_path, last_step=30, ranks=ranks)
 
 
 def test_stages_follow_each_other(siglip_folder, tmp_path, no_dataset_cache):

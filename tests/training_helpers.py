@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -200,15 +203,42 @@ def check_sigterm(main, arguments, whole, folder, step=4, last_step=6):
     assert_same_run(whole, folder, last_step)
 
 
-def stop_by_sigterm(process, folder, step, delay) -> str:
-    """Signal a process, some seconds after a step that is logged; its output. It exits with status 0 and a line."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if f"at step {step}" in line:
-            break
-    time.sleep(delay)
-    process.send_signal(signal.SIGTERM)
-    output = "".join(lines) + process.communicate(timeout=300)[0]
-    assert process.returncode == 0 and "SIGTERM: stopped after step" in output, output[-3000:]
-    return output
+def check_sigterm_at_random(command, tmp_path, last_step, ranks=1, times=3):
+    """Runs of a script that get the signal at random moments, and end in the bits of one that was left alone."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    draw = random.Random(ranks)
+
+    def start(folder):
+        return subprocess.Popen(
+            [*command, "--output_dir", str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(process) -> str:
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output[-3000:]
+        return output
+
+    whole = tmp_path / "whole"
+    finish(start(whole))
+    for number in range(times):
+        folder, first_step = tmp_path / f"stopped-{number}", draw.randrange(1, last_step - 5)
+        process = start(folder)
+        lines = []
+        while sum("'loss'" in line for line in lines) < first_step:
+            lines.append(process.stdout.readline())
+            assert process.poll() is None, lines
+        time.sleep(draw.uniform(0, 0.05))
+        trained = process.pid
+        if ranks > 1:  # of a launcher's children only one
+            trained = draw.choice(psutil.Process(process.pid).children()).pid
+        os.kill(trained, signal.SIGTERM)
+        output = "".join(lines) + finish(process)
+        assert "SIGTERM: stopped after step" in output, output[-3000:]
+        assert "SIGTERM" not in finish(start(folder))
+        if ranks == 1:
+            assert_same_run(whole, folder, last_step)
+        assert not changed(*(load_file(path / "model.safetensors") for path in (whole, folder)))
