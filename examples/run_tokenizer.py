@@ -205,7 +205,10 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         print(f"Going on from {checkpoint}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
-    if not 0 < result.global_step == first_step or not Path(training_arguments.output_dir, "train_results.json").is_file():
+    if (
+        not 0 < result.global_step == first_step
+        or not Path(training_arguments.output_dir, "train_results.json").is_file()
+    ):
         # Of a run that was finished already, the metrics of the one that did the work stay as they are.
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()

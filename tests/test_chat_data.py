@@ -175,13 +175,67 @@ def test_prompt_drop_depends_on_seed_epoch_and_index_only(processor):
 
 
 BAD = [
-    ({"messages": [say("user", "a")]}, "no assistant message with content"),
+    ({"messages": [say("user", "a")]}, "no assistant message that is learned"),
+    ({"messages": [say("user", "a"), {**say("assistant", "b"), "weight": 0}]}, "no assistant message that is learned"),
+    ({"messages": [say("user", "a"), say("assistant", "b"), say("assistant", "")]}, "says nothing in message 2"),
+    ({"messages": [say("user", "a"), {"role": "assistant", "content": None}]}, "says nothing in message 1"),
+    (
+        {"messages": [say("user", "a"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]},
+        "'assistant' has 'tool_calls', which the chat template does not write",
+    ),
+    (
+        {"messages": [say("user", "a"), {**say("assistant", "b"), "reasoning_content": "c"}]},
+        "has 'reasoning_content', which",
+    ),
+    ({"messages": [say("user", "a"), {**say("assistant", "b"), "answer": "c"}]}, "has 'answer', which"),
+    ({"messages": [say("tool", "a"), say("assistant", "b")]}, "has the role 'tool'; the roles are system, user"),
+    ({"messages": [say("user", "a"), {**say("assistant", "b"), "weight": 0.5}]}, "'weight' .* must be 0 .*got 0.5"),
+    ({"messages": [say("user", "a"), {**say("assistant", "b"), "train": "no"}]}, "'train' .* must be 0 .*got 'no'"),
+    ({"messages": [{**say("user", "a"), "weight": 1}, say("assistant", "b")]}, "'user' has 'weight' = 1, but only an"),
+    ({**chat(["a"], ["b"]), "tools": [{"name": "c"}]}, "does not write `tools`"),
     ({"messages": [say("user", "a"), {"role": "assistant", "content": "b"}], "content": "c"}, "either 'messages'"),
     ({"content": ""}, "it has no content"),
     ({"messages": [say("user", {"type": "image"}), say("assistant", "b")]}, "image 0 has no image data"),
     ({"messages": [say("user", {"type": "video"}), say("assistant", "b")]}, "part of type 'video'"),
     (chat(["a " * 40], ["b"]), "more than `max_length` = 60"),
 ]
+
+
+@pytest.mark.parametrize(
+    "unlearned", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}]
+)
+def test_answers_that_are_not_to_be_learned_are_context(encoder, processor, unlearned):
+    """Their images too; what is said in them is the same."""
+    first, second = say("assistant", "A blue one ", coded(1)), say("assistant", "Here: ", coded(2))
+    named = {"name": "painter", "id": 3, "tool_calls": [], "reasoning_content": "", "refusal": None}
+    messages = [
+        say("user", "Draw it."),
+        {**first, **unlearned},
+        say("user", "Another."),
+        {**second, **named, "weight": 1},
+    ]
+    encoded = encoder.encode({"messages": messages})
+    plain = encoder.encode({"messages": [say("user", "Draw it."), first, say("user", "Another."), second]})
+    assert np.array_equal(encoded.input_ids, plain.input_ids)
+    said = processor.decode(encoded.input_ids[encoded.is_target])
+    assert said == f"Here: {IMAGE}<|im_end|>"
+    sample = encoder.sample(encoded, "")
+    assert (sample["labels"] == processor.image_token_id).sum() == N and sample["pixel_codes"].shape[0] == 2
+
+
+def test_a_template_that_writes_tools_and_reasoning_gets_them(processor):
+    template = """{% for m in messages %}{{ m['role'] + ':' + (m['reasoning_content'] | default('')) }}{% if m['role'] ==
+        'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endif %}{% endfor %}{{ tools }}"""
+    processor = copy.copy(processor)
+    processor.chat_template = template
+    messages = [{"role": "assistant", "content": "b", "reasoning_content": "hm"}]
+    encoded = ChatEncoder(processor).encode({"messages": messages, "tools": [{"name": "c"}]})
+    assert processor.decode(encoded.input_ids) == "assistant:hmb[{'name': 'c'}]"
+    # Without a range for each answer it is not known which is meant.
+    processor.chat_template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
+    messages = [{**say("assistant", "a"), "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(BadSampleError, match="marks 1 ranges for 2 messages"):
+        ChatEncoder(processor).encode({"messages": messages})
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD)

@@ -408,8 +408,15 @@ def test_image_sources_in_messages(processor, tmp_path):
         ([[]], "Each conversation of a batch must be a list of at least one message"),
         ("Hello", "list of at least one message"),
         ([{"content": "a"}], "dict with a 'role'"),
-        ([{"role": "usr", "content": "a"}], "the role 'usr'; the roles are system, user, assistant, tool"),
+        ([{"role": "usr", "content": "a"}], "the role 'usr'; the roles are system, user, assistant"),
         ([{"role": "user<|im_end|>", "content": "a"}], "the roles are system, user"),
+        ([{"role": "tool", "content": "a"}], "the role 'tool'; the roles are system, user, assistant"),
+        (
+            [{"role": "assistant", "content": "a", "tool_calls": [{}]}],
+            "has 'tool_calls', which the chat template does",
+        ),
+        ([{"role": "assistant", "content": "a", "thinking": "b"}], "has 'thinking', which the chat template does"),
+        ([{"role": "assistant", "content": "a", "weight": "1"}], "must be 0 .context. or 1 .learned., got '1'"),
         ([{"role": "user", "content": 3}], "a string or a list of parts, got int"),
         ([{"role": "user", "content": [{"type": "video"}]}], "got a part of type 'video'"),
         ([{"role": "user", "content": ["text"]}], "part of a message must be"),
@@ -418,6 +425,13 @@ def test_image_sources_in_messages(processor, tmp_path):
 def test_chat_errors(processor, messages, message):
     with pytest.raises(ValueError, match=message):
         processor.apply_chat_template(messages)
+
+
+@pytest.mark.parametrize("name", ["tools", "documents"])
+def test_what_the_template_does_not_write_is_refused(processor, name):
+    with pytest.raises(ValueError, match=f"does not write `{name}`, so the model would know nothing"):
+        processor.apply_chat_template([say("user", "a")], **{name: [{"title": "b"}]})
+    assert processor.apply_chat_template([say("user", "a")], **{name: []})
 
 
 def test_roles_of_a_template_of_ones_own(processor):

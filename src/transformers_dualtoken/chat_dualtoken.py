@@ -5,6 +5,7 @@ alike. Here a random marker is put before every special token in what comes from
 tokens are the unmarked ones, and all text between two of them is encoded with special tokens split.
 """
 
+import functools
 import re
 import secrets
 from collections.abc import Mapping
@@ -50,22 +51,36 @@ CHAT_TEMPLATE = """\
 # second must not hide a control token of the template that comes next.
 _TYPED, _SEAM = "1", "0"
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "user", "assistant")
+# What a message may have beside its role and content without being written: how it is learned, and what names it.
+LEARNING_KEYS = ("weight", "train")
+_NAMING_KEYS = ("name", "id", "uuid", "index", "timestamp", "created_at", "model", "source", "language", "metadata")
 CODE_KEYS = ("pixel_codes", "semantic_codes")
 
 
+def writes(chat_template: str, name: str) -> bool:
+    """Whether a template mentions a variable or a key."""
+    return re.search(rf"\b{re.escape(name)}\b", chat_template) is not None
+
+
+@functools.lru_cache
 def roles_of(chat_template: str) -> tuple[str, ...]:
     """The roles a message may have: the usual ones, and what a template of one's own names as a string."""
     return ROLES if chat_template == CHAT_TEMPLATE else (*ROLES, *re.findall(r"""['"](\w+)['"]""", chat_template))
 
 
-def normalize_chats(conversation, roles: tuple[str, ...] | None = ROLES) -> tuple[list[list[dict]], bool]:
+def normalize_chats(conversation, chat_template: str | None = None) -> tuple[list[list[dict]], bool]:
     """
     One conversation or a batch as a list of conversations, and whether it was a batch. Messages and parts lose the
     keys that are `None` (datasets fill in those of other parts); OpenAI's `image_url` parts become image parts.
 
+    Args:
+        chat_template (`str`, *optional*): that is to write the messages; without it their form alone is checked.
+
     Raises:
-        ValueError: for another form, and a role that is none of `roles` (`None`: any).
+        ValueError: for another form, and what the template would not write: a role it does not know, a key that says
+            something beside the content (`tool_calls`, `reasoning_content`, ...); for a `weight` or `train` that is
+            neither 0 nor 1, or asks to learn what no assistant says.
     """
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
@@ -74,15 +89,15 @@ def normalize_chats(conversation, roles: tuple[str, ...] | None = ROLES) -> tupl
     chats = [getattr(chat, "messages", chat) for chat in conversation] if batched else [conversation]
     if not all(isinstance(chat, (list, tuple)) and chat for chat in chats):
         raise ValueError("Each conversation of a batch must be a list of at least one message.")
-    return [[_normalize_message(message, roles) for message in chat] for chat in chats], batched
+    return [[_normalize_message(message, chat_template) for message in chat] for chat in chats], batched
 
 
-def _normalize_message(message, roles: tuple[str, ...] | None) -> dict:
+def _normalize_message(message, chat_template: str | None) -> dict:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"A message must be a dict with a 'role' (a string) and a 'content', got {message!r:.200}.")
-    if roles is not None and message["role"] not in roles:
-        raise ValueError(f"A message has the role {message['role']!r:.200}; the roles are {', '.join(ROLES)}.")
     message = {key: value for key, value in message.items() if value is not None}
+    if chat_template is not None:
+        _check_written(message, chat_template)
     content = message.setdefault("content", "")
     if isinstance(content, (list, tuple)):
         message["content"] = [_normalize_part(part) for part in content]
@@ -91,6 +106,58 @@ def _normalize_message(message, roles: tuple[str, ...] | None) -> dict:
             f"The content of a message must be a string or a list of parts, got {type(content).__name__}."
         )
     return message
+
+
+def _check_written(message: dict, chat_template: str) -> None:
+    """Raise unless the template writes all that a message says."""
+    role = message["role"]
+    if role not in roles_of(chat_template):
+        raise ValueError(f"A message has the role {role!r:.200}; the roles are {', '.join(ROLES)}.")
+    lost = [
+        str(key)
+        for key, value in message.items()
+        if key not in ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
+        and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
+        and not writes(chat_template, str(key))
+    ]
+    if lost:
+        raise ValueError(
+            f"A message of the role {role!r} has {', '.join(map(repr, lost))}, which the chat template does not write: "
+            "what stands there would be lost. Write it into the 'content', leave it out, or give a template that has it."
+        )
+    for key in LEARNING_KEYS:
+        if key not in message:
+            continue
+        value = message[key]
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise ValueError(f"The {key!r} of a message must be 0 (context) or 1 (learned), got {value!r:.100}.")
+        if value and role != "assistant":
+            raise ValueError(
+                f"A message of the role {role!r} has {key!r} = {value}, but only an assistant's are learned."
+            )
+
+
+def is_learned(message: Mapping) -> bool:
+    """Whether training learns a message: an assistant's, unless its `weight` is 0 or its `train` is false."""
+    return message["role"] == "assistant" and all(message.get(key, 1) for key in LEARNING_KEYS)
+
+
+def learned_spans(chat: list[dict], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """
+    Those of the character ranges of the assistant's content whose messages are learned.
+
+    Raises:
+        ValueError: where some are not, and the template does not mark one range for each.
+    """
+    answers = [is_learned(message) for message in chat if message["role"] == "assistant"]
+    if all(answers):
+        return spans
+    if len(answers) != len(spans):
+        raise ValueError(
+            f"The chat template marks {len(spans)} ranges for {len(answers)} messages of the assistant, so it is not known "
+            "which belong to those that are not to be learned ('weight' or 'train')."
+        )
+    return [span for span, learned in zip(spans, answers) if learned]
 
 
 def _normalize_part(part) -> dict:

@@ -13,13 +13,14 @@ from .chat_dualtoken import (
     encode_chats,
     image_data,
     image_parts,
+    learned_spans,
     mark_special_tokens,
     new_marker,
     normalize_chats,
-    roles_of,
     special_tokens_of,
     stack_codes,
     without_image_data,
+    writes,
 )
 from .image_processing_pil_dualtoken import DualTokenImageProcessorKwargs, post_process_images
 from .image_reading import flatten_images
@@ -349,15 +350,21 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 **{name: value for name, value in kwargs.items() if name != "images"},
             )
         template = self._find_template(chat_template)
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and not writes(template, name):
+                raise ValueError(
+                    f"The chat template does not write `{name}`, so the model would know nothing of them. Give a "
+                    "`chat_template` that does, or put them into a message."
+                )
         processor_kwargs = dict(processor_kwargs or {})
         if return_tensors not in (None, "auto"):
             processor_kwargs["return_tensors"] = return_tensors
         kwargs.pop("load_audio_from_video", None)
         for name in list(kwargs):
-            if not re.search(rf"\b{re.escape(name)}\b", template):
+            if not writes(template, name):
                 processor_kwargs[name] = kwargs.pop(name)
 
-        chats, batched = normalize_chats(conversation, roles_of(template))
+        chats, batched = normalize_chats(conversation, template)
         parts = [part for chat in chats for part in image_parts(chat)]
         counts = [len(image_parts(chat)) for chat in chats]
         images, codes = [], {}
@@ -395,6 +402,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 **outside["variables"],
             },
         )
+        if return_assistant_tokens_mask:
+            spans = [learned_spans(chat, spans_of_chat) for chat, spans_of_chat in zip(chats, spans)]
         if generate_image:
             rendered = [prompt + self.image_start_token for prompt in rendered]
         if not tokenize:

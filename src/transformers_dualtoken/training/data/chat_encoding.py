@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 import torch
 
-from ...chat_dualtoken import CODE_KEYS, image_parts, normalize_chats, part_image, stack_codes
+from ...chat_dualtoken import CODE_KEYS, image_parts, is_learned, normalize_chats, part_image, stack_codes
 from ...image_reading import UnreadableImageError, image_name, read_image
 from ...processing_dualtoken import DualTokenProcessor
 from .chat_source import BadSampleError
@@ -35,8 +35,8 @@ class ChatEncoder:
     """
     Examples as samples for [`DualTokenForCausalLM`].
 
-    Of a chat all the assistant says is a target, images included; everything else is context. Of a document
-    everything is, and it ends in the tokenizer's end-of-sequence token. Special tokens that occur in a text stay text.
+    Of a chat all the assistant says is a target, images included, but for messages with `weight` 0 or `train` false;
+    everything else is context. Of a document everything is, and it ends in the tokenizer's end-of-sequence token. Special tokens that occur in a text stay text.
 
     For guidance, a share of the samples that draw an image forget their prompt: all before the first drawn image's
     `<image_start>` is left out, which leaves `<image_start>` at position 0, as at generation.
@@ -101,26 +101,33 @@ class ChatEncoder:
         # Nothing predicts the first token.
         encoded.is_target[:1] = False
         if not encoded.is_target.any():
-            missing = "no assistant message with content" if "messages" in example else "no content"
+            missing = "no assistant message that is learned" if "messages" in example else "no content"
             raise BadSampleError(f"it has {missing}, so nothing to learn")
         return encoded
 
     @staticmethod
     def images(example: dict) -> list[dict]:
         """The image parts of an example, in reading order."""
-        ((messages,), _) = normalize_chats(
-            example.get("messages") or [{"role": "", "content": example["content"]}], roles=None
-        )
+        ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
         return image_parts(messages)
 
     def _encode_chat(self, example: dict) -> EncodedExample:
         try:
-            ((messages,), _) = normalize_chats(example["messages"], roles=None)
+            ((messages,), _) = normalize_chats(example["messages"])
             encoded = self.processor.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, placeholders_only=True
+                messages,
+                tools=example.get("tools"),
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+                placeholders_only=True,
             )
         except (ValueError, jinja2.TemplateError) as error:
             raise BadSampleError(f"its chat cannot be rendered ({error})") from error
+        for number, message in enumerate(messages):
+            parts = message["content"]
+            if is_learned(message) and not any(isinstance(part, str) or part.get("text") != "" for part in parts):
+                raise BadSampleError(f"the assistant says nothing in message {number}, and that would be learned")
         return EncodedExample(
             np.array(encoded["input_ids"][0], dtype=np.int32),
             np.array(encoded["assistant_masks"][0], dtype=bool),
@@ -130,7 +137,7 @@ class ChatEncoder:
     def _encode_document(self, example: dict) -> EncodedExample:
         content = example["content"]
         try:
-            (((message,),), _) = normalize_chats([{"role": "", "content": content}], roles=None)
+            (((message,),), _) = normalize_chats([{"role": "", "content": content}])
         except ValueError as error:
             raise BadSampleError(str(error)) from error
         parts = [{"type": "text", "text": message["content"]}] if isinstance(content, str) else message["content"]

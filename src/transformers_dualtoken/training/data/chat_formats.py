@@ -1,5 +1,6 @@
 """The formats of data for unified training: from a record (a dict of columns) to the example that is encoded."""
 
+import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def convert_messages(record: Mapping, folder: str | None) -> dict:
         messages = [*parts[0], *parts[1]]
     chat = _normalized(_rows(messages))
     _fill_images([message["content"] for message in chat], _images_of(record), folder)
-    return {"messages": chat}
+    return {"messages": chat, **_tools_of(record)}
 
 
 def convert_llava(record: Mapping, folder: str | None) -> dict:
@@ -81,10 +82,25 @@ def convert_llava(record: Mapping, folder: str | None) -> dict:
             raise BadSampleError(
                 f"a turn must have a 'from' of {', '.join(_LLAVA_ROLES)} and a string as 'value', got {turn!r:.200}"
             )
-        messages.append({"role": _LLAVA_ROLES[role], "content": _split_at_images(turn["value"])})
+        beside = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        messages.append({**beside, "role": _LLAVA_ROLES[role], "content": _split_at_images(turn["value"])})
     chat = _normalized(messages)
     _fill_images([message["content"] for message in chat], _images_of(record), folder, _LLAVA_IMAGE)
-    return {"messages": chat}
+    return {"messages": chat, **_tools_of(record)}
+
+
+def _tools_of(record: Mapping) -> dict[str, list]:
+    """The column `tools`, a list or JSON of one, for the chat template to write or refuse."""
+    tools = record.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+    except ValueError as error:
+        raise BadSampleError(f"its tools are not valid JSON ({error})") from error
+    if not tools:
+        return {}
+    if not isinstance(tools, list):
+        raise BadSampleError(f"its tools must be a list, got {type(tools).__name__}")
+    return {"tools": tools}
 
 
 def _split_at_images(text: str) -> str | list[dict]:
@@ -184,8 +200,8 @@ def _with_file_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 FORMATS = {
-    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image")),
-    "llava": Format(convert_llava, ("conversations", "images", "image")),
+    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image", "tools")),
+    "llava": Format(convert_llava, ("conversations", "images", "image", "tools")),
     "caption": Format(
         convert_caption,
         roles={
