@@ -277,6 +277,75 @@ def test_bad_chats_are_refused(tmp_path, row, match):
         assert caught.value.sample_id == "bad.jsonl:2"
 
 
+GOOD_AND_INCOMPLETE = {
+    "messages": (chat("a", "b"), {"id": "x"}),
+    "llava": ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, {"image": None}),
+    "caption": ({"image": "a.png", "text": "a"}, {"text": "a"}),
+    "edit": ({"input_image": "a.png", "edited_image": "a.png", "instruction": "i"}, {"instruction": "i"}),
+    "text": ({"text": "a"}, {"url": "b"}),
+    "interleaved": ({"content": [{"type": "text", "text": "a"}]}, {"url": "b"}),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_AND_INCOMPLETE)
+@pytest.mark.parametrize("layout", ["lines", "other file", "tar", "parquet", "array"])
+def test_an_incomplete_first_row_is_one_bad_sample(tmp_path, name, layout):
+    """Whether the format is told or named."""
+    good, bad = GOOD_AND_INCOMPLETE[name]
+    folder = tmp_path / "data"
+    write(folder / "a.png", png(0))
+    rows = [bad, good, good]
+    if layout == "lines":
+        write(folder / "metadata.jsonl", ["no object", *rows])
+    elif layout == "array":
+        write(folder / "a.json", json.dumps(rows))
+    elif layout == "other file":
+        write(folder / "0.jsonl", [bad])
+        write(folder / "1.jsonl", [good, good])
+    elif layout == "parquet":
+        write(folder / "0.parquet", pa.Table.from_pylist([{"url": None, **bad}]))
+        write(folder / "1.parquet", pa.Table.from_pylist([good, good]))
+    else:
+        files = {}
+        for number, row in enumerate(rows):
+            images = {key: value for key, value in row.items() if value == "a.png"}
+            files |= {f"{number}.{key}.png": png(0) for key in images}
+            files[f"{number}.json"] = json.dumps({key: row[key] for key in row if key not in images}).encode()
+        write_tar(folder / "0.tar", files)
+    for spec in ({"path": folder}, {"path": folder, "format": name}):
+        for streaming in (False, True):
+            source = only(spec, streaming=streaming)
+            assert source.to_example.format == name
+            kept = 0
+            for row in source.dataset:
+                try:
+                    kept += bool(source.to_example(row))
+                except BadSampleError:
+                    continue
+            assert kept == 2
+
+
+def test_the_columns_of_most_rows_are_taken(tmp_path):
+    write(tmp_path / "a.png", png(0))
+    rows = [{"image": "a.png", "text": "t"}] * 5
+    source = only(write(tmp_path / "a.jsonl", [{"image": "a.png", "caption": "c"}, *rows]))
+    assert source.to_example.options["caption_column"] == "text"
+    # An image that a few rows lack is not left out of the others.
+    source = only(write(tmp_path / "b.jsonl", [{"text": "t"}] * 5 + rows[:1]))
+    assert source.to_example.format == "caption"
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "text", "json", "csv", "parquet", "webdataset", "audiofolder"])
+def test_readers_of_datasets_are_no_data_sets_of_the_hub(tmp_path, monkeypatch, name):
+    write(tmp_path / "a.txt", "secret")
+    write(tmp_path / "a.png", png(0))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"There is no file or folder at '{name}' .*{name}' is no data set of the Hub"
+    ):
+        load_chat_sources(name)
+
+
 def test_bytes_that_are_no_text_make_one_bad_sample(tmp_path):
     good = json.dumps(chat("a", "b")).encode()
     for name, content in {
@@ -664,7 +733,7 @@ def test_mixture_files(tmp_path, ending, key, monkeypatch):
 def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split, streaming):
+    def load_dataset(name, config, split, streaming, data_files=None):
         asked.append((name, config, split, streaming))
         features = datasets.Features(
             {
@@ -678,7 +747,7 @@ def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
         )
         return dataset.to_iterable_dataset() if streaming else dataset
 
-    monkeypatch.setattr("transformers_dualtoken.training.data.chat_sources.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("transformers_dualtoken.training.data.image_sources.datasets.load_dataset", load_dataset)
     path = write(tmp_path / "m.yaml", "- {path: someone/pairs, name: small, split: test}\n")
     assert examples(path) == [chat("c", [image({"bytes": png(0), "path": None})], id="k")]
     assert asked == [("someone/pairs", "small", "test", False), ("someone/pairs", "small", "test", True)]

@@ -664,8 +664,10 @@ def test_sources_that_are_none(tmp_path):
     write_parquet(tmp_path / "other.parquet", [flat(0)], column="picture")
     cases = {
         tmp_path / "nowhere": "There is no file or folder at .*nowhere",
-        "shards.tar": "no file or folder at 'shards.tar', and it is not the name",
-        "someone/pictures": "no file or folder at 'someone/pictures', and no data set of this name can be had",
+        "shards.tar": "no file or folder at 'shards.tar' .the working directory is .*, and it is not the name",
+        "someone/pictures": "no file or folder at 'someone/pictures' .*, and no data set of this name can be had",
+        # With files of its kind in the working directory.
+        **dict.fromkeys(("imagefolder", "text", "webdataset"), "is no data set of the Hub but a reader of `datasets`"),
         f"{tmp_path}/*.tar": r"no images, parquet files or webdataset shards at .*\*.tar'; it holds no files",
         tmp_path / "empty": "empty'; it holds no files",
         tmp_path / "texts": r"texts'; its 1 files have the endings \['.txt'\]",
@@ -685,6 +687,28 @@ def test_webdataset_without_images(tmp_path, streaming):
     path = write_tar(tmp_path / "a.tar", {"0.txt": b"a", "0.json": b"{}", "1.txt": b"b"})
     with pytest.raises(ValueError, match=r"a.tar' holds no images: its samples have the keys \['json', 'txt'\]"):
         load_image_dataset(path, streaming=streaming)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_incomplete_samples_and_shards_of_a_webdataset_are_passed_over(tmp_path, image_processor, streaming):
+    """The first sample, the first shard, a last shard of one sample, and one odd sample of many."""
+    write_tar(tmp_path / "0.tar", {"0.txt": b"a"})
+    write_tar(
+        tmp_path / "1.tar", {"0.txt": b"a", "1.png": flat(1), "2.jpg": flat(2), "2.png": flat(2), "3.PNG": flat(3)}
+    )
+    write_tar(tmp_path / "2.tar", {"9.json": b"{}"})
+    images = load_image_dataset(tmp_path, streaming=streaming, keep_columns=["txt", "cls"])
+    rows = list(images)
+    found = [read_image(row["image"]).getpixel((0, 0))[0] for row in rows if row["image"]["bytes"]]
+    assert len(rows) == 6 and found == [1, 3]
+    assert [row["txt"] for row in rows] == ["a", "a", None, None, None, None] and rows[0]["cls"] is None
+    plain = load_image_dataset(tmp_path, streaming=streaming)
+    if streaming:
+        stream = DualTokenImageStream(plain, image_processor, crop_scale=(1, 1), repeat=False)
+        assert sorted(numbers(sample["pixel_values"][None])[0] for sample in stream) == [1, 3]
+    else:
+        dataset = DualTokenImageDataset(plain, image_processor, crop_scale=(1, 1))
+        assert sum(dataset[index]["num_skipped"] for index in range(6)) == 4
 
 
 def test_sample_of_a_webdataset_without_an_image_is_one_that_cannot_be_read(tmp_path, image_processor):

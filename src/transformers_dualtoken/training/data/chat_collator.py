@@ -69,8 +69,8 @@ class DualTokenDataCollator:
                 "of a mixture, or of none."
             )
         for name in ("num_skipped", "num_cut"):
-            if name in samples[0]:
-                batch[name] = torch.tensor([sum(sample[name] for sample in samples)])
+            if any(name in sample for sample in samples):
+                batch[name] = torch.tensor([sum(sample.get(name, 0) for sample in samples)])
         if "stream_position" in samples[-1]:
             batch["stream_position"] = samples[-1]["stream_position"]
         return batch

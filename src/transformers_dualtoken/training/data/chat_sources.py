@@ -1,6 +1,8 @@
 """Data of any kind for unified training: a `datasets` data set of raw rows, and how a row becomes an example."""
 
+import collections
 import glob
+import itertools
 import json
 import math
 import os
@@ -14,20 +16,20 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
-from .chat_formats import FORMATS, TASKS, check_text, detect_format
+from .chat_formats import FORMATS, TASKS, Format, check_text, detect_format
 from .chat_rows import find_files, iterate_rows, kind_of, load_rows, parse_line, parse_tar_sample
 from .chat_source import BadSampleError, ChatSource
 from .code_folder import is_code_folder
 from .image_codes import load_code_source
-from .image_sources import HUB_NAME, load_saved
+from .image_sources import HUB_NAME, ROWS_LOOKED_AT, load_from_hub, load_saved
 
 
 _SPEC_KEYS = ("path", "format", "weight", "split", "name", "image_folder")
 _MIXTURE_ENDINGS = (".json", ".yaml", ".yml")
 # A larger JSON file (1 MiB) is data and no mixture.
 _MAX_MIXTURE_BYTES = 2**20
-# Rows that are looked at for the columns: some of them may be broken.
-_MAX_ROWS_TO_DETECT = 100
+# Of so many files rows are looked at for the columns.
+_FILES_LOOKED_AT = 10
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
             f"The folder {path!r} holds precomputed codes: its format is 'codes', not {spec['format']!r}."
         )
 
-    dataset, kind, folder, columns = _load_rows(spec, streaming)
+    dataset, kind, folder, rows = _load_rows(spec, streaming)
+    columns = set().union(*rows)
     name = spec.get("format") or detect_format(columns)
     if name is None:
         raise ValueError(
@@ -259,7 +262,7 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
         )
     _check_keys({**spec, "format": name})
     known = FORMATS[name]
-    roles = known.find_columns(columns, spec)
+    roles = _find_roles(known, rows, spec)
     if roles is None:
         wanted = "; ".join(
             f"{role}: {spec[role] if role in spec else ' or '.join(names)}" for role, names in known.roles.items()
@@ -299,10 +302,10 @@ def _short_name(path: str) -> str:
 
 
 def _load_rows(spec: Mapping, streaming: bool):
-    """A source's data set, the kind of its rows, the folder of its relative image paths, and its columns."""
+    """A source's data set, the kind of its rows, the folder of its relative image paths, and the columns of some rows."""
     path, split = spec["path"], spec["split"]
     if not os.path.exists(path) and not glob.has_magic(path):
-        dataset = _load_from_hub(path, spec.get("name"), split, streaming)
+        dataset = load_from_hub(path, split, streaming, kind_of(path) is not None, name=spec.get("name"))
         return dataset, "columns", None, _columns_of(dataset, path)
     if "name" in spec:
         raise ValueError(f"`name` is the configuration of a data set on the Hub, and {path!r} is a local path.")
@@ -316,50 +319,59 @@ def _load_rows(spec: Mapping, streaming: bool):
         return dataset, "columns", folder, _columns_of(dataset, path)
     sample_by = spec.get("sample_by", FORMATS["text"].options["sample_by"])
     row_kind = "tar" if kind == "tar" else "line"
-    columns = _columns_of_rows(iterate_rows(files, kind, sample_by), row_kind, path)
+    columns = _columns_of_files(files, kind, sample_by, path)
     return load_rows(kind, files, streaming, sample_by), row_kind, None, columns
 
 
-def _columns_of_rows(rows, kind: str, path: str) -> set[str]:
-    """The columns of the first row that can be parsed."""
-    error = None
-    for _, row in zip(range(_MAX_ROWS_TO_DETECT), rows):
-        try:
-            return set(read_record(row, kind))
-        except BadSampleError as failure:
-            error = failure
-    if error is None:
-        raise ValueError(f"There are no rows at {path!r}.")
-    raise ValueError(
-        f"None of the first {_MAX_ROWS_TO_DETECT} rows of {path!r} can be parsed. The last: {error}."
-    ) from error
+def _columns_of_files(files: list[str], kind: str, sample_by: str, path: str) -> list[set[str]]:
+    """The columns of the first rows of the first file and of some others."""
+    chosen = files[:: -(-len(files) // _FILES_LOOKED_AT)]
+    rows = itertools.chain.from_iterable(
+        itertools.islice(iterate_rows([file], kind, sample_by), -(-ROWS_LOOKED_AT // len(chosen))) for file in chosen
+    )
+    return _columns_of_rows(rows, "tar" if kind == "tar" else "line", path)
 
 
-def _columns_of(dataset, path: str) -> set[str]:
-    row = None
-    if dataset.features is None:  # a stream of files without a schema
-        row = next(iter(dataset), None)
-        if row is None:
-            raise ValueError(f"There are no rows at {path!r}.")
-        return set(read_record(row, "columns"))
-    fields = dataset.features.get("json")
-    return {*dataset.features, *(fields if isinstance(fields, dict) else ())}
-
-
-def _load_from_hub(source: str, name: str | None, split: str, streaming: bool):
-    if not HUB_NAME.fullmatch(source) or kind_of(source) is not None:
-        raise ValueError(f"There is no file or folder at {source!r}, and it is not the name of a data set on the Hub.")
+def _columns_of_rows(rows, kind: str, path: str) -> list[set[str]]:
+    """The columns of every row that can be parsed."""
+    columns, error, count = [], None, 0
     try:
-        return datasets.load_dataset(source, name, split=split, streaming=streaming)
-    except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(
-            f"There is no file or folder at {source!r}, and no data set of this name can be had from the Hub: {error}"
-        ) from error
+        for row in rows:
+            count += 1
+            try:
+                columns.append(set(read_record(row, kind)))
+            except BadSampleError as failure:
+                error = failure
+    except ValueError:  # a file is damaged, which is named again where it is read
+        if not columns:
+            raise
+    if count == 0:
+        raise ValueError(f"There are no rows at {path!r}.")
+    if not columns:
+        raise ValueError(f"None of the first {count} rows of {path!r} can be parsed. The last: {error}.") from error
+    return columns
+
+
+def _columns_of(dataset, path: str) -> list[set[str]]:
+    if dataset.features is None:  # a stream of files without a schema
+        return _columns_of_rows(dataset.take(ROWS_LOOKED_AT), "columns", path)
+    fields = dataset.features.get("json")
+    return [{*dataset.features, *(fields if isinstance(fields, dict) else ())}]
+
+
+def _find_roles(known: Format, rows: list[set[str]], spec: Mapping) -> dict[str, str] | None:
+    """The column of each role, as most rows have them; of incomplete rows alone, as all of them together do."""
+    found = collections.Counter(
+        tuple(roles.items()) for columns in rows if (roles := known.find_columns(columns, spec)) is not None
+    )
+    return dict(found.most_common(1)[0][0]) if found else known.find_columns(set().union(*rows), spec)
 
 
 def _load_parquet(files: list[str], streaming: bool):
     try:
-        features = datasets.Features.from_arrow_schema(pq.read_schema(files[0]))
+        # Of all files: one may lack a column, or hold nothing in it.
+        schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
+        features = datasets.Features.from_arrow_schema(schema)
         features = datasets.Features({name: _undecoded_feature(feature) for name, feature in features.items()})
         return datasets.load_dataset(
             "parquet", data_files=files, split="train", streaming=streaming, features=features

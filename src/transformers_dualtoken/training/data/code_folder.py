@@ -39,8 +39,14 @@ def is_code_folder(path) -> bool:
     folder = Path(path)
     if (folder / DESCRIPTION_FILE).is_file():
         return True
-    shard = next(iter(_find_shards(folder).values()), None) if folder.is_dir() else None
-    return shard is not None and _FOOTER_KEY in (pq.read_schema(shard).metadata or {})
+    return folder.is_dir() and any(_has_footer(shard) for shard in _find_shards(folder).values())
+
+
+def _has_footer(shard: Path) -> bool:
+    try:
+        return _FOOTER_KEY in (pq.read_schema(shard).metadata or {})
+    except (OSError, pa.ArrowException):  # another shard, or who reads this one, says what is wrong
+        return False
 
 
 def read_description(path) -> dict:

@@ -1,5 +1,6 @@
 """Images for tokenizer training: any source as a `datasets` data set with a column of undecoded images."""
 
+import contextlib
 import glob
 import itertools
 import os
@@ -13,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from transformers.utils import logging
+
+from .image_reading import MAX_SKIPPED_IN_A_ROW
 
 
 logger = logging.get_logger(__name__)
@@ -33,8 +37,12 @@ HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _UNDECODED = datasets.Image(decode=False)
 # A stream of image files has this many shards, or one for every file.
 _MAX_FOLDER_SHARDS = 1024
+# Keys of a webdataset sample that are integers, by its convention.
+_INTEGER_KEYS = ("cls", "cls2", "index", "inx")
 # A larger file in a webdataset shard (256 MiB) is not read: no image that can be decoded needs so many bytes.
 MAX_FILE_BYTES = 2**28
+# The first rows say what columns there are: one alone may be incomplete.
+ROWS_LOOKED_AT = 100
 
 
 def load_image_dataset(
@@ -70,7 +78,8 @@ def load_image_dataset(
             of the result. In a webdataset any key that is an image's ending counts, unless the samples have this key.
         keep_columns (`Iterable[str]`, *optional*): columns to leave beside the images, such as labels and captions.
             With any, local files too are read by `datasets.load_dataset`, by its own rules: a folder of images has
-            the column `"label"` of its subfolders or those of its `metadata.jsonl`, a webdataset its keys.
+            the column `"label"` of its subfolders or those of its `metadata.jsonl`. A webdataset has its keys: integers
+            where they are called `cls` or `index`, else text, and `None` where a sample lacks one.
 
     Returns:
         `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`, with the column `image_column` of
@@ -89,13 +98,15 @@ def load_image_dataset(
         )
     keep_columns = list(keep_columns)
     if not is_local:
-        dataset = _load_from_hub(source, name, data_files, split, streaming, image_column)
+        is_file_name = Path(source).suffix.lower() in _KINDS
+        dataset = load_from_hub(source, split, streaming, is_file_name, name=name, data_files=data_files)
+        dataset = _with_image_column(dataset, source, image_column)
     elif os.path.isfile(os.path.join(source, "state.json")) or os.path.isfile(
         os.path.join(source, "dataset_dict.json")
     ):
         dataset = load_saved(source, split, streaming)
     elif keep_columns:
-        dataset = _load_by_datasets(source, split, streaming, image_column)
+        dataset = _load_by_datasets(source, split, streaming, image_column, keep_columns)
     else:
         kind, files = _find_files(source, split)
         dataset = _load_files(kind, files, streaming, image_column)
@@ -114,7 +125,7 @@ def undecoded(dataset, image_column: str, keep=()):
     wanted = list(dict.fromkeys((image_column, *keep)))
     columns = dataset.column_names
     if columns is None:  # a stream that was mapped
-        columns = list(next(iter(dataset), {}))
+        columns = list(dict.fromkeys(column for row in dataset.take(ROWS_LOOKED_AT) for column in row))
     for column in wanted:
         if column not in columns:
             raise ValueError(f"The data set has no column {column!r}; it has {columns}.")
@@ -144,20 +155,27 @@ def _holds_images(feature) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, datasets.Value) and feature.dtype in types)
 
 
-def _load_from_hub(source: str, name, data_files, split: str, streaming: bool, image_column: str):
-    if not HUB_NAME.fullmatch(source) or Path(source).suffix.lower() in _KINDS:
-        raise ValueError(f"There is no file or folder at {source!r}, and it is not the name of a data set on the Hub.")
-    try:
-        dataset = datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
-    except (ConnectionError, FileNotFoundError) as error:
+def load_from_hub(source: str, split: str, streaming: bool, is_file_name: bool, *, name=None, data_files=None):
+    """A data set of the Hub. `is_file_name`: `source` can be no name of one, for it has the ending of a file of data."""
+    nowhere = f"There is no file or folder at {source!r} (the working directory is {os.getcwd()!r})"
+    if not HUB_NAME.fullmatch(source) or is_file_name:
+        raise ValueError(f"{nowhere}, and it is not the name of a data set on the Hub.")
+    if source in _PACKAGED_DATASETS_MODULES and data_files is None:
         raise ValueError(
-            f"There is no file or folder at {source!r}, and no data set of this name can be had from the Hub: {error}"
-        ) from error
-    return _with_image_column(dataset, source, image_column)
+            f"{nowhere}. {source!r} is no data set of the Hub but a reader of `datasets`, which would read the files of "
+            "the working directory: give the path of the data."
+        )
+    try:
+        return datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
+    except (ConnectionError, FileNotFoundError) as error:
+        raise ValueError(f"{nowhere}, and no data set of this name can be had from the Hub: {error}") from error
 
 
-def _load_by_datasets(source: str, split: str, streaming: bool, image_column: str):
-    """Local files with all columns that `datasets` makes of them."""
+def _load_by_datasets(source: str, split: str, streaming: bool, image_column: str, keep_columns: list[str]):
+    """Local files with all columns that `datasets` makes of them, but webdataset shards by our own reader."""
+    paths = walk(source) if os.path.isdir(source) else glob.glob(source) or [source]
+    if any(path.lower().endswith(".tar") for path in paths):
+        return _load_files(*_find_files(source, split), streaming, image_column, keep_columns)
     if os.path.isdir(source):
         arguments = {"path": source, "split": split}
     else:
@@ -267,7 +285,7 @@ def split_of(path: str, kind: str, split: str) -> str:
     return "train"
 
 
-def _load_files(kind: str, files: list[str], streaming: bool, image_column: str):
+def _load_files(kind: str, files: list[str], streaming: bool, image_column: str, keep_columns=()):
     if kind == "image":
         # A stream shuffles within blocks only, and folders are sorted by class: it starts from another order.
         if streaming:
@@ -279,18 +297,20 @@ def _load_files(kind: str, files: list[str], streaming: bool, image_column: str)
         # A row group is what can be read at once. This also finds files that were cut off.
         shards = [(path, group) for path in files for group in range(_num_row_groups(path, image_column))]
     else:
+        _check_tars(files, image_column)
         shards = [(path, None) for path in files]
+    others = {name: datasets.Value("int64" if name in _INTEGER_KEYS else "string") for name in keep_columns}
     arguments = {
         "generator": _iterate_shards,
-        "features": datasets.Features({image_column: _UNDECODED}),
-        "gen_kwargs": {"shards": shards, "image_column": image_column},
+        "features": datasets.Features({image_column: _UNDECODED, **others}),
+        "gen_kwargs": {"shards": shards, "image_column": image_column, "keep_columns": tuple(keep_columns)},
     }
     if streaming:
-        for _ in _iterate_shards(shards[:1], image_column):
-            break  # what is wrong with all shards is said now, and not by the first batch
         return datasets.IterableDataset.from_generator(**arguments)
     stats = [os.stat(path) for path in files]
-    fingerprint = Hasher.hash([shards, image_column, [(stat.st_size, stat.st_mtime_ns) for stat in stats]])
+    fingerprint = Hasher.hash(
+        [shards, image_column, list(keep_columns), [(stat.st_size, stat.st_mtime_ns) for stat in stats]]
+    )
     try:
         return datasets.Dataset.from_generator(**arguments, fingerprint=fingerprint)
     except DatasetGenerationError as error:
@@ -299,49 +319,107 @@ def _load_files(kind: str, files: list[str], streaming: bool, image_column: str)
         raise
 
 
-def _iterate_shards(shards: list[tuple[str, int | None]], image_column: str):
+def _iterate_shards(shards: list[tuple[str, int | None]], image_column: str, keep_columns: tuple[str, ...]):
     """The images of shards, as samples of one column; a shard that cannot be read is named."""
     for path, row_group in shards:
-        images = (
-            _iterate_tar(path, image_column) if row_group is None else _iterate_parquet(path, row_group, image_column)
+        samples = (
+            _iterate_tar(path, image_column, keep_columns)
+            if row_group is None
+            else ({image_column: image} for image in _iterate_parquet(path, row_group, image_column))
         )
+        with naming_shard(path):
+            yield from samples
+
+
+@contextlib.contextmanager
+def naming_shard(path: str):
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
+        raise ValueError(f"The shard {path!r} cannot be read, it is truncated or damaged ({error}).") from error
+
+
+def _check_tars(files: list[str], image_column: str) -> None:
+    """
+    Raise if the first samples show that all are not as they should be: none has an image, or most have several. A
+    single one that is not is passed over when it is read.
+    """
+    keys, several, num_whole, num_samples = set(), [], 0, 0
+    for path, sample, members in _first_samples(files):
+        names = _image_keys(members, image_column)
+        num_whole += len(names) == 1
+        if len(names) > 1:
+            several.append((path, sample, sorted(names)))
+        keys.update(members)
+        num_samples += 1
+        if num_samples >= ROWS_LOOKED_AT and num_whole + len(several) > 0:
+            break
+    if several and len(several) >= num_whole:
+        path, sample, names = several[0]
+        raise ValueError(
+            f"The sample {sample!r} of the webdataset shard {path!r} has {len(names)} images, with the keys {names}. Say "
+            "which by `image_column`."
+        )
+    if not num_whole:
+        raise ValueError(
+            f"The webdataset shard {files[0]!r} holds no images"
+            + (f", nor do those after it, {len(files)} in all" if len(files) > 1 else "")
+            + f": its samples have the keys {sorted(keys)}, of which none is {image_column!r} or the ending of an image, "
+            "such as 'jpg', 'png' or 'webp'."
+        )
+
+
+def _first_samples(files: list[str]):
+    """Shard, name and files of at most `MAX_SKIPPED_IN_A_ROW` samples; up to a damaged shard, but for a first one."""
+    count = 0
+    for path in files:
         try:
-            for image in images:
-                yield {image_column: image}
-        except (OSError, EOFError, tarfile.TarError, pa.ArrowException) as error:
-            raise ValueError(f"The shard {path!r} cannot be read, it is truncated or damaged ({error}).") from error
+            with naming_shard(path), tarfile.open(path, "r:") as tar:
+                for sample, members in _samples_of(tar):
+                    yield path, sample, members
+                    count += 1
+                    if count == MAX_SKIPPED_IN_A_ROW:
+                        return
+        except ValueError:  # which is said again where it is read
+            if not count:
+                raise
+            return
 
 
-def _iterate_tar(path: str, image_column: str):
+def _samples_of(tar: tarfile.TarFile):
+    """Name and files, by their keys, of every sample of a shard."""
+    members = (member for member in tar if member.isfile() or member.islnk())
+    files = (member for member in members if not os.path.basename(member.name).startswith("."))
+    for sample, group in itertools.groupby(files, key=lambda member: split_key(member.name)[0]):
+        yield sample, {split_key(member.name)[1]: member for member in group}
+
+
+def _image_keys(members: dict, image_column: str) -> list[str]:
+    return [image_column] if image_column in members else [key for key in members if key.lower() in IMAGE_EXTENSIONS]
+
+
+def _iterate_tar(path: str, image_column: str, keep_columns: tuple[str, ...]):
     with tarfile.open(path, "r:") as tar:
-        members = (member for member in tar if member.isfile() or member.islnk())
-        files = (member for member in members if not os.path.basename(member.name).startswith("."))
-        keys, image_found, without = set(), False, []
-        for sample, members in itertools.groupby(files, key=lambda member: split_key(member.name)[0]):
-            members = {split_key(member.name)[1]: member for member in members}
-            image_keys = [key for key in members if key.lower() in IMAGE_EXTENSIONS]
-            if image_column in members or image_keys:
-                image_found = True
-                if image_column not in members and len(image_keys) > 1:
-                    raise ValueError(
-                        f"The sample {sample!r} of the webdataset shard {path!r} has {len(image_keys)} images, with "
-                        f"the keys {sorted(image_keys)}. Say which by `image_column`."
-                    )
-                member = members[image_column if image_column in members else image_keys[0]]
-                shown = f"{path}/{member.name}"
-                yield {"bytes": read_member(tar, member, shown), "path": shown}
-            else:
-                keys.update(members)
-                without.append(f"{path}/{sample}")
-            if image_found:
-                # Counted as images that cannot be read.
-                yield from ({"bytes": b"", "path": name} for name in without)
-                without.clear()
-        if without:
-            raise ValueError(
-                f"The webdataset shard {path!r} holds no images: its samples have the keys {sorted(keys)}, of which "
-                f"none is {image_column!r} or the ending of an image, such as 'jpg', 'png' or 'webp'."
-            )
+        for sample, members in _samples_of(tar):
+            keys = _image_keys(members, image_column)
+            # What has no image, or several, is counted as an image that cannot be read.
+            image = {"bytes": b"", "path": f"{path}/{sample}"}
+            if len(keys) == 1:
+                shown = f"{path}/{members[keys[0]].name}"
+                image = {"bytes": read_member(tar, members[keys[0]], shown), "path": shown}
+            elif keys:
+                logger.warning_once(f"{path}/{sample} has the images {sorted(keys)}; `image_column` may say which.")
+            others = {}
+            for key in keep_columns:
+                shown = f"{path}/{sample}.{key}"
+                text = read_member(tar, members[key], shown).decode("utf-8", "replace") if key in members else None
+                if text is not None and key in _INTEGER_KEYS:
+                    try:
+                        text = int(text)
+                    except ValueError as error:
+                        raise ValueError(f"{shown} must hold an integer, got {text!r:.100}.") from error
+                others[key] = text
+            yield {image_column: image, **others}
         # `tarfile` also stops at a damaged header, and where a file was cut off between two members.
         tar.fileobj.seek(tar.offset)
         end = tar.fileobj.read(tarfile.BLOCKSIZE)
