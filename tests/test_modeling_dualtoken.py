@@ -19,6 +19,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from transformers_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTokenVisionTokenizer
+from transformers_dualtoken.transformers_compat import CACHE_NAME
 
 
 N, START, IMAGE, END = 9, 50, 51, 52
@@ -393,7 +394,10 @@ class TestForward:
         del batch["labels"]
         base = model.model(**batch)
         assert torch.equal(base.last_hidden_state, named.last_hidden_state)
-        assert torch.equal(base.image_mask, batch["input_ids"] == IMAGE)
+        assert set(base.keys()) == {"last_hidden_state", CACHE_NAME, "pixel_codes", "semantic_codes"}
+        mask = model.model.image_mask(batch["input_ids"], None)
+        assert torch.equal(mask, batch["input_ids"] == IMAGE)
+        assert torch.equal(model.model(**batch, image_mask=mask).last_hidden_state, named.last_hidden_state)
 
     def test_per_depth_codebooks(self):
         fields = tiny_unified_config().vision_tokenizer_config.to_dict()

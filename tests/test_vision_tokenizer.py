@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config
 from transformers import AutoConfig, AutoModel, SiglipConfig, SiglipModel, SiglipVisionConfig
 
-from transformers_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizer, DualTokenVisionTokenizerConfig
+from transformers_dualtoken import (
+    DualTokenEncoderOutput,
+    DualTokenQuantizerConfig,
+    DualTokenVisionTokenizer,
+    DualTokenVisionTokenizerConfig,
+)
 
 
 KINDS = ("pixel", "semantic")
@@ -168,11 +173,6 @@ def test_image_and_text_features(tokenizer, pixel_values):
     own = tokenizer.siglip.get_text_features(INPUT_IDS)
     assert torch.equal(text.pooler_output, own.pooler_output)
     assert torch.equal(text.last_hidden_state, own.last_hidden_state)
-    mask = (INPUT_IDS != 0).long()
-    masked = tokenizer.get_text_features(INPUT_IDS, attention_mask=mask)
-    own = tokenizer.siglip.get_text_features(INPUT_IDS, attention_mask=mask)
-    assert torch.equal(masked.pooler_output, own.pooler_output)
-    assert not torch.equal(masked.pooler_output, text.pooler_output)
     image = tokenizer.get_image_features(pixel_values)
     encoded = tokenizer.encode(pixel_values)
     assert torch.equal(image.pooler_output, encoded.pooler_output)
@@ -183,6 +183,58 @@ def test_image_and_text_features(tokenizer, pixel_values):
 
 
 @torch.no_grad()
+def test_a_mask_says_where_texts_end_and_the_text_tower_sees_them_padded_as_in_training(tokenizer, pixel_values):
+    """SigLIP attends its padding: what a tokenizer returns by default must not give other features."""
+    expected = tokenizer.get_text_features(INPUT_IDS).pooler_output
+    rows = [[5, 6, 2], [7, 8, 9, 2], [3, 2]]
+    length = max(map(len, rows))
+    for left in (False, True):
+        for pad in (0, 61):  # whatever the padding is written with
+            ids = [[pad] * (length - len(row)) + row if left else row + [pad] * (length - len(row)) for row in rows]
+            mask = [
+                [0] * (length - len(row)) + [1] * len(row) if left else [1] * len(row) + [0] * (length - len(row))
+                for row in rows
+            ]
+            ids, mask = torch.tensor(ids), torch.tensor(mask)
+            assert torch.equal(tokenizer.get_text_features(ids, attention_mask=mask).pooler_output, expected)
+            logits = tokenizer(pixel_values, ids, attention_mask=mask).logits_per_image
+            assert torch.equal(logits, tokenizer(pixel_values, INPUT_IDS).logits_per_image)
+
+
+def test_hidden_states_and_attentions_are_recorded_where_asked(pixel_values):
+    model = DualTokenVisionTokenizer._from_config(tiny_tokenizer_config(), attn_implementation="eager").eval()
+    rows = len(pixel_values)
+    plain = model(pixel_values)
+    assert plain.hidden_states is None and plain.attentions is None
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    for output in (model.encode(pixel_values, **wanted), model(pixel_values, INPUT_IDS, **wanted)):
+        assert [state.shape for state in output.hidden_states] == [(rows, 9, 32)] * 5
+        assert [weights.shape for weights in output.attentions] == [(rows, 4, 9, 9)] * 4
+        assert torch.equal(output.hidden_states[2], output.pixel_hidden_state)
+        assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+        assert torch.equal(output.pixel_codes, plain.pixel_codes)
+    shallow = model.encode(pixel_values, codes="pixel", output_hidden_states=True)
+    assert len(shallow.hidden_states) == 3 and shallow.attentions is None
+    model.config.output_hidden_states = True
+    assert len(model.encode(pixel_values).hidden_states) == len(model(pixel_values).hidden_states) == 5
+    assert model(pixel_values, output_hidden_states=False).hidden_states is None
+    assert len(model.get_image_features(pixel_values).hidden_states) == 5
+    # A config that asks for tuples means what is returned, not what is used inside.
+    model.config.return_dict = False
+    assert isinstance(model(pixel_values), tuple)
+    assert isinstance(model.encode(pixel_values), DualTokenEncoderOutput)
+
+
+def test_padding_of_siglip_2_where_its_folder_says_nothing():
+    assert DualTokenVisionTokenizerConfig().text_config.pad_token_id == 0
+    fields = tiny_tokenizer_config().to_dict()
+    fields["text_config"] |= {"vocab_size": 256000, "pad_token_id": 1}
+    assert DualTokenVisionTokenizerConfig(**fields).text_config.pad_token_id == 0
+    fields["text_config"] |= {"vocab_size": 32000}
+    assert DualTokenVisionTokenizerConfig(**fields).text_config.pad_token_id == 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("arguments", [{}, {"input_ids": INPUT_IDS}])
 def test_fields_and_tuples_come_in_the_declared_order(tokenizer, pixel_values, arguments):
     def declared(output):
@@ -190,7 +242,7 @@ def test_fields_and_tuples_come_in_the_declared_order(tokenizer, pixel_values, a
         return [name for name in names if getattr(output, name) is not None]
 
     output = tokenizer(pixel_values, **arguments)
-    assert list(output.keys()) == declared(output) and list(output.keys())[0] == "pixel_codes"
+    assert list(output.keys()) == declared(output) and list(output.keys())[0] == "last_hidden_state"
     as_tuple = tokenizer(pixel_values, **arguments, return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == len(output) == (16 if arguments else 13)
     assert all(torch.equal(value, output[name]) for name, value in zip(declared(output), as_tuple))

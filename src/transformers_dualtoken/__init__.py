@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoModelForZeroShotImageClassification,
     AutoProcessor,
     AutoTokenizer,
     Qwen2Tokenizer,
@@ -44,7 +45,8 @@ for _config in (DualTokenVisionTokenizerConfig, DualTokenConfig):
         image_processor_classes={"pil": DualTokenImageProcessorPil, "torchvision": DualTokenImageProcessor},
         exist_ok=True,
     )
-AutoModel.register(DualTokenVisionTokenizerConfig, DualTokenVisionTokenizer, exist_ok=True)
+for _auto_class in (AutoModel, AutoModelForZeroShotImageClassification):
+    _auto_class.register(DualTokenVisionTokenizerConfig, DualTokenVisionTokenizer, exist_ok=True)
 AutoProcessor.register(DualTokenVisionTokenizerConfig, DualTokenVisionTokenizerProcessor, exist_ok=True)
 AutoModel.register(DualTokenConfig, DualTokenModel, exist_ok=True)
 AutoProcessor.register(DualTokenConfig, DualTokenProcessor, exist_ok=True)

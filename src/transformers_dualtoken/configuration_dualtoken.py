@@ -9,6 +9,7 @@ import math
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
+from transformers.models.auto import modeling_auto
 
 
 # The towers of google/siglip2-so400m-patch14-384.
@@ -17,6 +18,8 @@ _SO400M_384 = {
     "vision_config": {**_SO400M, "image_size": 384, "patch_size": 14},
     "text_config": {**_SO400M, "vocab_size": 256000, "max_position_embeddings": 64, "projection_size": 1152},
 }
+# Gemma's vocabulary, which SigLIP 2's texts are made of, and its padding.
+_GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
 def _as_config(value, config_class, name: str, defaults: dict | None = None):
@@ -147,6 +150,9 @@ class DualTokenVisionTokenizerConfig(PreTrainedConfig):
         for name, config_class in self.sub_configs.items():
             defaults = _SO400M_384.get(name)
             setattr(self, name, _as_config(getattr(self, name), config_class, name, defaults))
+        if self.text_config.vocab_size == _GEMMA_VOCAB_SIZE and self.text_config.pad_token_id == 1:
+            # SigLIP 2's folders say nothing and get SigLIP's default, which is the end of a text there.
+            self.text_config.pad_token_id = _GEMMA_PAD_TOKEN_ID
         self.decoder_block_out_channels = list(self.decoder_block_out_channels)
         if self.decoder_attention_levels is None:
             self.decoder_attention_levels = [len(self.decoder_block_out_channels) - 1]
@@ -392,6 +398,16 @@ class DualTokenConfig(PreTrainedConfig):
                     f"The unified model needs both quantisers to have the same `{name}` (its two depth heads are one "
                     f"batched transformer), got pixel {pixel} and semantic {semantic}."
                 )
+
+
+# Pipelines and `transformers serve` look classes up by name, in tables that the Auto classes' `register` leaves alone.
+# Here rather than in the package's `__init__`, which is no part of what the Hub copies as remote code.
+for _task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    getattr(modeling_auto, f"MODEL_FOR_{_task}_MAPPING_NAMES")[DualTokenConfig.model_type] = "DualTokenForCausalLM"
+modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[DualTokenVisionTokenizerConfig.model_type] = (
+    "DualTokenVisionTokenizer"
+)
+del _task
 
 
 __all__ = [

@@ -45,12 +45,10 @@ class DualTokenModelOutputWithPast(BaseModelOutputWithPast):
         hidden_states (tuple of `torch.Tensor` of shape `(B, L, H)`, with `output_hidden_states`).
         attentions (tuple of `torch.Tensor` of shape `(B, heads, L, L)`, with `output_attentions`).
         pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, when images were given).
-        image_mask (`torch.BoolTensor` of shape `(B, L)`, when images were given): the images' positions.
     """
 
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
-    image_mask: torch.BoolTensor | None = None
 
 
 @dataclass
@@ -299,6 +297,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         semantic_codes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        image_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> DualTokenModelOutputWithPast:
         """
@@ -315,6 +314,8 @@ class DualTokenModel(DualTokenPreTrainedModel):
                 order, in [-1, 1]; or
             pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*): their codes.
             use_cache (`bool`, *optional*).
+            image_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): what the method of this name returns for these
+                inputs, where the caller needs it too.
 
         Raises:
             ValueError: if the number of placeholders does not fit the images, or codes do not fit the tokenizer.
@@ -327,7 +328,6 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        image_mask = None
         has_images = pixel_values is not None or pixel_codes is not None or semantic_codes is not None
         # In this order: the length of a static cache is a tensor, and to compare it waits for the device.
         sharded = is_sharded(self) and _length(past_key_values) == 0
@@ -348,7 +348,8 @@ class DualTokenModel(DualTokenPreTrainedModel):
             embeds = self.get_image_features(
                 pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
             ).pooler_output
-            image_mask = self.image_mask(input_ids, inputs_embeds)
+            if image_mask is None:
+                image_mask = self.image_mask(input_ids, inputs_embeds)
             self.check_placeholders(image_mask, len(pixel_codes))
             inputs_embeds = inputs_embeds.masked_scatter(
                 image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
@@ -382,7 +383,6 @@ class DualTokenModel(DualTokenPreTrainedModel):
             attentions=outputs.attentions,
             pixel_codes=pixel_codes,
             semantic_codes=semantic_codes,
-            image_mask=image_mask,
         )
 
     def for_backbone(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
@@ -647,6 +647,9 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if labels is not None and use_cache is None:
             # A loss needs none, and with one transformers does not keep packed samples apart.
             use_cache = False
+        image_mask = None
+        if labels is not None and (input_ids is not None or inputs_embeds is not None):
+            image_mask = self.model.image_mask(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -657,11 +660,12 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             pixel_codes=pixel_codes,
             semantic_codes=semantic_codes,
             use_cache=use_cache,
+            image_mask=image_mask,
             return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
-        losses = {} if labels is None else self._losses(outputs, labels, num_items_in_batch)
+        losses = {} if labels is None else self._losses(outputs, image_mask, labels, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -678,7 +682,11 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         )
 
     def _losses(
-        self, outputs: DualTokenModelOutputWithPast, labels: torch.LongTensor, num_items_in_batch
+        self,
+        outputs: DualTokenModelOutputWithPast,
+        image_mask: torch.BoolTensor,
+        labels: torch.LongTensor,
+        num_items_in_batch,
     ) -> dict[str, torch.Tensor]:
         """The losses, and the sums and counts they are made of, by their names in the output."""
         config, hidden_states = self.config, outputs.last_hidden_state
@@ -688,7 +696,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             )
         labels = labels.to(hidden_states.device)
         visual_labels = labels == config.image_token_id
-        codes = self._visual_targets(outputs, visual_labels)
+        codes = self._visual_targets(outputs, image_mask, visual_labels)
 
         # The state at t - 1 predicts position t.
         is_visual = visual_labels[:, 1:]
@@ -761,16 +769,17 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
 
     def _visual_targets(
-        self, outputs: DualTokenModelOutputWithPast, visual_labels: torch.BoolTensor
+        self, outputs: DualTokenModelOutputWithPast, image_mask: torch.BoolTensor, visual_labels: torch.BoolTensor
     ) -> torch.LongTensor:
         """Codes `(2, T, D)` of the labelled image positions; raises unless images are labelled wholly or not."""
-        image_mask, num_depths = outputs.image_mask, self.config.num_depths
-        if image_mask is None:
+        if outputs.pixel_codes is None:
             if visual_labels.any():
                 raise ValueError(
                     f"`labels` hold the image token ({self.config.image_token_id}), but no images were given."
                 )
-            return torch.zeros(len(CODE_KINDS), 0, num_depths, dtype=torch.long, device=visual_labels.device)
+            shape = (len(CODE_KINDS), 0, self.config.num_depths)
+            return torch.zeros(shape, dtype=torch.long, device=visual_labels.device)
+        image_mask = image_mask.to(visual_labels.device)
         if (visual_labels & ~image_mask).any():
             raise ValueError("`labels` hold the image token at positions that are no image's.")
         labelled = visual_labels[image_mask].view(-1, self.config.num_positions)

@@ -32,30 +32,36 @@ class DualTokenEncoderOutput(ModelOutput):
     What `encode` returns; fields of a kind that was not asked for are `None`. B images, H x W positions, D depths.
 
     Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): output of the last encoder layer,
+            before the final norm. The first field: pipelines that extract features take that.
+        pooler_output (`torch.Tensor` of shape `(B, hidden_size)`): SigLIP's pooled image feature, not normalised.
         pixel_codes, semantic_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
         pixel_quantized, semantic_quantized (`torch.Tensor` of shape `(B, H * W, C)`): sums of the code vectors, with
             a straight-through gradient.
         semantic_features (`torch.Tensor` of shape `(B, H * W, hidden_size)`): what replaces the hidden state above
             the semantic layer.
-        last_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): output of the last encoder layer,
-            before the final norm.
-        pooler_output (`torch.Tensor` of shape `(B, hidden_size)`): SigLIP's pooled image feature, not normalised.
         pixel_commitment_loss, semantic_commitment_loss (`torch.Tensor`, scalars).
         pixel_hidden_state, semantic_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): outputs of the
             pixel and the semantic layer, before quantisation.
+        hidden_states (tuple of `torch.Tensor` of shape `(B, H * W, hidden_size)`, with `output_hidden_states`): the
+            embeddings and the output of every encoder layer that was computed.
+        attentions (tuple of `torch.Tensor` of shape `(B, heads, H * W, H * W)`, with `output_attentions`): of the same
+            layers.
     """
 
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
     pixel_quantized: torch.Tensor | None = None
     semantic_quantized: torch.Tensor | None = None
     semantic_features: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
     pixel_commitment_loss: torch.Tensor | None = None
     semantic_commitment_loss: torch.Tensor | None = None
     pixel_hidden_state: torch.Tensor | None = None
     semantic_hidden_state: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -209,7 +215,7 @@ class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
         "DualTokenAttentionProjection",
         "DualTokenResidualQuantizer",
     ]
-    # What `get_image_features` returns with `output_hidden_states` and `output_attentions`.
+    # What `encode` returns with `output_hidden_states` and `output_attentions`.
     _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
     # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
     _keep_in_fp32_modules_strict = ["codebook"]
@@ -374,7 +380,12 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 raise ValueError(f"{expected}, got values from {low:.4g} to {high:.4g}.")
 
     def encode(
-        self, pixel_values: torch.Tensor, codes: Sequence[str] = CODE_KINDS, features: bool = True
+        self,
+        pixel_values: torch.Tensor,
+        codes: Sequence[str] = CODE_KINDS,
+        features: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> DualTokenEncoderOutput:
         """
         Codes and features of images. In training mode this also moves the codebooks (EMA).
@@ -388,6 +399,8 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 nothing deeper than the pixel and shortcut layers is computed.
             features (`bool`, defaults to `True`): also the semantic features, the last layers and the pooled image
                 feature; `False` stops once the codes are known.
+            output_hidden_states, output_attentions (`bool`, *optional*): also those of the encoder's layers; default to
+                the config's. Attentions need `attn_implementation="eager"`.
 
         Raises:
             ValueError: for another shape, dtype or range, or an unknown kind of codes.
@@ -396,6 +409,14 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         if not codes or not set(codes) <= set(CODE_KINDS):
             raise ValueError(f"`codes` must name 'pixel', 'semantic' or both, got {codes}.")
         self._check_pixel_values(pixel_values)
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        return self._encode(pixel_values, codes, features, return_dict=True, **wanted)
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def _encode(
+        self, pixel_values: torch.Tensor, codes: tuple[str, ...], features: bool, **recorded
+    ) -> DualTokenEncoderOutput:
         config, vision_model = self.config, self.siglip.vision_model
         wants_pixel, wants_semantic = "pixel" in codes, "semantic" in codes
         # Layers whose output is needed; the loop ends at the deepest.
@@ -496,19 +517,22 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 f"{tuple(codes.shape)}."
             )
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
         SigLIP's image features through the quantised semantic branch.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(B, H * W, hidden_size)` after the final norm,
-            `pooler_output` `(B, hidden_size)`, not normalised.
+            `pooler_output` `(B, hidden_size)`, not normalised, and with `output_hidden_states` and
+            `output_attentions` those of the encoder's layers.
         """
-        encoded = self.encode(pixel_values, codes=("semantic",))
+        encoded = self.encode(pixel_values, codes=("semantic",), **_recording(kwargs))
         return BaseModelOutputWithPooling(
             last_hidden_state=self.siglip.vision_model.post_layernorm(encoded.last_hidden_state),
             pooler_output=encoded.pooler_output,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     @can_return_tuple
@@ -518,9 +542,21 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         SigLIP's text features: `pooler_output` `(T, hidden_size)`, not normalised.
 
-        `input_ids` `(T, L)` are padded to the text tower's full length, as SigLIP was trained.
+        SigLIP was trained on texts padded on the right to the text tower's full length, the padding attended. So an
+        `attention_mask` only says where the texts `(T, L)` end: from it they are padded as in training. Without one,
+        `input_ids` are taken as they are.
         """
-        return self.siglip.text_model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if attention_mask is not None:
+            input_ids = self._padded_as_in_training(input_ids, attention_mask)
+        return self.siglip.text_model(input_ids=input_ids, **kwargs)
+
+    def _padded_as_in_training(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor) -> torch.LongTensor:
+        """Texts `(T, L)`, padded on either side or not at all, as `(T, full length)`, padded on the right."""
+        config = self.config.text_config
+        is_padding = attention_mask == 0
+        order = is_padding.to(torch.uint8).argsort(dim=-1, stable=True)
+        texts = input_ids.masked_fill(is_padding, config.pad_token_id).gather(1, order)
+        return F.pad(texts, (0, max(0, config.max_position_embeddings - texts.shape[1])), value=config.pad_token_id)
 
     @can_return_tuple
     def forward(
@@ -536,12 +572,13 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
-            input_ids (`torch.LongTensor` of shape `(T, L)`, *optional*): texts, padded to the text tower's length.
-            attention_mask (`torch.Tensor` of shape `(T, L)`, *optional*).
+            input_ids, attention_mask (`torch.LongTensor` of shape `(T, L)`, *optional*): texts, as in
+                `get_text_features`.
             codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): as in `encode`. Without pixel codes there is
                 no reconstruction, without semantic ones neither image embedding nor similarities.
+            kwargs: `output_hidden_states` and `output_attentions`, as in `encode`, and `return_dict`.
         """
-        encoded = self.encode(pixel_values, codes=codes)
+        encoded = self.encode(pixel_values, codes=codes, **_recording(kwargs))
         reconstruction = image_embeds = text_embeds = logits_per_image = logits_per_text = None
         if encoded.pixel_quantized is not None:
             reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
@@ -565,6 +602,10 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             logits_per_image=logits_per_image,
             logits_per_text=logits_per_text,
         )
+
+
+def _recording(kwargs: dict) -> dict:
+    return {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
 
 
 __all__ = [
