@@ -545,3 +545,32 @@ def test_vision_tokenizer_processor(tmp_path, tokenizer, registered):
     with pytest.raises(ValueError, match="got neither"):
         processor()
     assert len(processor.post_process_images(torch.zeros(3, 4, 4))) == 1
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<|vision_start|><|image_pad|><|vision_end|>What?",
+        "a<|image_pad|>b<|vision_start|><|image_pad|>c<|image_pad|><|vision_end|>",
+        "no image",
+    ],
+)
+def test_text_replacement_offsets(processor, prompt):
+    """Engines put them in the place of the placeholders of the prompt, and must arrive where the processor does."""
+    count = prompt.count("<|image_pad|>")
+    inputs = processor(text=[prompt, "x"], placeholders_only=True, return_text_replacement_offsets=True)
+    replaced, other = inputs["text_replacement_offsets"]
+    assert other == [] and len(replaced) == count
+    assert all(entry["type"] == "image" and entry["text"] == "<|image_pad|>" for entry in replaced)
+    assert all(prompt[slice(*entry["span"])] == entry["text"] for entry in replaced)
+    expanded = prompt
+    for entry in reversed(replaced):
+        start, end = entry["span"]
+        expanded = expanded[:start] + entry["replacement"] + expanded[end:]
+    assert all(expanded[slice(*entry["new_span"])] == entry["replacement"] for entry in replaced)
+    assert processor.tokenizer(expanded)["input_ids"] == processor(text=prompt, placeholders_only=True)["input_ids"][0]
+    tensors = processor(
+        text=prompt, placeholders_only=True, text_kwargs={"return_text_replacement_offsets": True}, return_tensors="pt"
+    )
+    assert isinstance(tensors["input_ids"], torch.Tensor) and tensors["text_replacement_offsets"] == [replaced]
+    assert "text_replacement_offsets" not in processor(text=prompt, placeholders_only=True)

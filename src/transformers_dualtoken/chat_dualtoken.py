@@ -293,9 +293,28 @@ class ImageTokens:
         start, pad, end = map(re.escape, (self.start, self.pad, self.end))
         return f"(?:{unmarked}{start})?{unmarked}{pad}(?:{end})?"
 
-    @property
-    def text(self) -> str:
-        return self.start + self.pad * self.count + self.end
+    def expand(self, prompt: str) -> tuple[str, list[dict[str, Any]]]:
+        """The prompt with every image at its length, and what was put in the place of each `pad`."""
+        pieces, replacements, last, length = [], [], 0, 0
+        for match in re.finditer(self.pattern(), prompt):
+            shown = match.group()
+            before = "" if shown.startswith(self.start) else self.start
+            after = "" if shown.endswith(self.end) else self.end
+            at = match.start() + (0 if before else len(self.start))
+            text = before + self.pad * self.count + after
+            pieces += [prompt[last:at], text]
+            new_at = length + at - last
+            length, last = new_at + len(text), at + len(self.pad)
+            replacements.append(
+                {
+                    "type": "image",
+                    "span": (at, last),
+                    "new_span": (new_at, length),
+                    "text": self.pad,
+                    "replacement": text,
+                }
+            )
+        return "".join([*pieces, prompt[last:]]), replacements
 
     @property
     def ids(self) -> list[int]:

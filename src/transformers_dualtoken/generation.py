@@ -22,6 +22,7 @@ from .generation_arguments import (
 )
 from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
 from .generation_memory import GenerationSize, check_memory
+from .generation_pipelines import wants_plain_codes
 from .generation_progress import GenerationProgress
 from .image_decoding import ImageDecoder
 from .interleaved_generation import InterleavedLoop
@@ -105,7 +106,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             kwargs: as in transformers.
 
         Returns:
-            Text mode: what transformers returns. Otherwise [`DualTokenGenerateOutput`].
+            Text mode: what transformers returns. Otherwise [`DualTokenGenerateOutput`]; to transformers' any-to-any
+            pipeline, the pixel codes alone.
 
         Raises:
             TypeError: for arguments of the wrong kind.
@@ -136,6 +138,7 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         if mode == "text":
             return self._generate_text(inputs, generation_config, kwargs)
+        plain_codes = wants_plain_codes(mode)
 
         check_image_arguments(mode, kwargs)
         sampler = DualTokenCodeSampler.from_kwargs(kwargs)
@@ -187,7 +190,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         if guidance_scale != 1:
             guidance.prompt = self._negative_prompt(prompt, negative, generation_config)
         if mode == "image":
-            return self._generate_image(prompt, rows, guidance, sampler, generation_config, progress)
+            output = self._generate_image(prompt, rows, guidance, sampler, generation_config, progress)
+            return output.pixel_codes if plain_codes else output
         return self._generate_interleaved(
             prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
         )

@@ -606,6 +606,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         decoded: DualTokenDecoderOutput = self.vision_tokenizer.decode(pixel_codes=pixel_codes, slice_size=slice_size)
         return decoded.reconstruction
 
+    def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
+        """`decode_images` of pixel codes `(images, h, w, D)`, by the name that transformers' pipelines call."""
+        return self.decode_images(pixel_codes=image_tokens)
+
     @can_return_tuple
     def forward(
         self,

@@ -1,6 +1,5 @@
 """Processors: text, images and chats for the unified model, and images and captions for the vision tokenizer."""
 
-import re
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
@@ -155,9 +154,9 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         init_kwargs = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
         merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
-        for name in ("return_text_replacement_offsets", "sanitize_control_tokens"):
-            text_kwargs.pop(name, None)
-        merged["return_mm_token_type_ids"] = bool(text_kwargs.pop("return_mm_token_type_ids", False))
+        text_kwargs.pop("sanitize_control_tokens", None)
+        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
+            merged[name] = bool(text_kwargs.pop(name, merged.get(name, False)))
         # Tensors are made at the end, from everything at once.
         merged["return_tensors"] = text_kwargs.pop("return_tensors", None)
         return merged
@@ -191,7 +190,10 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (B, L), padded on the left unless told otherwise, and
             `pixel_values` (images, 3, S, S) in [-1, 1]; with a negative prompt also `negative_prompt_ids` and
-            `negative_prompt_attention_mask`.
+            `negative_prompt_attention_mask`; with `return_text_replacement_offsets` also
+            `text_replacement_offsets`, of every prompt and each of its images a dict of `type` ("image"), `text`,
+            `replacement`, and the places `span` and `new_span` before and after: what engines such as vLLM put in the
+            place of `<|image_pad|>`.
 
         Raises:
             ValueError: if a prompt is empty, if the numbers of placeholders and images differ (per prompt for nested
@@ -214,12 +216,13 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)
-            image = self.image_tokens
-            prompts = [re.sub(image.pattern(), lambda _: image.text, prompt) for prompt in prompts]
-            data = dict(self.tokenizer(prompts, **merged["text_kwargs"]))
+            prompts, replacements = zip(*map(self.image_tokens.expand, prompts))
+            data = dict(self.tokenizer(list(prompts), **merged["text_kwargs"]))
             self._finish_text(data, counts, merged)
         data.update(self._image_inputs(images, merged))
         features = BatchFeature(data, tensor_type=merged["return_tensors"])
+        if text is not None and merged["return_text_replacement_offsets"]:
+            features["text_replacement_offsets"] = list(replacements)
         if negative_prompt is not None:
             texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
             if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
@@ -258,6 +261,28 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 )
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list:
+        """
+        Texts of generated ids, or with `generation_mode="image"` PIL images of what `decode_image_tokens` made.
+
+        Raises:
+            ValueError: for another mode, or for what that mode does not return.
+        """
+        if generation_mode == "image":
+            return self.post_process_images(generated_outputs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+        if getattr(generated_outputs, "ndim", 2) > 2:
+            raise ValueError(
+                "Image mode returned codes and no text. For images a pipeline is called with `generation_mode='image'` "
+                "itself, not within `generate_kwargs`."
+            )
+        return self.post_process_image_text_to_text(
+            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
+        )
 
     def create_mm_token_type_ids(self, input_ids: list[list[int]]) -> list[list[int]]:
         """1 at image positions, 0 elsewhere."""
