@@ -24,7 +24,7 @@ from .generation_context import Context, Prompt, StaticContext, has_keys_and_val
 from .generation_memory import GenerationSize, check_memory
 from .generation_pipelines import wants_plain_codes
 from .generation_progress import GenerationProgress
-from .image_decoding import ImageDecoder
+from .image_decoding import ImageDecoder, kept_steps, step_key
 from .interleaved_generation import InterleavedLoop
 from .transformers_compat import CACHE_NAME, given_cache
 
@@ -195,6 +195,15 @@ class DualTokenGenerationMixin(GenerationMixin):
         return self._generate_interleaved(
             prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
         )
+
+    def release_generation_graphs(self) -> None:
+        """
+        Free what drawing on a CUDA device keeps for the next call: the captured step of the last size drawn, and the
+        buffers it works in, its key-value cache among them.
+
+        It is also freed by `train()`, by whatever moves the weights (`to`, `cpu`, ...), and by drawing at another size.
+        """
+        kept_steps.release(self)
 
     # Text mode: transformers' own generate.
 
@@ -390,11 +399,18 @@ class DualTokenGenerationMixin(GenerationMixin):
             num_candidates=sampler.num_candidates(self.config.codebook_size),
             guided=guidance.prompt is not None,
         )
-        check_memory(self, size)
         # Compiled anew for every size: fewer of them.
         block = _COMPILED_BLOCK if compile_config is not None else None
-        context = (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, room, block)
         options = None if compile_config is None else compile_config.to_dict()
+        capacity = StaticContext.capacity_for(max(lengths) - 1, room, block)
+        scale = None if guidance.prompt is None else guidance.scale
+        is_guided = guidance.prompt is not None
+        key = step_key(self, rows, is_guided, capacity, sampler, scale, options) if is_static else None
+        # What is kept of another kind is freed before there is new memory.
+        memory = kept_steps.take(self, key)
+        if memory is None:
+            check_memory(self, size)
+        context = (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, room, block, memory)
         return ImageDecoder(self, context, sampler, guidance.scale, options)
 
     # Image mode.
@@ -417,6 +433,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             codes = decoder.draw(
                 num_positions, feed_last=False, on_position=progress.pace(bar, prompt.input_ids.device)
             )
+        decoder.keep()
 
         input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
         image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
@@ -493,6 +510,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             streamer=streamer,
         )
         sequences, images = loop.run()
+        decoder.keep()
         owners = [index for index, row in enumerate(images) for _ in row]
         shape = (2, 0, num_positions, self.config.num_depths)
         codes = [image for row in images for image in row]

@@ -5,13 +5,19 @@ first, so that the weights are read once for both. A row's mask shows it what is
 sees the negative prompt (if any) and the row's current image, and counts its positions from there, as if it were alone.
 """
 
+import threading
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .generation_graph import StepMemory
 from .sharding import is_sharded
 from .transformers_compat import CACHE_NAME
 
@@ -110,6 +116,7 @@ class Context:
             `<image_start>`, which a row is fed when its image starts. With it there are as many unconditional rows.
         max_new_tokens (`int`): how many tokens will be fed at most, that last one included.
         block (`int`, *optional*): a static context has a multiple of this many columns.
+        memory ([`StepMemory`], *optional*): where a static context of the same rows and columns lay before.
     """
 
     # Whole blocks for the attention kernels.
@@ -123,8 +130,9 @@ class Context:
         negative_prompt: Prompt | None,
         max_new_tokens: int,
         block: int | None = None,
+        memory: StepMemory | None = None,
     ):
-        self.block = block or self.BLOCK
+        self.block, self.memory = block or self.BLOCK, memory or StepMemory()
         self.model, self.rows, self.guided = model, rows, negative_prompt is not None
         last_ids = prompt.input_ids[:, -1:].repeat_interleave(rows // len(prompt), 0)
         self.last_embeds = model.model.for_backbone(model.get_input_embeddings()(last_ids))
@@ -223,14 +231,16 @@ class Context:
 class _Buffers:
     """One layer's keys and values `(R, heads, columns, head_dim)`, made when the first of them are known."""
 
-    def __init__(self, rows: int, capacity: int):
+    def __init__(self, memory: StepMemory, layer: int, rows: int, capacity: int):
+        self.memory, self.names = memory, (f"keys_{layer}", f"values_{layer}")
         self.rows, self.capacity = rows, capacity
         self.keys_and_values: list[torch.Tensor] | None = None
 
     def make(self, *examples: torch.Tensor) -> None:
         if self.keys_and_values is None:
             self.keys_and_values = [
-                example.new_zeros(self.rows, example.shape[1], self.capacity, example.shape[3]) for example in examples
+                self.memory.zeros(name, (self.rows, example.shape[1], self.capacity, example.shape[3]), example)
+                for name, example in zip(self.names, examples)
             ]
 
     def fill(self, rows: slice, columns: slice, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -241,7 +251,10 @@ class _Buffers:
     def grow(self, capacity: int) -> None:
         added, self.capacity = capacity - self.capacity, capacity
         if self.keys_and_values is not None:
-            self.keys_and_values = [F.pad(part, (0, 0, 0, added)) for part in self.keys_and_values]
+            for index, name in enumerate(self.names):
+                # One after the other: only one is there twice.
+                self.keys_and_values[index] = F.pad(self.keys_and_values[index], (0, 0, 0, added))
+                self.memory.replace(name, self.keys_and_values[index])
 
 
 class _SharedColumnLayer(StaticLayer):
@@ -272,19 +285,8 @@ class StaticContext(Context):
     compiled once. The buffers double where more room is needed.
     """
 
-    @contextmanager
     def attention(self):
-        config = self.model.model.language_model.config
-        given = config._attn_implementation
-        if given in ("sdpa", "eager"):
-            yield
-            return
-        # Others, flash attention for one, do not take a mask of columns. For one new token they gain little.
-        config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            config._attn_implementation = given
+        return _step_attention(self.model.model.language_model)
 
     @staticmethod
     def unsupported(model) -> str | None:
@@ -298,11 +300,12 @@ class StaticContext(Context):
     def _build(self, prefills: list[_Prefill], max_new_tokens: int) -> None:
         device, num_rows = self.prefix_mask.device, len(self.prefix_mask)
         self.length = self.prefix_length
-        self.capacity = self._rounded(self.prefix_length + max_new_tokens)
+        self.capacity = self.capacity_for(self.prefix_length, max_new_tokens, self.block)
         # The column that is written next.
-        self.column = torch.full((1,), self.length, device=device)
+        self.column = self.memory.place("column", torch.full((1,), self.length, device=device))
+        self.next_position = self.memory.place("next_position", self.next_position)
         num_layers = self.model.config.text_config.num_hidden_layers
-        self.buffers = [_Buffers(num_rows, self.capacity) for _ in range(num_layers)]
+        self.buffers = [_Buffers(self.memory, index, num_rows, self.capacity) for index in range(num_layers)]
         for index, buffers in enumerate(self.buffers):
             for side, prefill in enumerate(prefills):
                 if prefill.layers:
@@ -314,11 +317,15 @@ class StaticContext(Context):
         dtype = self.last_embeds.dtype
         self.hidden_value = torch.finfo(dtype).min
         shape = (num_rows, 1, 1, self.capacity)
-        self.attention_mask = torch.full(shape, self.hidden_value, dtype=dtype, device=device)
-        self.attention_mask[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
+        hidden = torch.full(shape, self.hidden_value, dtype=dtype, device=device)
+        hidden[:, 0, 0, : self.prefix_length].masked_fill_(self.prefix_mask.bool(), 0)
+        self.attention_mask = self.memory.place("attention_mask", hidden)
 
-    def _rounded(self, columns: int) -> int:
-        return -(-columns // self.block) * self.block
+    @classmethod
+    def capacity_for(cls, prefix_length: int, max_new_tokens: int, block: int | None = None) -> int:
+        """The columns of a context of prompts of `prefix_length` tokens without their last ones."""
+        block = block or cls.BLOCK
+        return -(-(prefix_length + max_new_tokens) // block) * block
 
     def _make_caches(self) -> None:
         def cache(rows):
@@ -356,14 +363,72 @@ class StaticContext(Context):
     def reserve(self, num_tokens: int) -> None:
         if self.has_room(num_tokens):
             return
-        grown = self._rounded(max(self.length + num_tokens, 2 * self.capacity))
-        # The caches hold on to the old buffers.
-        self.cache = self.conditional_cache = None
+        grown = self.capacity_for(0, max(self.length + num_tokens, 2 * self.capacity), self.block)
+        # The caches and the graph hold on to the old buffers.
+        self.cache = self.conditional_cache = self.memory.graph = None
         for buffers in self.buffers:
             buffers.grow(grown)
-        self.attention_mask = F.pad(self.attention_mask, (0, grown - self.capacity), value=self.hidden_value)
+        wider = F.pad(self.attention_mask, (0, grown - self.capacity), value=self.hidden_value)
+        self.attention_mask = self.memory.replace("attention_mask", wider)
         self.capacity = grown
         self._make_caches()
+
+
+_STEP_ATTENTION = "dualtoken_step"
+
+
+def _grouped_attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """
+    transformers' `sdpa`, but for one token `(R, heads, 1, head_dim)` under a mask without copies of keys and values.
+
+    The query heads that share a key head are the rows of its attention. Elsewhere keys and values are repeated for
+    them: by transformers before 5.23, and under `torch.compile` by later ones too.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    is_plain = kwargs.get("softcap") is None and kwargs.get("position_bias") is None
+    is_step = query.shape[2] == 1 and attention_mask is not None and attention_mask.shape[1:3] == (1, 1)
+    if groups == 1 or not is_step or not is_plain:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    grouped = query.reshape(len(query), -1, groups, query.shape[3])
+    output = F.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+    )
+    return output.reshape(len(query), 1, -1, value.shape[3]), None
+
+
+AttentionInterface.register(_STEP_ATTENTION, _grouped_attention)
+AttentionMaskInterface.register(_STEP_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+
+# Of the language models that run steps: how many threads do, and the attention given, which the last one puts back.
+_in_steps = weakref.WeakKeyDictionary()
+_in_steps_lock = threading.Lock()
+
+
+@contextmanager
+def _step_attention(language_model):
+    """
+    The attention of a step as the language model's, unless that is `eager`.
+
+    Flash attention, for one, takes no mask of columns; for one new token it gains little.
+    """
+    config = language_model.config
+    with _in_steps_lock:
+        is_changed = config._attn_implementation != "eager"
+        if is_changed:
+            state = _in_steps.setdefault(language_model, [0, config._attn_implementation])
+            state[0] += 1
+            config._attn_implementation = _STEP_ATTENTION
+    try:
+        yield
+    finally:
+        if is_changed:
+            with _in_steps_lock:
+                state[0] -= 1
+                if state[0] == 0:
+                    config._attn_implementation = state[1]
+                    del _in_steps[language_model]
 
 
 def has_keys_and_values_only(model, windows: bool = True) -> bool:

@@ -7,14 +7,17 @@ the same step runs eagerly.
 """
 
 import functools
+import threading
 import types
 from collections import OrderedDict
+from collections.abc import Hashable
 
 import torch
 from transformers.utils import logging
 
 from .code_sampling import DualTokenCodeSampler
 from .generation_context import Context, StaticContext
+from .generation_graph import HostWait, KeptSteps, capture
 from .sharding import is_sharded
 
 
@@ -46,9 +49,13 @@ class ImageDecoder:
     ):
         self.model, self.context, self.sampler = model, context, sampler
         self.guidance_scale = guidance_scale if context.guided else None
-        self.codebooks, config = model._codebooks(), model.config
+        memory, config = context.memory, model.config
+        # The step's own buffers: a graph knows them by their addresses.
+        self.codebooks = memory.place("codebooks", model._codebooks())
         device = self.codebooks.device
         self.noise = sampler.new_noise(config.num_depths, context.rows, config.codebook_size, device)
+        if self.noise is not None:
+            self.noise.values = memory.place("noise", self.noise.values)
         # State of the tokenizer's up-projections within the current images, for `visual_features="projected"`.
         self.projection_cache: list = []
         self.is_static = isinstance(context, StaticContext) and config.visual_features == "codes"
@@ -59,16 +66,14 @@ class ImageDecoder:
                 f"and {config.visual_features!r}."
             )
         self.compile_options = compile_options
-        # The step's own buffers, made once: a graph knows them by their addresses.
-        self.codes = torch.zeros(
-            config.num_positions, 2, context.rows, config.num_depths, dtype=torch.long, device=device
-        )
-        self.index = torch.zeros(1, dtype=torch.long, device=device)
+        codes = torch.zeros(config.num_positions, 2, context.rows, config.num_depths, dtype=torch.long, device=device)
+        self.codes = memory.place("codes", codes)
+        self.index = memory.place("index", torch.zeros(1, dtype=torch.long, device=device))
         # What rows that do not draw are fed instead, and which rows those are.
-        self.given_embeds = torch.zeros_like(context.last_embeds)
-        self.is_given = torch.zeros(context.rows, 1, 1, dtype=torch.bool, device=device)
+        self.given_embeds = memory.place("given_embeds", torch.zeros_like(context.last_embeds))
+        self.is_given = memory.place("is_given", torch.zeros(context.rows, 1, 1, dtype=torch.bool, device=device))
         self.hidden_states: torch.Tensor | None = None
-        self._graph, self._captured_capacity, self._is_capturable = None, None, None
+        self._is_capturable: bool | None = None
 
     def draw(self, num_positions: int, feed_last: bool = True, on_position=None) -> torch.LongTensor:
         """
@@ -145,21 +150,16 @@ class ImageDecoder:
     def _prepare(self, num_positions: int):
         """Fill the step's buffers; returns what to call for every position: captured, compiled or as it is."""
         context = self.context
-        if not context.has_room(num_positions):
-            # A graph's memory, and the buffers it knows, before there are new ones.
-            self._graph = None
-            context.reserve(num_positions)
+        context.reserve(num_positions)
         self.index.zero_()
-        if self.hidden_states is None:
-            self.hidden_states = torch.empty_like(context.hidden_states)
-        self.hidden_states.copy_(context.hidden_states)
+        self.hidden_states = context.memory.place("hidden_states", context.hidden_states)
         step = functools.partial(self._step_function(), self)
         if self._is_capturable is None:
             self._is_capturable = self._can_capture()
-        if self._is_capturable and (self._graph is None or self._captured_capacity != context.capacity):
-            self._graph, self._captured_capacity = self._capture(step), context.capacity
-            self._is_capturable = self._graph is not None
-        return step if self._graph is None else self._graph.replay
+        if self._is_capturable and context.memory.graph is None:
+            context.memory.graph = self._capture(step)
+            self._is_capturable = context.memory.graph is not None
+        return context.memory.graph.replay if self._is_capturable else step
 
     def _conclude(self, num_positions: int) -> None:
         self.context.length += num_positions
@@ -175,61 +175,93 @@ class ImageDecoder:
         return _compiled_step(self.compile_options, sizes + sampling)
 
     def _can_capture(self) -> bool:
-        model = self.model
-        return (
-            self.codes.device.type == "cuda"
-            and not is_sharded(model)
-            and getattr(model, "hf_quantizer", None) is None
-            and getattr(model, "_hf_hook", None) is None
-        )
+        return self.codes.device.type == "cuda" and _has_addresses(self.model)
 
     def _capture(self, step):
         """One step as a CUDA graph; `None`, with a warning, where something in it would wait for the device."""
-        with torch.cuda.device(self.codes.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            graph = None
-            with torch.cuda.stream(stream), self.context.attention():
-                obstacle = self._warm_up(step)
-                if obstacle is None:
-                    graph = torch.cuda.CUDAGraph()
-                    # Other threads, which load data or answer other requests, may allocate meanwhile.
-                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                        step()
-            torch.cuda.current_stream().wait_stream(stream)
-        if obstacle is not None:
-            logger.warning_once(f"The step of image generation cannot be a CUDA graph and runs eagerly: {obstacle}")
-        return graph
-
-    def _warm_up(self, step) -> str | None:
-        """
-        Run the step twice and put back what it has changed (the columns it wrote are written again).
-
-        Libraries choose their kernels and take their workspaces the first time. The second time the host must not
-        wait: a capture that fails would leave torch's streams and generators in disorder, so it is found out before.
-        """
         context = self.context
+        # The columns it writes are written again.
         changed = [self.index, self.hidden_states, context.column, context.next_position, context.attention_mask]
-        before = [buffer.clone() for buffer in changed]
-
-        def restore():
-            for buffer, value in zip(changed, before):
-                buffer.copy_(value)
-
-        step()
-        restore()
-        mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
         try:
-            step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            return str(error)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            restore()
+            with context.attention():
+                return capture(step, changed, self.codes.device)
+        except HostWait as obstacle:
+            logger.warning_once(f"The step of image generation cannot be a CUDA graph and runs eagerly: {obstacle}")
+            return None
+
+    def keep(self) -> None:
+        """Keep a captured step, with the buffers it works in, for the next generation of the same kind."""
+        if self.context.memory.graph is None:
+            return
+        context = self.context
+        key = step_key(
+            self.model,
+            context.rows,
+            context.guided,
+            context.capacity,
+            self.sampler,
+            self.guidance_scale,
+            self.compile_options,
+        )
+        if key is not None:
+            kept_steps.put(self.model, key, context.memory)
+
+
+kept_steps = KeptSteps()
+
+# Where modules come from that compute nothing but what their weights and configs say: PEFT's, for one, can be switched.
+_PLAIN_PACKAGES = {"torch", "transformers", __name__.partition(".")[0]}
+
+
+def _has_addresses(model) -> bool:
+    """Whether the weights lie where they are and stay there: not sharded, quantised or moved by accelerate's hooks."""
+    return (
+        not is_sharded(model)
+        and getattr(model, "hf_quantizer", None) is None
+        and getattr(model, "_hf_hook", None) is None
+    )
+
+
+def step_key(
+    model,
+    rows: int,
+    guided: bool,
+    capacity: int,
+    sampler: DualTokenCodeSampler,
+    guidance_scale: float | None,
+    compile_options: dict | None,
+) -> Hashable | None:
+    """
+    All that a captured step takes for constant; `None` where that cannot be told.
+
+    Weights count by their addresses, which a graph reads them from: changed in place they may be, moved or replaced not.
+    """
+    if not _has_addresses(model):
         return None
+    parts = [model.model.language_model, model.depth_heads, model.model.visual_projector]
+    parts += [model.vision_tokenizer.quantizer(kind) for kind in ("pixel", "semantic")]
+    weights = []
+    for part in parts:
+        for module in part.modules():
+            is_plain = type(module).__module__.partition(".")[0] in _PLAIN_PACKAGES and "forward" not in vars(module)
+            if not is_plain or module._forward_hooks or module._forward_pre_hooks:
+                return None
+            own = [*module._parameters.values(), *module._buffers.values()]
+            weights.append(
+                (type(module), *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in own if x is not None))
+            )
+    device_type = model.get_input_embeddings().weight.device.type
+    settings = (
+        model.training,
+        model.config.text_config._attn_implementation == "eager",
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_inference_mode_enabled(),
+    )
+    sampling = (sampler.temperature, sampler.top_k, sampler.top_p, sampler.do_sample)
+    options = compile_options and repr(sorted(compile_options.items()))
+    return (rows, guided, capacity, guidance_scale, sampling, options, settings, tuple(weights))
 
 
 def _step(decoder: ImageDecoder) -> None:
@@ -248,6 +280,7 @@ _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-n
 
 # The latest compiled steps, by options and sizes.
 _compiled = OrderedDict()
+_compiled_lock = threading.Lock()
 _MAX_COMPILED = 16
 
 
@@ -258,13 +291,14 @@ def _compiled_step(options: dict, sizes: tuple):
     Of every size it is a function of its own: torch gives up on one that it has compiled eight times.
     """
     key = (repr(sorted(options.items())), sizes)
-    if key not in _compiled:
-        function = types.FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
-        _compiled[key] = torch.compile(function, **_compiler_arguments(options))
-        if len(_compiled) > _MAX_COMPILED:
-            _compiled.popitem(last=False)
-    _compiled.move_to_end(key)
-    return _compiled[key]
+    with _compiled_lock:
+        if key not in _compiled:
+            function = types.FunctionType(_step.__code__.replace(), _step.__globals__, _step.__name__)
+            _compiled[key] = torch.compile(function, **_compiler_arguments(options))
+            if len(_compiled) > _MAX_COMPILED:
+                _compiled.popitem(last=False)
+        _compiled.move_to_end(key)
+        return _compiled[key]
 
 
 def _compiler_arguments(options: dict) -> dict:

@@ -557,6 +557,17 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         # E[GELU(x)^2] of a standard normal x is 0.43.
         projector.linear_2.weight.mul_((text_rms / 0.43**0.5).to(projector.linear_2.weight))
 
+    def train(self, mode: bool = True):
+        """In training the memory is needed for other things than what drawing keeps."""
+        if mode:
+            self.release_generation_graphs()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        # Of `to`, `cuda`, `half` and so on: a captured step knows the weights by their addresses.
+        self.release_generation_graphs()
+        return super()._apply(*args, **kwargs)
+
     @property
     def vision_tokenizer(self) -> DualTokenVisionTokenizer:
         return self.model.vision_tokenizer

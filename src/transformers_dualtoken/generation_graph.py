@@ -1,0 +1,165 @@
+"""A step of fixed shape as one CUDA graph, and the memory it works in; knows no model.
+
+A graph replays kernels on the addresses they had when it was captured. So the tensors that a step reads and changes are
+placed once ([`StepMemory`]), and stay with the graph from one generation to the next of the same kind ([`KeptSteps`]).
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class StepMemory:
+    """The tensors that a step knows by their addresses, by name, and the graph captured of it, if any."""
+
+    def __init__(self):
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.graph = None
+
+    def place(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A copy of `value` where the tensor of that name lies."""
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+        return self.tensors[name].copy_(value)
+
+    def zeros(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Zeros where the tensor of that name lies: what an earlier generation left may be NaN."""
+        if name not in self.tensors:
+            self.tensors[name] = like.new_zeros(shape)
+            return self.tensors[name]
+        return self.tensors[name].zero_()
+
+    def replace(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Another tensor by that name. The graph, which knows the former one, goes."""
+        self.graph = None
+        self.tensors[name] = value
+        return value
+
+
+class KeptSteps:
+    """
+    Of every owner the memory of its latest step, for as long as the owner lives.
+
+    Who draws takes it out, so that two threads never share one, and puts it back when done; what is kept under another
+    key is freed first.
+    """
+
+    def __init__(self):
+        self._kept = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def take(self, owner, key: Hashable) -> StepMemory | None:
+        """What is kept under that key; whatever was kept of the owner, it is no longer."""
+        with self._lock:
+            kept_key, memory = self._kept.pop(owner, (None, None))
+        return memory if key is not None and kept_key == key else None
+
+    def put(self, owner, key: Hashable, memory: StepMemory) -> None:
+        with self._lock:
+            self._kept[owner] = (key, memory)
+
+    def release(self, owner) -> None:
+        """Free what is kept of the owner."""
+        self.take(owner, None)
+
+
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+
+
+class HostWait(RuntimeError):
+    """An operation would have made the host wait for the device."""
+
+
+class RefuseHostWaits(TorchDispatchMode):
+    """
+    Within it an operation that makes the host wait for a device, or copies between them, raises [`HostWait`].
+
+    Of this thread only, unlike `torch.cuda.set_sync_debug_mode`, under which every other thread's copies would fail.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        if self._waits(func, name, args, kwargs or {}, tensors):
+            raise HostWait(f"`{name}` makes the host wait for {self.device.type}")
+        result = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and {self.device.type} < {x.device.type for x in (*tensors, result)}:
+            raise HostWait(f"`{name}` copies between {self.device.type} and another device")
+        return result
+
+    def _waits(self, func, name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> bool:
+        if not any(tensor.device.type == self.device.type for tensor in tensors):
+            return False
+        if name in _INDEXING:
+            # With a mask as an index the elements are counted first.
+            return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        if name == "repeat_interleave" and kwargs.get("output_size") is not None:
+            return False
+        return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+
+
+# A capture's stream is the process's: each stream keeps a workspace of cuBLAS, 8 to 32 MiB, for good.
+_streams: dict[torch.device, "torch.cuda.Stream"] = {}
+_capture_lock = threading.Lock()
+
+
+def capture(step: Callable[[], None], changed: list[torch.Tensor], device: torch.device):
+    """
+    One call of `step` as a CUDA graph, one capture at a time in a process.
+
+    Args:
+        step (callable): works in tensors that stay where they are.
+        changed (list of `torch.Tensor`): those of them that must be as before when this returns.
+        device (`torch.device`): a CUDA device.
+
+    Raises:
+        HostWait: if something in the step makes the host wait. A capture that fails would leave torch's streams and
+            generators in disorder, so it is found out before.
+    """
+    with _capture_lock, torch.cuda.device(device):
+        if device not in _streams:
+            _streams[device] = torch.cuda.Stream()
+        stream = _streams[device]
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                warm_up(step, changed, device)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads, which load data or answer other requests, may allocate meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    step()
+        finally:
+            torch.cuda.current_stream().wait_stream(stream)
+        return graph
+
+
+def warm_up(step: Callable[[], None], changed: list[torch.Tensor], device: torch.device) -> None:
+    """
+    Run the step twice and put back what it has changed.
+
+    Libraries choose their kernels and take their workspaces the first time. The second time the host must not wait.
+    """
+    before = [buffer.clone() for buffer in changed]
+
+    def restore():
+        for buffer, value in zip(changed, before):
+            buffer.copy_(value)
+
+    try:
+        step()
+        restore()
+        with RefuseHostWaits(device):
+            step()
+    finally:
+        restore()
+
+
+__all__ = ["HostWait", "KeptSteps", "RefuseHostWaits", "StepMemory", "capture", "warm_up"]
