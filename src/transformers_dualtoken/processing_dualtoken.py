@@ -23,6 +23,7 @@ from .chat_dualtoken import (
 )
 from .image_processing_pil_dualtoken import DualTokenImageProcessorKwargs, post_process_images
 from .image_reading import flatten_images
+from .siglip_text import as_trained
 
 
 class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
@@ -509,14 +510,16 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
 
     Args:
         image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`])
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the SigLIP checkpoint.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the SigLIP checkpoint. That of a SigLIP 2 folder, which
+            names Gemma's, becomes one that sees texts in lower case and without punctuation, as SigLIP 2's training
+            did; SigLIP's does so by itself.
         text_length (`int`, defaults to 64): tokens every caption is padded or cut to, as SigLIP was trained.
     """
 
     valid_processor_kwargs = DualTokenVisionTokenizerProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, text_length: int = 64):
-        super().__init__(image_processor, tokenizer)
+        super().__init__(image_processor, as_trained(tokenizer))
         if text_length < 1:
             raise ValueError(f"`text_length` must be at least 1, got {text_length}.")
         self.text_length = text_length

@@ -7,15 +7,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ..siglip_text import as_trained
 from .optional_libraries import require
 
 
 def text_tokenizer(tokenizer, length: int) -> Callable[[list[str]], torch.LongTensor]:
     """
-    A function from texts to ids `(T, length)`, padded and cut to the full length, as SigLIP was trained. It can be
-    pickled, as loader workers that are not forked need it.
+    A function from texts to ids `(T, length)`, padded and cut to the full length, as SigLIP was trained; those of
+    SigLIP 2 in lower case and without punctuation. It can be pickled, as loader workers that are not forked need it.
     """
-    return partial(_tokenize, tokenizer, length)
+    return partial(_tokenize, as_trained(tokenizer), length)
 
 
 def _tokenize(tokenizer, length: int, texts: Sequence[str]) -> torch.LongTensor:
