@@ -361,9 +361,8 @@ class DualTokenImageProcessorPil(DualTokenImageProcessingMixin, PilBackend):
     """
 
     def resize(self, image: np.ndarray, size: SizeDict, resample=None, **kwargs) -> np.ndarray:
-        if image.dtype != np.float32:
-            return super().resize(image, size, resample=resample, **kwargs)
-        # transformers goes through 8 bit here, and takes an image of nothing but 0.0 and 1.0 for one of 0..255.
+        # Of `uint8` what transformers gives, in less memory; floats go through 8 bit there, and an image of nothing but
+        # 0.0 and 1.0 is taken for one of 0..255.
         planes = [Image.fromarray(plane).resize((size.width, size.height), resample=resample) for plane in image]
         return np.stack([np.asarray(plane) for plane in planes])
 

@@ -40,6 +40,7 @@ IMAGE_SOURCES = ("data", "local", "url", "fsspec")
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path")
 # No image is so small; a path may consist of the same characters.
 _SHORTEST_BASE64 = 32
+_STRIP_PIXELS = 2**22
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
 _HALF_LEVEL = 0.5 / 255
 
@@ -342,6 +343,9 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
         return super().do_open(Connection, request, **options)
 
+    def unknown_open(self, request):
+        raise UnreadableImageError(f"it leads to a URL of the kind {request.type!r}, which is not followed")
+
     def cut(self) -> None:
         self.is_over = True
         for connection in self.sockets:
@@ -357,7 +361,6 @@ def _download(url: str, bounds: ImageBounds) -> bytes:
     opener = urllib.request.OpenerDirector()  # `build_opener` would add ftp, file and data
     for kind in (
         urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
         urllib.request.HTTPDefaultErrorHandler,
         urllib.request.HTTPRedirectHandler,
         urllib.request.HTTPErrorProcessor,
@@ -371,10 +374,13 @@ def _download(url: str, bounds: ImageBounds) -> bytes:
         # Some servers refuse Python's own name.
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
         with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
-            return _read_response(response, bounds.max_bytes)
+            data = _read_response(response, bounds.max_bytes)
+        if not handler.is_over:
+            return data
+        raise TimeoutError
     except (ValueError, http.client.HTTPException, OSError) as error:
         if handler.is_over:
-            raise TimeoutError(f"{url} was not read to its end within {DOWNLOAD_SECONDS} seconds") from error
+            raise TimeoutError(f"{url!r:.200} was not read to its end within {DOWNLOAD_SECONDS} seconds") from error
         if isinstance(error, UnreadableImageError):
             raise
         if isinstance(error, urllib.error.HTTPError) and (error.code in (404, 410) or 300 <= error.code < 400):
@@ -382,8 +388,8 @@ def _download(url: str, bounds: ImageBounds) -> bytes:
         if isinstance(error, urllib.error.URLError):
             raise
         if isinstance(error, (ValueError, http.client.InvalidURL)):
-            raise UnreadableImageError(f"it is no valid URL ({url}: {error})") from error
-        raise urllib.error.URLError(f"{url} gave no valid answer ({error!r})") from error
+            raise UnreadableImageError(f"it is no valid URL ({error})") from error
+        raise urllib.error.URLError(f"no valid answer from {url!r:.200}: {error!r}") from error
     finally:
         timer.cancel()
 
@@ -481,13 +487,23 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
         raise UnreadableImageError(
             "a floating-point image (PIL mode 'F') has no defined range; convert it to 8 bit first, or give an array"
         )
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    # In strips: whole, a large image would be in memory several times.
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        rgb[top : top + rows] = np.asarray(_on_white(strip).convert("RGB"))
+    return rgb
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     bands = image.getbands()
-    if "A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info):
-        if image.mode in ("La", "PA"):
-            image = image.convert("LA" if image.mode == "La" else "RGBA")
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return np.array(image.convert("RGB"))
+    if not ("A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info)):
+        return image
+    if image.mode in ("La", "PA"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
 
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
