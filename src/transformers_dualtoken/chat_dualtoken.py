@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .image_reading import IMAGE_KEYS
+from .image_reading import IMAGE_KEYS, flatten_images
 
 
 # Qwen2.5's ChatML without its default system prompt. Parts are written one after the other, nothing between them; the
@@ -160,11 +160,19 @@ def learned_spans(chat: list[dict], spans: list[tuple[int, int]]) -> list[tuple[
     return [span for span, learned in zip(spans, answers) if learned]
 
 
+def part_image(part: Mapping):
+    """What an image part holds its image in, as [`locate_image`] takes it; `None` if it has none."""
+    found = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
+    return found.get("image", found or None)
+
+
 def _normalize_part(part) -> dict:
     part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
     if part.get("type") == "image_url" and "image_url" in part:
         url = part["image_url"]
-        part = {"type": "image", "url": url["url"] if isinstance(url, Mapping) else url}
+        part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
+    if part.get("type") == "image" and len(flatten_images(part_image(part))) != 1:
+        raise ValueError("An image part of a message must hold one image, got a list or a batch of them.")
     if part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)):
         return part
     raise ValueError(
@@ -185,12 +193,6 @@ def without_image_data(message: dict) -> dict:
         return message
     parts = [{"type": "image"} if part["type"] == "image" else part for part in message["content"]]
     return {**message, "content": parts}
-
-
-def part_image(part: Mapping):
-    """What an image part holds its image in, as [`locate_image`] takes it; `None` if it has none."""
-    found = {key: part[key] for key in IMAGE_KEYS if part.get(key) is not None}
-    return found.get("image", found or None)
 
 
 def image_data(parts: list[dict]) -> tuple[list, list[dict]]:

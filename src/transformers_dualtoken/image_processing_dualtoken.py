@@ -65,10 +65,10 @@ class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend)
         return_tensors=None,
         **kwargs,
     ) -> BatchFeature:
-        fill = self._fill_values(fill_color, do_rescale, rescale_factor)
         grouped, index = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in grouped.items():
             if do_resize:
+                fill = self._fill_values(stacked, fill_color, do_rescale)
                 stacked = self._fit(stacked, size, resample, resize_mode, fill)
             grouped[shape] = self.rescale_and_normalize(
                 stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std

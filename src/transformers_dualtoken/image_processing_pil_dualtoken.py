@@ -17,6 +17,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .image_reading import (
     MAX_DECODED_PIXELS,
+    MAX_RECONSTRUCTION,
     ImageBounds,
     UnreadableImageError,
     array_to_rgb,
@@ -35,8 +36,6 @@ from .image_reading import (
 
 RESIZE_MODES = ("squash", "center_crop", "pad")
 _WRONG_SIZE = "`size` must be a number of pixels or give 'height' and 'width', whole numbers from 1 on"
-# A reconstruction may overshoot [-1, 1], an untrained decoder's by much; pixel values of 0..255 lie beyond this.
-_MAX_RECONSTRUCTION = 16.0
 # A longer image loses its ends before `center_crop` resizes it: they are cropped anyway, and would fill the memory.
 _MAX_ASPECT_RATIO = 4
 
@@ -145,7 +144,7 @@ def post_process_images(reconstruction) -> list[Image.Image]:
     array = as_numpy(reconstruction).astype(np.float32)
     if not np.isfinite(array).all():
         raise ValueError("`reconstruction` contains NaN or infinite values; images have values in [-1, 1].")
-    if array.size and np.abs(array).max() > _MAX_RECONSTRUCTION:
+    if array.size and np.abs(array).max() > MAX_RECONSTRUCTION:
         raise ValueError(
             f"`reconstruction` must have values in [-1, 1], got values from {array.min():g} to {array.max():g}."
         )
@@ -327,9 +326,10 @@ class DualTokenImageProcessingMixin:
         return canvas
 
     @staticmethod
-    def _fill_values(fill_color, do_rescale: bool, rescale_factor: float) -> tuple[float, ...]:
-        """The padding's colour on the scale of the images at hand: 0..255, unless they come already rescaled."""
-        return fill_color if do_rescale else tuple(value * rescale_factor for value in fill_color)
+    def _fill_values(image, fill_color, do_rescale: bool) -> tuple[float, ...]:
+        """The padding's colour on the scale of the image at hand: 0..255, unless it comes already rescaled."""
+        is_level = do_rescale or "uint8" in str(image.dtype)
+        return fill_color if is_level else tuple(value / 255 for value in fill_color)
 
     def post_process_images(self, reconstruction) -> list[Image.Image]:
         """Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as PIL images."""
@@ -382,10 +382,10 @@ class DualTokenImageProcessorPil(DualTokenImageProcessingMixin, PilBackend):
         return_tensors=None,
         **kwargs,
     ) -> BatchFeature:
-        fill = self._fill_values(fill_color, do_rescale, rescale_factor)
         processed = []
         for image in images:
             if do_resize:
+                fill = self._fill_values(image, fill_color, do_rescale)
                 image = self._fit(image, size, resample, resize_mode, fill)
             if do_rescale:
                 image = self.rescale(image, rescale_factor)

@@ -43,6 +43,8 @@ _SHORTEST_BASE64 = 32
 _STRIP_PIXELS = 2**22
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
 _HALF_LEVEL = 0.5 / 255
+# A decoded image may overshoot [-1, 1], an untrained decoder's by much; levels of 0..255 lie beyond this.
+MAX_RECONSTRUCTION = 16.0
 
 
 class UnreadableImageError(ValueError):
@@ -492,7 +494,12 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        rgb[top : top + rows] = np.asarray(_on_white(strip).convert("RGB"))
+        try:
+            rgb[top : top + rows] = np.asarray(_on_white(strip).convert("RGB"))
+        except MemoryError:
+            raise
+        except Exception as error:  # a palette or transparency that does not fit
+            raise UnreadableImageError(f"it cannot be converted to RGB ({error})") from error
     return rgb
 
 
@@ -578,7 +585,8 @@ def float_scale(image) -> float:
         raise ValueError("The image array contains NaN or infinite values.")
     if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
         return 255.0
-    if low < -_HALF_LEVEL or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
+    below = 0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL
+    if low < -below or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
         raise ValueError(
             f"A floating-point image must have values from 0 to 255, or from 0 to 1, got {low:g} to {high:g}. Of "
             "decoded images, which lie in [-1, 1], `post_process_images` makes images."

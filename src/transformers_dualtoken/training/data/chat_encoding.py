@@ -218,7 +218,7 @@ class ChatEncoder:
         value = part_image(part)
         try:
             image = read_image(value)
-        except UnreadableImageError as error:
+        except (TypeError, UnreadableImageError) as error:
             raise BadSampleError(
                 f"its image {image_name(value) or 'without a name'} cannot be used: {error}"
             ) from error

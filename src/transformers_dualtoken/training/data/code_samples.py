@@ -147,7 +147,7 @@ class SampleReader(Dataset):
             return [self._check_codes(part, kind, position) for kind in CODE_KINDS]
         try:
             image = read_image(part["image"])
-        except UnreadableImageError as error:
+        except (TypeError, UnreadableImageError) as error:
             raise BadSampleError(
                 f"its image {image_name(part['image']) or position} cannot be used: {error}"
             ) from error
