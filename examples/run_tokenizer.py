@@ -47,6 +47,7 @@ from transformers_dualtoken.training import (
     collate_images,
     find_checkpoint,
     load_image_dataset,
+    use_cpu_threads,
 )
 from transformers_dualtoken.training.resume import step_of
 from transformers_dualtoken.training.training_arguments import json_object
@@ -185,6 +186,8 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         model_arguments, data_arguments, recipe, training_arguments = parser.parse_args_into_dataclasses(argv)
     if data_arguments.streaming and training_arguments.max_steps < 1:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    if training_arguments.cpu_threads is not None:
+        print(use_cpu_threads(training_arguments.cpu_threads))
     set_seed(training_arguments.seed)
 
     model, teacher, processor = load_model(model_arguments)

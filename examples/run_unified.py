@@ -59,6 +59,7 @@ from transformers_dualtoken.training import (
     read_prompts,
     set_trainable,
     tokenizer_fingerprint,
+    use_cpu_threads,
 )
 from transformers_dualtoken.training.resume import step_of
 from transformers_dualtoken.training.training_arguments import json_object
@@ -328,6 +329,7 @@ def encode_once(data: DataArguments, name: str, sources: list, vision_tokenizer,
             num_workers=data.preprocessing_num_workers,
             rank=training.process_index,
             world_size=training.world_size,
+            show_progress=not training.disable_tqdm,
         )
         training.distributed_state.wait_for_everyone()
         encoded.append(load_code_source(folder, weight=source.weight))
@@ -351,6 +353,8 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
             "--precompute_codes does not run under ZeRO-3, which splits the tokenizer over the ranks. Run "
             "examples/precompute_codes.py first, and train on what it wrote."
         )
+    if training_arguments.cpu_threads is not None:
+        print(use_cpu_threads(training_arguments.cpu_threads))
     set_seed(training_arguments.seed)
 
     model, processor = load_model(model_arguments, training_arguments)

@@ -23,6 +23,8 @@ from PIL import Image, ImageFilter
 from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from transformers_dualtoken.training import use_cpu_threads
+
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import DRAW, NAMES, NOUNS, scan_to_image, split_scans, write_data  # noqa: E402
@@ -133,15 +135,13 @@ class FinetuningEvaluation(DigitsEvaluation):
         self.pictures["requests"] = self._rows(list(shown.values()), list(shown))
 
     def run(self) -> dict[str, float]:
-        for measurement in (
+        return self._run(
             self.measure_german_answers,
             self.measure_answers,
             self.measure_requests,
             self.measure_draw_and_say,
             self.measure_inversion,
-        ):
-            measurement()
-        return self.metrics
+        )
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -161,6 +161,7 @@ def measure_models(
     """Measure each model; writes `metrics.json` and a picture of its drawings to a folder of its name."""
     results = {}
     for path in models:
+        print(path, flush=True)
         # Of an adapter transformers finds the base model by itself.
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         evaluation = FinetuningEvaluation(model, AutoProcessor.from_pretrained(path), validation, seed)
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]] | None:
         return None
     if len({Path(path).name for path in arguments.models}) < len(arguments.models):
         parser.error("the folders of --models must have different names: results are kept by them.")
+    print(use_cpu_threads(1), flush=True)
     results = measure_models(arguments.models, arguments.output_dir, arguments.validation, arguments.seed)
     print(table(results))
     return results

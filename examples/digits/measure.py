@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-import transformers_dualtoken  # noqa: F401  (registers the classes)
+from transformers_dualtoken.training import use_cpu_threads
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -196,13 +196,18 @@ class DigitsEvaluation:
         self.pictures["inversions"] = self._rows([sources[:12], drawings[:12]], ["asked to invert", "answer"])
 
     def run(self) -> dict[str, float]:
-        for measurement in (
+        return self._run(
             self.measure_tokenizer,
             self.measure_answers,
             self.measure_drawings,
             self.measure_draw_and_say,
             self.measure_inversion,
-        ):
+        )
+
+    def _run(self, *measurements) -> dict[str, float]:
+        for number, measurement in enumerate(measurements, start=1):
+            what = measurement.__name__.removeprefix("measure_").replace("_", " ")
+            print(f"measuring {number}/{len(measurements)}: {what}", flush=True)
             measurement()
         return self.metrics
 
@@ -280,6 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--validation", action="store_true", help="measure on validation scans")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
+    print(use_cpu_threads(1), flush=True)
     evaluation = DigitsEvaluation(
         AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
         AutoProcessor.from_pretrained(arguments.model),

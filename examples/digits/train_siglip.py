@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
+from transformers_dualtoken.training import use_cpu_threads
 
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -137,6 +138,7 @@ class SiglipTrainer(Trainer):
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     parser = HfArgumentParser((SiglipArguments, SiglipTrainingArguments))
     arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
+    print(use_cpu_threads(1), flush=True)
     torch.manual_seed(training_arguments.seed)
     tokenizer = build_tokenizer()
     processor = DualTokenVisionTokenizerProcessor(

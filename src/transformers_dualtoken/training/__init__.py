@@ -19,7 +19,11 @@ from .data.sample_stream import SampleStream, StreamProgress
 from .data.tokenizer_fingerprint import tokenizer_fingerprint
 from .preemption import TrainingStopped
 from .resume import find_checkpoint
-from .training_arguments import DualTokenTrainingArguments, DualTokenVisionTokenizerTrainingArguments
+from .training_arguments import (
+    DualTokenTrainingArguments,
+    DualTokenVisionTokenizerTrainingArguments,
+    use_cpu_threads,
+)
 from .unified.sample_generation import SampleGenerationCallback, read_prompts
 from .unified.throughput import ThroughputMeter, TrainingFlops
 from .unified.trainer import DualTokenTrainer, set_trainable
@@ -63,4 +67,5 @@ __all__ = [
     "reference_step",
     "set_trainable",
     "tokenizer_fingerprint",
+    "use_cpu_threads",
 ]

@@ -1,14 +1,48 @@
 """`TrainingArguments` with the defaults of the two trainings, and what else their settings have in common."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 
+def use_cpu_threads(number: int) -> str:
+    """
+    Let PyTorch compute with `number` threads, unless the user has set `OMP_NUM_THREADS`.
+
+    Threads of a small model wait for each other at every operation: where another program takes one of the cores, two
+    of them need many times as long as one. How many there are also decides how sums are rounded, so that a number that
+    depended on the machine or its load would train other weights every time.
+
+    Returns:
+        `str`: a sentence that says how many there are, and why.
+    """
+    if number < 1:
+        raise ValueError(f"`cpu_threads` must be at least 1, got {number}.")
+    set_by_user = os.environ.get("OMP_NUM_THREADS")
+    if not set_by_user:
+        torch.set_num_threads(number)
+    used = torch.get_num_threads()
+    reason = "as OMP_NUM_THREADS says" if set_by_user else "OMP_NUM_THREADS sets another number"
+    return f"Computing with {used} CPU thread{'s' if used > 1 else ''} ({reason})."
+
+
 @dataclass
-class DualTokenVisionTokenizerTrainingArguments(TrainingArguments):
+class _CpuThreads:
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "CPU threads to compute with: 1 suits small models. By default, and where OMP_NUM_THREADS is set, "
+            "what PyTorch chooses."
+        },
+    )
+
+
+@dataclass
+class DualTokenVisionTokenizerTrainingArguments(_CpuThreads, TrainingArguments):
     """`TrainingArguments` whose defaults are the optimizer settings of the authors' code."""
 
     output_dir: str = field(default="tokenizer")
@@ -22,7 +56,7 @@ class DualTokenVisionTokenizerTrainingArguments(TrainingArguments):
 
 
 @dataclass
-class DualTokenTrainingArguments(TrainingArguments):
+class DualTokenTrainingArguments(_CpuThreads, TrainingArguments):
     """`TrainingArguments` of the unified model. The default rate is that of the paper's stage 2."""
 
     output_dir: str = field(default="unified")
