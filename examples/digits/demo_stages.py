@@ -90,7 +90,7 @@ def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -
     common += ["--save_strategy", "no", "--weight_decay", "0.01", "--warmup_steps", "30"]
 
     progress.start("data")
-    data.write_data(folders["data"], validation=arguments.validation, seed=arguments.seed)
+    data.write_data(folders["data"], arguments.variants, arguments.validation, arguments.seed)
     build_language_model.main(
         ["--data_dir", folders["data"], "--output_dir", folders["qwen2"], "--seed", str(arguments.seed)]
     )

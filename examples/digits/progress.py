@@ -79,9 +79,9 @@ class Progress:
         return sum(self.plan[stage] for stage in self.seconds) + planned * fraction
 
     def _pace(self) -> float:
-        """Real seconds to a planned one in the last minute; ten seconds at the planned pace damp its beginning."""
+        """Real seconds to a planned one in the last minute; three seconds at the planned pace damp its beginning."""
         (first, first_done), (last, last_done) = self._history[0], self._history[-1]
-        return (last - first + 10) / (last_done - first_done + 10)
+        return (last - first + 3) / (last_done - first_done + 3)
 
     def _show(self, now: float) -> None:
         self._shown = now

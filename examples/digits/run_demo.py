@@ -34,7 +34,7 @@ def plan(arguments: argparse.Namespace) -> dict[str, float]:
         "data": 3,
         "siglip": 3 + 0.075 * arguments.siglip_steps,
         "tokenizer": 1 + 0.31 * arguments.tokenizer_steps,
-        "codes": 40,
+        "codes": 15 + 6 * arguments.variants,
         "unified": 0.28 * arguments.unified_steps,
         "evaluation": 10,
     }
@@ -54,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("dualtoken-demo"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", type=int, default=4, help="changed copies of every training scan")
     parser.add_argument("--siglip_steps", type=int, default=800)
     parser.add_argument("--tokenizer_steps", type=int, default=450)
     parser.add_argument("--unified_steps", type=int, default=1000)
