@@ -49,7 +49,8 @@ format: $(TEST)/.installed
 bench: $(TEST)/.installed
 	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "$$script"; $(TEST)/bin/python $$script; done
 
-# DeepSpeed's operators are compiled at first use, and not here. The stamp is written last, so an interrupted installation is taken up again; it is older than any of the three files
+# DeepSpeed's operators are compiled at first use, and not here. In the locale C, setuptools cannot install from a path with
+# other than ASCII letters. The stamp is written last, so an interrupted installation is taken up again; it is older than any of the three files
 # once one of them changes. The package is installed editable: changes to the code need no new installation.
 $(DEMO)/.installed: EXTRA := demo
 $(TEST)/.installed: EXTRA := dev
@@ -62,7 +63,7 @@ $(EXTRAS)/.installed: EXTRA := dev,perceptual,eval,kernels
 			"or name another Python, as in 'make $* PYTHON=python3.12'."; exit 1; }
 	@echo "Installing into .venv-$*: minutes the first time, mostly torch."
 	$(PYTHON) -m venv .venv-$*
-	DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
+	LC_ALL=C.UTF-8 DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
 	@touch $@
 
 clean:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from transformers_dualtoken.training.training_arguments import json_object
+from transformers_dualtoken.training.training_arguments import json_object, use_cpu_threads
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -169,3 +170,27 @@ def test_unified_settings_that_exclude_each_other(load, tmp_path, options, messa
     arguments = ["--train_dataset", "chat.jsonl", "--output_dir", str(tmp_path), "--use_cpu", "1"]
     with pytest.raises(ValueError, match=message):
         load("run_unified").main([*arguments, *options])
+
+
+@pytest.fixture
+def threads():
+    """Puts back the number of threads."""
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def test_threads_are_set_unless_the_user_has_set_them(threads, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert use_cpu_threads(2) == "Computing with 2 CPU threads (OMP_NUM_THREADS sets another number)."
+    assert torch.get_num_threads() == 2
+    assert use_cpu_threads(1).startswith("Computing with 1 CPU thread (")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert use_cpu_threads(2) == "Computing with 1 CPU thread (as OMP_NUM_THREADS says)."
+    with pytest.raises(ValueError, match="`cpu_threads` must be at least 1, got 0"):
+        use_cpu_threads(0)
+
+
+@pytest.mark.parametrize("recipe", ["tokenizer", "finetune"])
+def test_miniature_recipes_take_one_thread(recipe):
+    assert json.loads((EXAMPLES / "digits" / f"{recipe}.json").read_text())["cpu_threads"] == 1

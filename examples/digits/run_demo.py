@@ -111,13 +111,13 @@ def run(arguments: argparse.Namespace, progress: Progress) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     # Nothing here is downloaded, so nobody should wait for a network that is not there. Read at import.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    arguments = parse(argv)
-    with Progress(sys.stdout, plan(arguments)) as progress:
-        try:
+    try:
+        arguments = parse(argv)
+        with Progress(sys.stdout, plan(arguments)) as progress:
             return run(arguments, progress)
-        except KeyboardInterrupt:
-            progress.message("Interrupted. The same command starts again from the beginning.")
-            raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command starts again from the beginning.")
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
