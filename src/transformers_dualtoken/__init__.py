@@ -34,6 +34,7 @@ from .lora_targets import register_lora_targets
 from .modeling_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTokenPreTrainedModel
 from .modeling_vision_tokenizer import DualTokenEncoderOutput, DualTokenVisionTokenizer
 from .processing_dualtoken import DualTokenProcessor, DualTokenVisionTokenizerProcessor
+from .remote_code import save_remote_code
 
 
 __version__ = "0.1.0"  # the only place: pyproject.toml reads it here
@@ -72,4 +73,5 @@ __all__ = [
     "DualTokenVisionTokenizerConfig",
     "DualTokenVisionTokenizerProcessor",
     "load_official_tokenizer",
+    "save_remote_code",
 ]

@@ -344,10 +344,18 @@ class DualTokenConfig(PreTrainedConfig):
             setattr(self, name, _as_config(getattr(self, name), self.sub_configs[name], name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        # TRL reads it of every model it does not know, also where there is no remote code.
+        self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
         self.validate_choices()
         self.validate_token_ids()
         self.validate_quantizers_agree()
+
+    def to_dict(self) -> dict:
+        fields = super().to_dict()
+        if not fields["auto_map"]:
+            del fields["auto_map"]
+        return fields
 
     @property
     def num_depths(self) -> int:

@@ -1,0 +1,81 @@
+"""The code of a checkpoint beside its weights, for `trust_remote_code=True` where this package is not installed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+_UNIFIED = "modeling_dualtoken.DualTokenForCausalLM"
+_TOKENIZER = "modeling_vision_tokenizer.DualTokenVisionTokenizer"
+# What `auto_map` says, by model type. `AutoImageProcessor` reads it in the image processor's own settings.
+_AUTO_MAPS = {
+    "dualtoken": {
+        "AutoConfig": "configuration_dualtoken.DualTokenConfig",
+        "AutoModel": "modeling_dualtoken.DualTokenModel",
+        "AutoModelForCausalLM": _UNIFIED,
+        "AutoModelForImageTextToText": _UNIFIED,
+        "AutoModelForMultimodalLM": _UNIFIED,
+        "AutoProcessor": "processing_dualtoken.DualTokenProcessor",
+    },
+    "dualtoken_vision_tokenizer": {
+        "AutoConfig": "configuration_dualtoken.DualTokenVisionTokenizerConfig",
+        "AutoModel": _TOKENIZER,
+        "AutoModelForZeroShotImageClassification": _TOKENIZER,
+        "AutoProcessor": "processing_dualtoken.DualTokenVisionTokenizerProcessor",
+    },
+}
+_IMAGE_PROCESSOR = "image_processing_pil_dualtoken.DualTokenImageProcessorPil"
+
+
+def save_remote_code(folder: str | os.PathLike) -> list[str]:
+    """
+    Make a saved checkpoint one that loads with `trust_remote_code=True` where this package is not installed: write
+    `auto_map` into its configs, and the files of this package that its classes need beside them.
+
+    Args:
+        folder (`str` or `os.PathLike`): what `save_pretrained` of a model, and of its processor, has written.
+
+    Returns:
+        `list[str]`: the names of the files of code, sorted.
+
+    Raises:
+        FileNotFoundError: if the folder has no config.json.
+        ValueError: if that is not of one of this package's models.
+    """
+    folder = Path(folder)
+    config = _read(folder / "config.json")
+    auto_map = _AUTO_MAPS.get(config.get("model_type"))
+    if auto_map is None:
+        raise ValueError(
+            f"{folder / 'config.json'} is of model type {config.get('model_type')!r}, not one of "
+            f"{', '.join(map(repr, _AUTO_MAPS))}."
+        )
+    _write(folder / "config.json", {**config, "auto_map": auto_map})
+    if (folder / "processor_config.json").exists():
+        processor = _read(folder / "processor_config.json")
+        processor["auto_map"] = {"AutoProcessor": auto_map["AutoProcessor"]}
+        if isinstance(processor.get("image_processor"), dict):
+            processor["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR}
+        _write(folder / "processor_config.json", processor)
+
+    package = Path(__file__).parent
+    files = {str(package / f"{name.partition('.')[0]}.py") for name in (*auto_map.values(), _IMAGE_PROCESSOR)}
+    for file in list(files):
+        files |= set(get_relative_import_files(file))
+    for file in files:
+        shutil.copyfile(file, folder / Path(file).name)
+    return sorted(Path(file).name for file in files)
+
+
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _write(path: Path, settings: dict) -> None:
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+__all__ = ["save_remote_code"]
