@@ -2,6 +2,8 @@
 
 import logging
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -122,6 +124,35 @@ def test_kernel_is_tried_once_and_kept(gpu):
 
 def test_trial_may_wait_for_the_device_and_leaves_the_mode(gpu):
     find()
+    assert gpu.sync_modes == [2, "default", 2]
+
+
+def test_where_waits_are_allowed_the_mode_is_left_alone(gpu):
+    gpu.sync_modes[:] = [0]
+    find()
+    assert gpu.sync_modes == [0]
+
+
+def test_of_two_threads_one_tries(gpu):
+    """The other waits for the outcome; interleaved they would leave the mode at what the trial needs."""
+    starts, found = threading.Barrier(4), []
+
+    def slow(vectors, codebook):
+        time.sleep(0.02)
+        return blocked_nearest_codes(vectors, codebook)
+
+    gpu.kernel = slow
+
+    def work():
+        starts.wait()
+        found.append(find())
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert gpu.splits == [None, 1] and len(set(found)) == 1 and found[0] is not None
     assert gpu.sync_modes == [2, "default", 2]
 
 

@@ -1,6 +1,7 @@
 """The nearest code of every vector, in float32: blocked products anywhere, one kernel on a GPU that takes it."""
 
 import functools
+import threading
 from collections.abc import Callable
 
 import torch
@@ -119,6 +120,7 @@ def _split_for_tf32(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torc
 
 # By device and width of a code: the kernel, or `None` where it does not work.
 _fused_searches: dict[tuple[torch.device, int], Callable | None] = {}
+_trial_lock = threading.Lock()
 
 
 def find_fused_search(device: torch.device, width: int) -> Callable | None:
@@ -133,7 +135,10 @@ def find_fused_search(device: torch.device, width: int) -> Callable | None:
     if key not in _fused_searches:
         if torch.cuda.is_current_stream_capturing():
             return None  # Nothing can be tried now; a call before the capture makes the graph one with the kernel.
-        _fused_searches[key] = _try_fused_search(device, width)
+        # One thread tries: the trial changes a setting of the whole process, and puts it back.
+        with _trial_lock:
+            if key not in _fused_searches:
+                _fused_searches[key] = _try_fused_search(device, width)
     return _fused_searches[key]
 
 
@@ -144,7 +149,8 @@ def _try_fused_search(device: torch.device, width: int) -> Callable | None:
         return None
     # The trial waits for the device, also where nothing else may.
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("default")
+    if mode:
+        torch.cuda.set_sync_debug_mode("default")
     try:
         from .code_search_kernel import MAX_WIDTH, fused_nearest_codes
 
@@ -163,7 +169,8 @@ def _try_fused_search(device: torch.device, width: int) -> Callable | None:
         )
         return None
     finally:
-        torch.cuda.set_sync_debug_mode(mode)
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
     return fused_nearest_codes
 
 
