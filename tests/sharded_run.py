@@ -1,7 +1,7 @@
 """
 What one rank does in `test_sharded_training.py`: `torchrun ... sharded_run.py ENGINE MODELS FOLDER`.
 
-`ENGINE` is the name of a file in `examples/deepspeed/`, or `fsdp2`; `MODELS` holds what `save_models` wrote. The test
+`ENGINE` is the name of a file in `examples/deepspeed/`, `fsdp2` or `plan`; `MODELS` holds what `save_models` wrote. The test
 imports this file too, and trains the same in one process.
 """
 
@@ -207,7 +207,30 @@ def check_codebooks(model, folder: Path) -> None:
         assert buffer.dtype == torch.float32 and torch.equal(buffer, stored[name]), name
 
 
+def run_plan(models: Path, folder: Path) -> None:
+    """
+    Weights split while they load, by transformers' own plan (`from_pretrained(..., distributed_config=)`).
+
+    The tied model alone: there the plan must bring one weight together for two modules.
+    """
+    from transformers.distributed import DistributedConfig
+
+    args = arguments(folder / "tied", ddp_backend="gloo", max_steps=FEW_STEPS)
+    plan = DistributedConfig(fsdp_size=RANKS)
+    trainer = make_trainer(DualTokenForCausalLM.from_pretrained(models / "tied", distributed_config=plan), args)
+    trainer.train()
+    model = trainer.model
+    embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
+    assert embeddings is head and isinstance(head, DTensor)
+    weights = {name: value.full_tensor() for name, value in model.named_parameters() if isinstance(value, DTensor)}
+    if dist.get_rank() == 0:
+        (folder / "results.json").write_text(json.dumps({"tied": losses(trainer)}))
+        torch.save(weights, folder / "weights.pt")
+
+
 def run(engine: str, models: Path, folder: Path) -> None:
+    if engine == "plan":
+        return run_plan(models, folder)
     fsdp, partitioned = engine == "fsdp2", engine.startswith("zero3")
     if fsdp:
         use_fsdp_config()

@@ -163,6 +163,31 @@ def launch(engine: str, models: Path, folder: Path) -> None:
     assert code == 0, f"Exit status: {code}\n{log.read_text()[-6000:]}"
 
 
+def has_fsdp_plan() -> bool:
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError:
+        return False
+    return "fsdp_size" in getattr(DistributedConfig, "__dataclass_fields__", {})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_fsdp_plan(), reason="this transformers splits no weights while it loads them")
+def test_tied_embeddings_under_the_plan_of_transformers(reference):
+    """As Qwen2.5-3B's are: the weight takes the gradients of both its uses, and is updated once."""
+    folder = reference / "plan"
+    folder.mkdir()
+    launch("plan", reference / "models", folder)
+    expected = json.loads((reference / "tied" / "losses.json").read_text())
+    for term, values in results(folder)["tied"].items():
+        tolerance = 1e-3 if term == "grad_norm" else 1e-4
+        assert values == pytest.approx(expected[term], rel=0, abs=tolerance), term
+    trained, whole = torch.load(folder / "weights.pt"), load_file(reference / "tied" / "model.safetensors")
+    assert "model.language_model.embed_tokens.weight" in trained and "lm_head.weight" not in trained
+    for name, value in trained.items():
+        assert (value - whole[name]).abs().max() <= 1e-3, name
+
+
 def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
