@@ -15,21 +15,20 @@ Captions, of which an image may have several:
     python examples/eval_tokenizer.py --model_name_or_path path/to/tokenizer --dataset path/to/flickr8k --split test \\
         --caption_column captions --metrics retrieval --output_dir evaluation
 
-Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON file, given as the only
-argument. Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics`
+Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON or YAML file, given
+as the only argument (examples/run_tokenizer.py says how its paths are read). Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics`
 asks for them. Needs the extras `eval` and `perceptual`, and a torchvision that belongs to the installed torch.
 
 Written are metrics.json, report.md, reconstructions.png, codebook_usage.png and model_card_metadata.yaml.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from transformers_dualtoken import (
     DualTokenForCausalLM,
@@ -54,6 +53,7 @@ from transformers_dualtoken.evaluation import (
     zero_shot_classifier,
 )
 from transformers_dualtoken.evaluation.optional_libraries import require
+from transformers_dualtoken.recipe_files import parse_settings
 
 
 METRICS = (*RECONSTRUCTION_METRICS, "zero_shot", "retrieval", "codebook")
@@ -272,12 +272,7 @@ def build_evaluator(model, tokenize, parts: dict, num_shown: int) -> TokenizerEv
 
 
 def main(argv: list[str] | None = None) -> dict:
-    parser = HfArgumentParser(EvaluationArguments)
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        (arguments,) = parser.parse_json_file(argv[0])
-    else:
-        (arguments,) = parser.parse_args_into_dataclasses(argv)
+    (arguments,) = parse_settings((EvaluationArguments,), argv)
     check(arguments)
 
     # After `--help`, as above.

@@ -19,16 +19,16 @@ The folder holds parquet shards and, once it is finished, dualtoken_codes.json. 
 a data set, and is refused with another tokenizer than this one: `--dtype` and `--bf16` must be those of the training.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoProcessor, HfArgumentParser
+from transformers import AutoConfig, AutoProcessor
 from transformers.utils import logging
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizer, load_official_tokenizer
 from transformers_dualtoken.convert import is_official_folder
+from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training.data.chat_sources import load_chat_sources
 from transformers_dualtoken.training.data.image_codes import PrecomputeSummary, precompute_codes
 from transformers_dualtoken.training.data.tokenizer_fingerprint import tokenizer_fingerprint
@@ -136,14 +136,7 @@ def report(arguments: PrecomputeArguments, summary: PrecomputeSummary, rank: int
 
 
 def main(argv: list[str] | None = None) -> PrecomputeSummary:
-    parser = HfArgumentParser(PrecomputeArguments)
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        (arguments,) = parser.parse_json_file(argv[0])
-    elif len(argv) == 1 and argv[0].endswith((".yaml", ".yml")):
-        (arguments,) = parser.parse_yaml_file(argv[0])
-    else:
-        (arguments,) = parser.parse_args_into_dataclasses(argv)
+    (arguments,) = parse_settings((PrecomputeArguments,), argv)
 
     # Without `cpu` accelerate takes several processes on a CPU for one.
     state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())

@@ -9,22 +9,21 @@ the extra `perceptual`):
 
 Without LPIPS and adversary: `--loss_weights '{"perceptual": 0, "generator": 0}'`. The other stages: `--stage 0`, then
 `--stage 1`, `--stage 2` with `--model_name_or_path` of the stage before. Several GPUs: the same after
-`torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from one JSON file, given as the only
-argument; examples/configs/ holds the paper's.
+`torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from one JSON or YAML file, given as the
+only argument, whose relative paths are looked for beside it and then in the working directory; examples/configs/ holds
+the paper's.
 
 Images: a folder, parquet files, webdataset shards, or a data set of the Hub; with `--streaming` they are read while
 training. A run that was stopped goes on from its last checkpoint when started again with the same command; SIGTERM makes
 it save one after the step at hand and exit with status 0.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import (
     AutoTokenizer,
-    HfArgumentParser,
     PreTrainedConfig,
     SiglipModel,
     SiglipVisionModel,
@@ -38,6 +37,7 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizerProcessor,
 )
 from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer, official_siglip_path
+from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training import (
     DualTokenImageDataset,
     DualTokenImageStream,
@@ -176,14 +176,10 @@ def _first(images, count: int | None):
 
 
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, DualTokenVisionTokenizerRecipe, DualTokenVisionTokenizerTrainingArguments)
+    model_arguments, data_arguments, recipe, training_arguments = parse_settings(
+        (ModelArguments, DataArguments, DualTokenVisionTokenizerRecipe, DualTokenVisionTokenizerTrainingArguments),
+        argv,
     )
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        model_arguments, data_arguments, recipe, training_arguments = parser.parse_json_file(argv[0])
-    else:
-        model_arguments, data_arguments, recipe, training_arguments = parser.parse_args_into_dataclasses(argv)
     if data_arguments.streaming and training_arguments.max_steps < 1:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
     if training_arguments.cpu_threads is not None:

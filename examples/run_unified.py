@@ -14,7 +14,8 @@ on one GPU also with a 4-bit language model (`--quantization 4`):
 
 Several GPUs: the same after `torchrun --nproc_per_node 8`, with `--deepspeed examples/deepspeed/zero3.json` where the
 model does not fit, or after `accelerate launch --config_file examples/accelerate/fsdp2.yaml`. Settings may also come
-from one JSON or YAML file, given as the only argument. A run that was stopped goes on from its last whole checkpoint
+from one JSON or YAML file, given as the only argument, whose relative paths are looked for beside it and then in the
+working directory. A run that was stopped goes on from its last whole checkpoint
 when started again with the same command; SIGTERM makes it save one after the step at hand and exit with status 0.
 
 `--train_dataset` is a file, folder, pattern or Hub data set of chat messages, LLaVA conversations, image-caption pairs,
@@ -23,7 +24,6 @@ with a weighted mixture of them.
 """
 
 import logging
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
-    HfArgumentParser,
     set_seed,
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -44,6 +43,7 @@ from transformers_dualtoken import (
     DualTokenProcessor,
     DualTokenVisionTokenizer,
 )
+from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training import (
     ChatEncoder,
     DualTokenChatDataset,
@@ -337,13 +337,9 @@ def encode_once(data: DataArguments, name: str, sources: list, vision_tokenizer,
 
 
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, DualTokenTrainingArguments))
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith((".json", ".yaml", ".yml")):
-        read = parser.parse_json_file if argv[0].endswith(".json") else parser.parse_yaml_file
-        model_arguments, data_arguments, training_arguments = read(argv[0])
-    else:
-        model_arguments, data_arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
+    model_arguments, data_arguments, training_arguments = parse_settings(
+        (ModelArguments, DataArguments, DualTokenTrainingArguments), argv
+    )
     if data_arguments.streaming and training_arguments.max_steps < 1:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
     logging.basicConfig(level=logging.INFO if training_arguments.should_log else logging.WARNING)

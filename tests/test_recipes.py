@@ -1,7 +1,9 @@
 """The full-size recipes of examples/configs: their settings, the models they build, and the script that estimates."""
 
+import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
+from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training.data.chat_sources import _check_keys
 
 
@@ -121,7 +124,7 @@ def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
     script = importlib.import_module("run_unified")
     settings = json.loads((EXAMPLES / "configs" / f"unified_stage{stage}.json").read_text())
     engine = settings.pop("deepspeed", None)
-    assert engine is None or (EXAMPLES.parent / engine).is_file()
+    assert engine is None or (EXAMPLES / "configs" / engine).is_file()
     parser = HfArgumentParser((script.ModelArguments, script.DataArguments, script.DualTokenTrainingArguments))
     # An unknown name is an error.
     model, data, training = parser.parse_dict({**settings, "output_dir": str(tmp_path), "use_cpu": True})
@@ -132,7 +135,109 @@ def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
     # Each stage begins where the one before ended.
     before = f"unified_stage{stage - 1}" if stage > 1 else None
     assert model.model_name_or_path == before and settings["output_dir"] == f"unified_stage{stage}"
-    sources = yaml.safe_load((EXAMPLES.parent / data.train_dataset).read_text())["sources"]
+    sources = yaml.safe_load((EXAMPLES / "configs" / data.train_dataset).read_text())["sources"]
     for source in sources:
         _check_keys(source)
         assert source["weight"] > 0
+
+
+# Recipes of one's own
+
+
+@dataclasses.dataclass
+class Settings:
+    train_dataset: str
+    eval_dataset: str | None = None
+    dataset_options: dict | str | None = None
+    config_overrides: dict | str | None = None
+    learning_rates: dict | str | None = None
+    rate: float = 1.0
+    steps: int = 1
+    limit: int | None = None
+    parts: list[str] = dataclasses.field(default_factory=list)
+    streaming: bool = False
+
+
+def recipe(folder: Path, ending=".json", **settings) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"recipe{ending}"
+    path.write_text(json.dumps(settings) if ending == ".json" else yaml.safe_dump(settings))
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", [".json", ".yaml", ".yml"])
+def test_paths_of_a_recipe_are_beside_it_or_in_the_working_directory(tmp_path, monkeypatch, ending):
+    folder, here = tmp_path / "recipes", tmp_path / "here"
+    for place in (folder, folder / "pictures", here, here / "only here"):
+        place.mkdir()
+    for place in (folder / "both", here / "both", folder / "a.parquet"):
+        place.write_text("")
+    monkeypatch.chdir(here)
+    path = os.path.relpath(recipe(folder, ending, train_dataset="both"))
+    (settings,) = parse_settings((Settings,), [path])
+    assert settings.train_dataset == os.path.join("..", "recipes", "both")
+    names = {
+        "train_dataset": "*.parquet",
+        "eval_dataset": "only here",
+        "dataset_options": {"image_folder": "pictures"},
+    }
+    recipe(folder, ending, **names, config_overrides='{"a": 1}', learning_rates="someone/model")
+    (settings,) = parse_settings((Settings,), [path])
+    assert settings.train_dataset == "../recipes/*.parquet" and settings.eval_dataset == "only here"
+    assert settings.dataset_options == {"image_folder": "../recipes/pictures"}
+    assert settings.config_overrides == '{"a": 1}' and settings.learning_rates == "someone/model"
+    # The command line is relative to the working directory.
+    assert parse_settings((Settings,), ["--train_dataset", "both"])[0].train_dataset == "both"
+    recipe(folder, ending, train_dataset="./gone")
+    with pytest.raises(ValueError, match="`train_dataset` of .* nothing at '.*recipes/gone' nor at '.*here/gone'"):
+        parse_settings((Settings,), [path])
+
+
+def test_recipes_of_the_repository_find_what_lies_beside_them(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("run_unified")
+    monkeypatch.chdir(tmp_path)
+    types = (script.ModelArguments, script.DataArguments, script.DualTokenTrainingArguments)
+    model, data, _ = parse_settings(types, [str(EXAMPLES / "digits/finetune.json")])
+    assert Path(model.model_name_or_path) == EXAMPLES / "digits/checkpoint/dualtoken"
+    assert data.train_dataset == "digits-new/mixture.json"
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({}, "lacks train_dataset"),
+        ({"train_dataset": "a", "trian": 1}, "settings that do not exist: trian"),
+        ({"train_dataset": None}, "`train_dataset` .* must be str, got None"),
+        ({"train_dataset": ["a"]}, r"`train_dataset` .* must be str, got \['a'\]"),
+        ({"train_dataset": "a", "steps": "many"}, "`steps` .* must be int, got 'many'"),
+        ({"train_dataset": "a", "steps": 1.5}, "`steps` .* must be int, got 1.5"),
+        ({"train_dataset": "a", "steps": True}, "`steps` .* must be int, got True"),
+        ({"train_dataset": "a", "rate": float("nan")}, "`rate` .* must be float, got nan"),
+        ({"train_dataset": "a", "streaming": "false"}, "`streaming` .* must be bool, got 'false'"),
+        ({"train_dataset": "a", "parts": "heads"}, "`parts` .* must be list.*, got 'heads'"),
+        ({"train_dataset": "a", "parts": [1]}, "`parts` .* must be list"),
+        ({"train_dataset": "a", "dataset_options": 3}, "`dataset_options` .* must be dict"),
+    ],
+)
+def test_what_is_wrong_with_a_recipe_is_named(tmp_path, settings, match):
+    with pytest.raises(ValueError, match=match):
+        parse_settings((Settings,), [recipe(tmp_path, **settings)])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("[1]", "must be an object of settings, got list"), ("{", "cannot be read"), ("[" * 100000, "")],
+)
+def test_recipes_that_are_none(tmp_path, text, match):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"The recipe .*a.json' .*{match}"):
+        parse_settings((Settings,), [str(tmp_path / "a.json")])
+    with pytest.raises(ValueError, match="The recipe 'gone.yaml' cannot be read .* working directory"):
+        parse_settings((Settings,), ["gone.yaml"])
+
+
+def test_numbers_of_a_recipe_are_of_their_field(tmp_path):
+    path = recipe(tmp_path, ".yaml", train_dataset="a", rate="1e-3", steps=1e3, limit="7")
+    (settings,) = parse_settings((Settings,), [path])
+    assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 7) and type(settings.steps) is int

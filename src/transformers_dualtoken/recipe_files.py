@@ -1,0 +1,149 @@
+"""Settings of a script from its command line, or from one recipe: a JSON or YAML file given as the only argument."""
+
+import dataclasses
+import glob
+import json
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Mapping
+
+import yaml
+from transformers import HfArgumentParser
+
+
+_ENDINGS = (".json", ".yaml", ".yml")
+# Fields that may name a file or folder to read. What is written (`output_dir`) belongs to whoever starts the script.
+_PATHS = (
+    *("model_name_or_path", "siglip_model_name_or_path", "vision_tokenizer_name_or_path"),
+    *("language_model_name_or_path", "text_tokenizer_name_or_path", "processor_name_or_path"),
+    *("train_dataset", "eval_dataset", "dataset", "dataset_options", "image_folder", "sample_prompts", "class_names"),
+    *("config_overrides", "learning_rates", "perceptual_weights", "inception_weights", "lpips_weights"),
+    *("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint"),
+)
+
+
+def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
+    """
+    Instances of the dataclasses, from the command line or a recipe.
+
+    Relative paths that a recipe reads from are looked for beside the recipe, and then in the working directory; names
+    of the Hub and what is in neither stay as they are. On the command line, and of what is written (`output_dir`),
+    they are relative to the working directory.
+
+    Args:
+        dataclass_types (`tuple`): as of `HfArgumentParser`.
+        argv (`list[str]`, *optional*): by default the command line's.
+
+    Raises:
+        ValueError: for a recipe that cannot be read or is no object, fields that are unknown, missing or of another
+            type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to nothing.
+    """
+    parser = HfArgumentParser(dataclass_types)
+    argv = sys.argv[1:] if argv is None else argv
+    if len(argv) == 1 and argv[0].endswith(_ENDINGS):
+        return parser.parse_dict(_read_recipe(argv[0], parser.dataclass_types))
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def _read_recipe(path: str, dataclass_types) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The recipe {path!r} cannot be read ({error}); the working directory is {os.getcwd()!r}."
+        ) from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe {path!r} must be an object of settings, got {type(recipe).__name__}.")
+    fields, hints = {}, {}
+    for dataclass_type in dataclass_types:
+        fields |= {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
+        hints |= typing.get_type_hints(dataclass_type)
+    unknown = sorted(str(name) for name in recipe if name not in fields)
+    if unknown:
+        raise ValueError(f"The recipe {path!r} has settings that do not exist: {', '.join(unknown)}.")
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in recipe and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"The recipe {path!r} lacks {', '.join(missing)}.")
+    settings = {}
+    for name, value in recipe.items():
+        try:
+            settings[name] = _converted(value, hints[name])
+        except (TypeError, ValueError):
+            kind = getattr(hints[name], "__name__", str(hints[name])) if isinstance(hints[name], type) else hints[name]
+            raise ValueError(f"`{name}` of the recipe {path!r} must be {kind}, got {value!r:.200}.") from None
+        if name in _PATHS:
+            settings[name] = _located(settings[name], path, name)
+    return settings
+
+
+def _converted(value, hint):
+    """The value as the type says; a number may be written as text, as YAML takes 1e-3 for. Raises otherwise."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = typing.get_args(hint)
+        if value is None and type(None) in kinds:
+            return None
+        # Text is text where it may be, and a whole number an integer.
+        order = sorted((kind for kind in kinds if kind is not type(None)), key=lambda kind: type(value) is not kind)
+        for kind in order:
+            try:
+                return _converted(value, kind)
+            except (TypeError, ValueError):
+                continue
+        raise TypeError
+    if hint is typing.Any:
+        return value
+    if origin is list or hint is list:
+        (kind,) = typing.get_args(hint) or (typing.Any,)
+        if not isinstance(value, list):
+            raise TypeError
+        return [_converted(item, kind) for item in value]
+    if origin is dict or hint is dict:
+        if not isinstance(value, dict):
+            raise TypeError
+        return value
+    if hint in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise TypeError
+        number = float(value)
+        if not math.isfinite(number) or (hint is int and number != int(number)):
+            raise ValueError
+        return value if type(value) is hint else hint(number)
+    if hint in (str, bool):
+        if not isinstance(value, hint):
+            raise TypeError
+        return value
+    # Enumerations of transformers, which check their own values.
+    return value
+
+
+def _located(value, recipe: str, name: str):
+    """A path, or those in a dict, as it is to be opened."""
+    if isinstance(value, Mapping):
+        return {key: _located(item, recipe, key) if key in _PATHS else item for key, item in value.items()}
+    if not isinstance(value, str) or not value or "://" in value:
+        return value
+    path = os.path.expanduser(value)
+    beside = os.path.join(os.path.dirname(recipe), path)
+    found = next((place for place in (beside, path) if os.path.exists(place) or _matches(place)), None)
+    if found is None and value.startswith(("./", "../", "~")):
+        raise ValueError(
+            f"`{name}` of the recipe {recipe!r} is {value!r}, and there is nothing at {os.path.abspath(beside)!r} nor at "
+            f"{os.path.abspath(path)!r}."
+        )
+    return value if found is None else found
+
+
+def _matches(pattern: str) -> bool:
+    return glob.has_magic(pattern) and next(glob.iglob(pattern, recursive=True), None) is not None
+
+
+__all__ = ["parse_settings"]
