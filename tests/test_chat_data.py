@@ -23,6 +23,7 @@ from transformers_dualtoken.training import (
     DualTokenChatStream,
     DualTokenDataCollator,
     StreamProgress,
+    collate_images,
 )
 from transformers_dualtoken.training.data.chat_collator import pack
 from transformers_dualtoken.training.data.chat_source import BadSampleError
@@ -195,6 +196,8 @@ BAD = [
     ({**chat(["a"], ["b"]), "tools": [{"name": "c"}]}, "does not write `tools`"),
     ({"messages": [say("user", "a"), {"role": "assistant", "content": "b"}], "content": "c"}, "either 'messages'"),
     ({"content": ""}, "it has no content"),
+    ({"content": "half \ud83d"}, "half a character at position 5"),
+    (chat(["a"], ["half \ud83d"]), "half a character at position"),
     ({"messages": [say("user", {"type": "image"}), say("assistant", "b")]}, "image 0 has no image data"),
     ({"messages": [say("user", {"type": "video"}), say("assistant", "b")]}, "part of type 'video'"),
     (chat(["a " * 40], ["b"]), "more than `max_length` = 60"),
@@ -248,6 +251,26 @@ def test_bad_samples_are_named_or_skipped_and_counted(processor, bad, reason, ca
     assert torch.equal(dataset[1]["input_ids"], dataset_of([ANSWER], processor)[0]["input_ids"])
     with pytest.raises(ValueError, match="the examples has no sample that can be trained on; 1 were skipped.*"):
         dataset_of([bad], processor, max_length=60, on_bad_sample="skip")
+
+
+@pytest.mark.parametrize(
+    ("sources", "match"),
+    [
+        ([], "no sources"),
+        ([TEXT, ChatSource("a", [TEXT], dict)], "must be ChatSources.* got ChatSource, dict"),
+        (["a.jsonl"], "must be ChatSources.* got str"),
+        (
+            [ChatSource("a", [TEXT], dict, float("nan"))],
+            "The weight of 'a .1.' must be a finite number above 0, got nan",
+        ),
+        ([ChatSource("a", [TEXT], dict, "1")], "The weight of 'a .1.' must be a finite number above 0, got '1'"),
+        ([ChatSource("a", [], dict)], "The source a has no sample"),
+        ([ChatSource("a", datasets.Dataset.from_dict({"content": []}), dict)], "The source a has no sample"),
+    ],
+)
+def test_odd_sources_are_named(encoder, sources, match):
+    with pytest.raises(ValueError, match=match):
+        DualTokenChatDataset(sources, encoder)
 
 
 def test_broken_image_is_named_or_another_sample_stands_in(processor, tmp_path):
@@ -339,7 +362,7 @@ def test_sources_without_weights_come_once_an_epoch(processor, encoder):
     dataset = DualTokenChatDataset([source("a", 3, None), source("b", 2, None)], encoder)
     assert texts(dataset, 0) == texts(dataset, 1) == ["a 0", "a 1", "a 2", "b 0", "b 1"]
     assert dataset.lengths.tolist() == [len(dataset[index]["input_ids"]) for index in range(5)]
-    with pytest.raises(ValueError, match=r"Either all sources have a weight above 0 or none has one, got \[1, None\]"):
+    with pytest.raises(ValueError, match="Either all sources of a mixture have a weight or none"):
         DualTokenChatDataset([source("a", 3, 1), source("b", 2, None)], encoder)
     with pytest.raises(IndexError):
         dataset[5]
@@ -585,3 +608,9 @@ def test_resumed_mixture_equals_the_uninterrupted_one(processor, num_workers):
             resumed.load_state_dict(json.loads(json.dumps(progress.state_dict())))
             for batch, reference in zip(first(resumed, 20 - stop, num_workers), expected[stop:]):
                 assert all(torch.equal(batch[key], reference[key]) for key in ("input_ids", "labels", "num_skipped"))
+
+
+def test_an_empty_batch_is_named():
+    for collate in (DualTokenDataCollator(0), DualTokenDataCollator(0, packed_length=8), collate_images):
+        with pytest.raises(ValueError, match="at least one sample, got none"):
+            collate([])

@@ -259,7 +259,6 @@ def test_dicts_of_lists_are_lists_of_dicts(tmp_path):
         (chat([{"type": "image", "base64": "%"}], "x"), "base64"),
         (chat([{"type": "image", "url": "data:image/png;base64,%"}], "x"), "base64"),
         (chat([{"type": "image", "pixel_codes": [[[1]]]}], "x"), "only pixel_codes of pixel_codes and semantic_codes"),
-        (chat("half a \ud83d", "x"), "half a character at position 7"),
         ([1], "must be a JSON object, got list"),
         ("{", "not valid JSON"),
     ],
@@ -776,8 +775,8 @@ def test_specs_are_checked(tmp_path):
         ({"path": path, "text_column": "body"}, "text_column: body"),
         ({"path": path, "sample_by": "word"}, "`sample_by` .* must be one of document, line"),
         ({"path": path, "name": "small"}, "configuration of a data set on the Hub"),
-        ({"path": path, "weight": 0}, "must be a number above 0"),
-        ({"path": path, "weight": True}, "must be a number above 0"),
+        ({"path": path, "weight": 0}, "must be a finite number above 0"),
+        ({"path": path, "weight": True}, "must be a finite number above 0"),
         ([{"path": path, "weight": 1}, path], "Either all sources of a mixture have a weight or none"),
         ({"sources": [path], "split": "x"}, r"nothing else; it has also \['split'\]"),
         (str(tmp_path / "gone.jsonl"), "no file or folder at"),
@@ -796,6 +795,43 @@ def test_specs_are_checked(tmp_path):
     ]:
         with pytest.raises(ValueError, match=match):
             load_chat_sources(spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ([], "at least one source"),
+        ({"sources": []}, "at least one source"),
+        ({"sources": None}, "A source of data is a path, or a dict with a 'path', got None"),
+        ([["a.jsonl"]], "A source of data is a path, or a dict"),
+        ({"sources": ["a.jsonl"], "weights": [1], 3: 4}, "it has also .'weights', 3."),
+        ({"path": 3}, "A source of data is a path"),
+        ({"path": ""}, "no file or folder at ''"),
+        ({"path": "a.jsonl", 3: 4}, "The keys of a source must be strings"),
+        ({"path": "a.jsonl", "format": []}, "format of 'a.jsonl' must be one of messages, .*, got .."),
+        ({"path": "a.jsonl", "task": ["draw"]}, "`task` of 'a.jsonl' must be a string"),
+        ({"path": "a.jsonl", "draw_prompt": 3}, "`draw_prompt` of 'a.jsonl' must be a string, got 3"),
+        ({"path": "a.jsonl", "image_folder": 3}, "`image_folder` of 'a.jsonl' must be a string"),
+        ({"path": "a.jsonl", "split": 1.5}, "`split` of 'a.jsonl' must be a string"),
+        *(
+            ({"path": "a.jsonl", "weight": weight}, "The weight of 'a.jsonl .1.' must be a finite number above 0")
+            for weight in (0, -1, -0.0, float("nan"), float("inf"), "2", True, [1], {})
+        ),
+        ([{"path": "a.jsonl", "weight": 1e308}] * 2, "The sum of the weights must be finite"),
+        ([{"path": "a.jsonl", "weight": 1}, "a.jsonl"], "without one are .'a.jsonl .2.'."),
+    ],
+)
+def test_odd_mixtures_are_named(tmp_path, monkeypatch, spec, match):
+    write(tmp_path / "a.jsonl", [{"text": "a"}])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=match):
+        load_chat_sources(spec)
+
+
+def test_a_path_may_come_twice(tmp_path):
+    path = str(write(tmp_path / "a.jsonl", [{"text": "a"}]))
+    sources = load_chat_sources([{"path": path, "weight": 1}, {"path": path, "weight": 2}])
+    assert len({source.name for source in sources}) == 2
 
 
 def test_files_of_folders(tmp_path):

@@ -390,10 +390,43 @@ def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_
     pq.write_table(pq.read_table(tmp_path / "kept").replace_schema_metadata(), tmp_path / "shard-00001.parquet")
     with pytest.raises(ValueError, match="shard-00001.parquet' is no shard of precomputed codes"):
         precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
+    # What another shard holds is not judged by a damaged first one.
+    (tmp_path / "shard-00000.parquet").rename(tmp_path / "first")
+    (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
     description = json.loads((tmp_path / "dualtoken_codes.json").read_text())
+    (tmp_path / "dualtoken_codes.json").unlink()
+    assert is_code_folder(tmp_path)
+    for text in ("{", "[]", "3", "{}"):
+        (tmp_path / "dualtoken_codes.json").write_text(text)
+        with pytest.raises(ValueError, match="dualtoken_codes.json' is damaged"):
+            load_code_source(tmp_path)
     (tmp_path / "dualtoken_codes.json").write_text(json.dumps({**description, "format_version": 2}))
     with pytest.raises(ValueError, match="are of format 2; this version of transformers-dualtoken reads format 1"):
         load_code_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "spoil", "match"),
+    [
+        ("pixel_codes", lambda codes: [image[:-1] for image in codes], "row of codes is damaged .*cannot reshape"),
+        ("pixel_codes", lambda codes: codes[:-1], "row of codes is damaged"),
+        (
+            "semantic_codes",
+            lambda codes: [[99, *image[1:]] for image in codes],
+            "semantic codes go from .* to 99, of 24",
+        ),
+        ("semantic_codes", lambda codes: [[-1, *image[1:]] for image in codes], "semantic codes go from -1 to"),
+        ("semantic_codes", lambda codes: None, "row of codes is damaged"),
+        ("example", lambda example: "{", "row of codes is damaged"),
+    ],
+)
+def test_damaged_rows_of_codes_are_bad_samples(tokenizer, image_processor, sources, tmp_path, column, spoil, match):
+    precompute_codes(tokenizer, image_processor, sources[:1], tmp_path)
+    source = load_code_source(tmp_path)
+    row = source.dataset[1]
+    assert source.to_example(row)
+    with pytest.raises(BadSampleError, match=match):
+        source.to_example({**row, column: spoil(row[column])})
 
 
 def test_codes_of_another_tokenizer_are_refused(make_tokenizer, image_processor, sources, tmp_path):

@@ -230,6 +230,14 @@ def test_rates_of_parts(unified_folder, data, tmp_path):
         DualTokenTrainer(model, training)
 
 
+def test_a_tokenizer_larger_than_the_vocabulary_is_named(unified_folder, tmp_path):
+    model, processor = AutoModelForCausalLM.from_pretrained(unified_folder), build_tiny_processor()
+    processor.tokenizer.add_tokens(["<more>"])
+    training = DualTokenTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="The tokenizer has .* tokens and the model .*: ids would lie outside"):
+        DualTokenTrainer(model, training, processing_class=processor)
+
+
 def test_ranks_with_different_data_are_told(unified_folder, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(unified_folder)
     training = DualTokenTrainingArguments(str(tmp_path), use_cpu=True)

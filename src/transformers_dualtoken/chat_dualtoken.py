@@ -323,6 +323,14 @@ class ImageTokens:
         return [self.start_id, *[self.pad_id] * self.count, self.end_id]
 
 
+def check_text(text: str) -> None:
+    """Raise a `ValueError` for half a character (a lone surrogate of UTF-16), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"The text has half a character at position {error.start:,} ({error}).") from error
+
+
 def special_tokens_of(tokenizer, image_tokens: ImageTokens) -> list[str]:
     """Every special token, longest first: a regular expression takes the first alternative that fits."""
     tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -354,6 +362,7 @@ def encode_chats(
         for match in [*control.finditer(prompt), None]:
             start, end = match.span() if match else (len(prompt), len(prompt))
             text = "".join(_unmarked_pieces(prompt[last:start], marker))
+            check_text(text)
             if text:
                 plan.append((len(segments), last, start))
                 segments.append(text)

@@ -9,6 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from .chat_dualtoken import (
     CHAT_TEMPLATE,
     ImageTokens,
+    check_text,
     encode_chats,
     image_data,
     image_parts,
@@ -214,6 +215,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             for index, prompt in enumerate(prompts):
                 if not prompt:
                     raise ValueError(f"A prompt must not be empty, but prompt {index} of {len(prompts)} is.")
+                check_text(prompt)
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)

@@ -117,6 +117,8 @@ def _converted(value, hint):
         if not math.isfinite(number) or (hint is int and number != int(number)):
             raise ValueError
         return value if type(value) is hint else hint(number)
+    if hint is bool and type(value) is int and value in (0, 1):
+        return bool(value)
     if hint in (str, bool):
         if not isinstance(value, hint):
             raise TypeError

@@ -30,6 +30,8 @@ class DualTokenDataCollator:
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 
     def __call__(self, samples: list[dict]) -> dict:
+        if not samples:
+            raise ValueError("A batch must have at least one sample, got none.")
         lengths = [len(sample["input_ids"]) for sample in samples]
         if self.packed_length is None:
             rows = [[index] for index in range(len(samples))]

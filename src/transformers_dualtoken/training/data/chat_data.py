@@ -1,7 +1,7 @@
 """Conversations and documents for unified training, from data sets of known length."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers.utils import logging
 
 from .chat_encoding import ChatEncoder, EncodedExample
-from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, refusal, sample_name
+from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, check_weights, refusal, sample_name
 from .image_reading import MAX_NAMED, MAX_SKIPPED_IN_A_ROW
 
 
@@ -111,7 +111,9 @@ class _EncodeRow:
     def all_rows(self, num_workers: int, use_cache: bool = True) -> datasets.Dataset:
         rows = self.source.dataset
         if not isinstance(rows, datasets.Dataset):
-            return datasets.Dataset.from_list([self(raw, i) for i, raw in enumerate(rows)], features=self.FEATURES)
+            encoded = [self(raw, i) for i, raw in enumerate(rows)]
+            columns = {name: [row[name] for row in encoded] for name in self.FEATURES}
+            return datasets.Dataset.from_dict(columns, features=self.FEATURES)
         versions = [_ENCODING_VERSION, transformers.__version__]
         state = [versions, rows._fingerprint, self.source.to_example, self.encoder.settings, self.on_bad_sample]
         return rows.with_format(None).map(
@@ -166,8 +168,15 @@ class DualTokenChatDataset(Dataset):
         check_bad_sample_rule(on_bad_sample)
         if not sources:
             raise ValueError("There are no sources to train on.")
-        if not isinstance(sources[0], ChatSource):
+        kinds = {isinstance(source, ChatSource) for source in sources}
+        if len(kinds) > 1 or not all(isinstance(source, (ChatSource, Mapping)) for source in sources):
+            raise ValueError(
+                "`sources` must be ChatSources, as of load_chat_sources, or all of them examples (dicts), got "
+                f"{', '.join(sorted({type(source).__name__ for source in sources}))}."
+            )
+        if kinds == {False}:
             sources = [ChatSource("the examples", list(sources), dict, None)]
+        check_weights({f"{source.name} ({number})": source.weight for number, source in enumerate(sources, 1)})
         self.encoder, self.seed, self.on_bad_sample = encoder, seed, on_bad_sample
         self.sources = [_EncodedSource(source, encoder, on_bad_sample, num_workers) for source in sources]
         for source in self.sources:
@@ -195,8 +204,6 @@ class DualTokenChatDataset(Dataset):
         self.is_weighted = any(weight is not None for weight in weights)
         if not self.is_weighted:
             return lengths
-        if any(weight is None or not weight > 0 for weight in weights):
-            raise ValueError(f"Either all sources have a weight above 0 or none has one, got {weights}.")
         return [max(1, round(sum(lengths) * weight / sum(weights))) for weight in weights]
 
     @property

@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 import torch
 
-from ...chat_dualtoken import CODE_KEYS, image_parts, is_learned, normalize_chats, part_image, stack_codes
+from ...chat_dualtoken import CODE_KEYS, check_text, image_parts, is_learned, normalize_chats, part_image, stack_codes
 from ...image_reading import UnreadableImageError, image_name, read_image
 from ...processing_dualtoken import DualTokenProcessor
 from .chat_source import BadSampleError
@@ -147,6 +147,10 @@ class ChatEncoder:
                 ids.append(self.image_ids)
                 images.append(part)
             elif part["text"]:
+                try:
+                    check_text(part["text"])
+                except ValueError as error:
+                    raise BadSampleError(str(error)) from error
                 tokens = self.processor.tokenizer(part["text"], add_special_tokens=False, split_special_tokens=True)
                 ids.append(np.array(tokens["input_ids"], dtype=np.int32))
         if not ids:

@@ -223,19 +223,6 @@ FORMATS = {
 }
 
 
-def check_text(example: dict) -> None:
-    """Raise [`BadSampleError`] for half a character (a lone surrogate of UTF-16), which no tokenizer takes."""
-    contents = (
-        [message["content"] for message in example["messages"]] if "messages" in example else [example["content"]]
-    )
-    for content in contents:
-        for part in [{"text": content}] if isinstance(content, str) else content:
-            try:
-                part.get("text", "").encode()
-            except UnicodeEncodeError as error:
-                raise BadSampleError(f"its text has half a character at position {error.start:,} ({error})") from error
-
-
 def _exchange(question, answer) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
@@ -288,6 +275,13 @@ def _is_missing(image) -> bool:
     return image is None or (isinstance(image, Mapping) and all(value is None for value in image.values()))
 
 
+def _codes(values, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadSampleError(f"the {name} of an image are no array ({error})") from error
+
+
 def _fill_images(contents: list, images: list, folder: str | None, placeholder: str = "image part without data"):
     """Give the image parts of contents what they stand for: their own image or codes, or the next of `images`."""
     parts = [part for content in contents if not isinstance(content, str) for part in content]
@@ -296,7 +290,7 @@ def _fill_images(contents: list, images: list, folder: str | None, placeholder: 
         if part["type"] != "image":
             continue
         image = part_image({key: value for key, value in part.items() if not _is_missing(value)})
-        codes = {key: np.asarray(part[key]) for key in CODE_KEYS if key in part}
+        codes = {key: _codes(part[key], key) for key in CODE_KEYS if key in part}
         index = part.get("index")
         part.clear()
         part["type"] = "image"

@@ -1,6 +1,7 @@
 """A source of conversations and documents, and what becomes of its samples that cannot be trained on."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import datasets
@@ -37,6 +38,23 @@ class ChatSource:
 def check_bad_sample_rule(rule: str) -> None:
     if rule not in BAD_SAMPLE_RULES:
         raise ValueError(f"`on_bad_sample` must be one of {', '.join(BAD_SAMPLE_RULES)}, got {rule!r}.")
+
+
+def check_weights(weights: Mapping[str, float | None]) -> None:
+    """
+    Raises:
+        ValueError: unless all sources, by name, have a weight or none has, and the weights are finite numbers above 0
+            whose sum is finite.
+    """
+    for name, weight in weights.items():
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 < weight < math.inf):
+            raise ValueError(f"The weight of {name!r} must be a finite number above 0, got {weight!r:.100}.")
+    without = [name for name, weight in weights.items() if weight is None]
+    if 0 < len(without) < len(weights):
+        raise ValueError(f"Either all sources of a mixture have a weight or none; without one are {without}.")
+    if not without and not sum(map(float, weights.values())) < math.inf:
+        raise ValueError(f"The sum of the weights must be finite, got {list(weights.values())}.")
 
 
 def refusal(name: str, error: BadSampleError) -> ValueError:

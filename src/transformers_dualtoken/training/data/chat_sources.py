@@ -4,7 +4,6 @@ import collections
 import glob
 import itertools
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
-from .chat_formats import FORMATS, TASKS, Format, check_text, detect_format
+from .chat_formats import FORMATS, TASKS, Format, detect_format
 from .chat_rows import find_files, iterate_rows, kind_of, load_rows, parse_line, parse_tar_sample
-from .chat_source import BadSampleError, ChatSource
+from .chat_source import BadSampleError, ChatSource, check_weights
 from .code_folder import is_code_folder
 from .image_codes import load_code_source
 from .image_sources import HUB_NAME, ROWS_LOOKED_AT, load_from_hub, load_saved
@@ -61,7 +60,6 @@ class RowToExample:
             if folder is None and self.kind != "columns":
                 folder = os.path.dirname(row["file"])
             example = FORMATS[self.format].convert(record, folder, **self.options)
-            check_text(example)
         except BadSampleError as error:
             error.sample_id = name or None
             raise
@@ -130,10 +128,8 @@ def load_chat_sources(
     specs = _read_specs(spec)
     for source in specs:
         _check_keys(source)
-    weights = [source.get("weight") for source in specs]
-    if any(weight is None for weight in weights) and any(weight is not None for weight in weights):
-        without = [source["path"] for source in specs if source.get("weight") is None]
-        raise ValueError(f"Either all sources of a mixture have a weight or none; without one are {without}.")
+    # By number: a mixture may name a path twice.
+    check_weights({f"{source['path']} ({number})": source.get("weight") for number, source in enumerate(specs, 1)})
     sources = []
     for source in specs:
         sources += _load_source({"split": split, **source}, streaming, fingerprint)
@@ -156,7 +152,7 @@ def _read_specs(spec) -> list[dict]:
     if isinstance(spec, Mapping) and "sources" in spec:
         if len(spec) > 1:
             raise ValueError(
-                f"A mixture is a list `sources` and nothing else; it has also {sorted(set(spec) - {'sources'})}."
+                f"A mixture is a list `sources` and nothing else; it has also {[key for key in spec if key != 'sources']}."
             )
         spec = spec["sources"]
     specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
@@ -170,7 +166,7 @@ def _read_specs(spec) -> list[dict]:
         source["path"] = os.path.expanduser(os.fspath(source["path"]))
         if folder is not None:
             source["path"] = _relative_to(folder, source["path"])
-        if "image_folder" in source:
+        if isinstance(source.get("image_folder"), (str, os.PathLike)):
             place = os.path.expanduser(os.fspath(source["image_folder"]))
             source["image_folder"] = place if "://" in place else os.path.join(folder or "", place)
         specs[index] = source
@@ -187,7 +183,7 @@ def _read_mixture(path: str):
     with open(path, encoding="utf-8") as file:
         try:
             content = json.load(file) if is_json else yaml.safe_load(file)
-        except (ValueError, yaml.YAMLError) as error:
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
             if is_json:  # JSON lines may have this ending; otherwise their reader says what is wrong
                 return None
             raise ValueError(f"The mixture {path!r} cannot be read: {error}") from error
@@ -212,9 +208,11 @@ def _relative_to(folder: str, path: str) -> str:
 
 def _check_keys(source: Mapping) -> None:
     """Raise for what is wrong with a source whatever its data is."""
+    if not all(isinstance(key, str) for key in source):
+        raise ValueError(f"The keys of a source must be strings, got {list(source)!r:.200}.")
     formats = {**{name: [*known.roles, *known.options] for name, known in FORMATS.items()}, "codes": []}
     name = source.get("format")
-    if name is not None and name not in formats:
+    if name is not None and name not in list(formats):  # which compares, where the name may be anything
         raise ValueError(f"The format of {source['path']!r} must be one of {', '.join(formats)}, got {name!r}.")
     options = formats[name] if name is not None else [option for known in formats.values() for option in known]
     unknown = sorted(set(source) - {*_SPEC_KEYS, *options})
@@ -224,11 +222,9 @@ def _check_keys(source: Mapping) -> None:
             f"The source {source['path']!r} has the unknown keys {', '.join(unknown)}; the keys{of_format} are "
             f"{', '.join([*_SPEC_KEYS, *options])}."
         )
-    weight = source.get("weight")
-    if weight is not None and (
-        isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf
-    ):
-        raise ValueError(f"The weight of {source['path']!r} must be a number above 0, got {weight!r}.")
+    for key, value in source.items():
+        if key not in ("path", "weight") and not isinstance(value, str):
+            raise ValueError(f"`{key}` of {source['path']!r} must be a string, got {value!r:.100}.")
     for option, values in (("task", TASKS), ("sample_by", ("document", "line"))):
         if option in source and source[option] not in values:
             raise ValueError(

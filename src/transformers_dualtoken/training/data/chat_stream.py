@@ -1,7 +1,7 @@
 """Conversations and documents for unified training from streams, which go on exactly where a stopped run was."""
 
 from .chat_encoding import ChatEncoder
-from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, refusal
+from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule, check_weights, refusal
 from .sample_stream import SampleStream
 
 
@@ -22,6 +22,9 @@ class DualTokenChatStream(SampleStream):
 
     def __init__(self, sources: list[ChatSource], encoder: ChatEncoder, on_bad_sample: str = "error", **kwargs):
         check_bad_sample_rule(on_bad_sample)
+        if not sources:
+            raise ValueError("There are no sources to train on.")
+        check_weights({f"{source.name} ({number})": source.weight for number, source in enumerate(sources, 1)})
         weights = [source.weight for source in sources]
         super().__init__([source.dataset for source in sources], None if None in weights else weights, **kwargs)
         self.sources, self.encoder = sources, encoder

@@ -25,6 +25,16 @@ _ROWS_PER_GROUP = 512
 MAX_SKIPPED_NAMED = 10
 
 
+_NEEDED = {
+    "format_version",
+    "tokenizer_fingerprint",
+    "bfloat16_fingerprint",
+    "grid",
+    "num_depths",
+    "codebook_size",
+} | {"num_shards"}
+
+
 def code_dtype(codebook_size: int) -> np.dtype:
     """int16 where all codes fit, else int32."""
     return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
@@ -68,7 +78,13 @@ def read_description(path) -> dict:
                 "same arguments; it goes on where it was stopped."
             )
         raise ValueError(f"{str(path)!r} holds no precomputed codes: it has no {DESCRIPTION_FILE}.")
-    description = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+        lacking = sorted(_NEEDED - set(description))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{str(file)!r} is damaged ({error}). Delete it and start precompute_codes again.") from error
+    if lacking:
+        raise ValueError(f"{str(file)!r} is damaged: it lacks {', '.join(lacking)}. Start precompute_codes again.")
     if description["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"The precomputed codes in {str(path)!r} are of format {description['format_version']}; this version of "

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
-from .chat_source import ChatSource, check_bad_sample_rule
+from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule
 from .code_folder import FORMAT_VERSION, CodeFolder, code_dtype, read_description, shard_path
 from .code_samples import CodeSample, SampleReader, ShardRows, all_image_parts, describe_source
 from .image_reading import MAX_SKIPPED_IN_A_ROW
@@ -290,18 +290,26 @@ def load_code_source(
     )
     shapes = {kind: (*description["grid"], depths) for kind, depths in description["num_depths"].items()}
     dtypes = {kind: code_dtype(size) for kind, size in description["codebook_size"].items()}
-    to_example = partial(_with_codes, shapes=shapes, dtypes=dtypes)
+    to_example = partial(_with_codes, shapes=shapes, dtypes=dtypes, sizes=description["codebook_size"])
     return ChatSource(name=Path(path).resolve().name, dataset=dataset, to_example=to_example, weight=weight)
 
 
-def _with_codes(row: dict, shapes: dict[str, tuple], dtypes: dict[str, np.dtype]) -> dict:
-    """An example from a row of a shard."""
-    example = json.loads(row["example"])
-    codes = {
-        kind: np.asarray(row[f"{kind}_codes"], dtypes[kind]).reshape(-1, *shape) for kind, shape in shapes.items()
-    }
-    for index, part in enumerate(all_image_parts(example)):
-        part |= {f"{kind}_codes": codes[kind][index] for kind in CODE_KINDS}
+def _with_codes(row: dict, shapes: dict[str, tuple], dtypes: dict[str, np.dtype], sizes: dict[str, int]) -> dict:
+    """An example from a row of a shard. Raises [`BadSampleError`] for codes that do not fit it."""
+    try:
+        example = json.loads(row["example"])
+        parts = all_image_parts(example)
+        codes = {
+            kind: np.asarray(row[f"{kind}_codes"], np.int64).reshape(len(parts), *shape)
+            for kind, shape in shapes.items()
+        }
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise BadSampleError(f"its row of codes is damaged ({error})") from error
+    for kind, found in codes.items():
+        if found.size and not 0 <= found.min() <= found.max() < sizes[kind]:
+            raise BadSampleError(f"its {kind} codes go from {found.min()} to {found.max()}, of {sizes[kind]}")
+    for index, part in enumerate(parts):
+        part |= {f"{kind}_codes": codes[kind][index].astype(dtypes[kind]) for kind in CODE_KINDS}
     return example
 
 

@@ -31,7 +31,7 @@ class DualTokenImageDataset(Dataset):
         reducing_gap (`float`, *optional*, defaults to 2.0): see [`ImagePreparation`]; `None` for evaluation.
 
     Raises:
-        ValueError: for a column that is missing and settings out of range; by `[]`, if all images that may stand in
+        ValueError: for a data set without rows, a column that is missing and settings out of range; by `[]`, if all images that may stand in
             (at most [`MAX_SKIPPED_IN_A_ROW`]) cannot be read either.
     """
 
@@ -44,6 +44,8 @@ class DualTokenImageDataset(Dataset):
         seed: int = 0,
         reducing_gap: float | None = 2.0,
     ):
+        if not len(dataset):
+            raise ValueError("The data set holds no images.")
         self.dataset = undecoded(dataset, image_column)
         self.prepare = ImagePreparation(image_processor, crop_scale, reducing_gap)
         self.image_column, self.seed = image_column, seed
@@ -92,6 +94,8 @@ def collate_images(samples: list[dict]) -> dict:
     A batch of samples: `pixel_values` `(B, 3, S, S)`, `num_skipped` `(1,)`, their sum, and of a stream
     `stream_position`, where it is after the last of them.
     """
+    if not samples:
+        raise ValueError("A batch must have at least one sample, got none.")
     batch = {
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "num_skipped": torch.tensor([sum(sample["num_skipped"] for sample in samples)]),

@@ -130,6 +130,13 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         # Every rank divides by the global counts, so that the ranks' terms are parts of a sum.
         self.terms_reduction = "sum" if self.args.average_tokens_across_devices else "mean"
         unwrapped = self.accelerator.unwrap_model(self.model)
+        tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+        vocab_size = unwrapped.config.get_text_config().vocab_size
+        if tokenizer is not None and hasattr(tokenizer, "get_vocab") and len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}: ids would lie outside its "
+                "vocabulary. Take the model's own tokenizer, or `model.resize_token_embeddings`."
+            )
         self._loss_sums = UnifiedLossSums(unwrapped.config, self.args.device)
         collator_pad = getattr(self.data_collator, "pad_token_id", None)
         peak = peak_flops(self.args.device, peak_tflops)
