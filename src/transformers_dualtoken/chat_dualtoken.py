@@ -56,6 +56,8 @@ ROLES = ("system", "user", "assistant")
 LEARNING_KEYS = ("weight", "train")
 _NAMING_KEYS = ("name", "id", "uuid", "index", "timestamp", "created_at", "model", "source", "language", "metadata")
 CODE_KEYS = ("pixel_codes", "semantic_codes")
+# Of parts, not of messages, though a template names them.
+_PART_KEYS = ("type", "text", *IMAGE_KEYS, *CODE_KEYS)
 
 
 def writes(chat_template: str, name: str) -> bool:
@@ -118,7 +120,7 @@ def _check_written(message: dict, chat_template: str) -> None:
         for key, value in message.items()
         if key not in ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
         and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
-        and not writes(chat_template, str(key))
+        and (str(key) in _PART_KEYS or chat_template == CHAT_TEMPLATE or not writes(chat_template, str(key)))
     ]
     if lost:
         raise ValueError(

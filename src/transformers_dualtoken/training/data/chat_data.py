@@ -110,7 +110,7 @@ class _EncodeRow:
 
     def all_rows(self, num_workers: int, use_cache: bool = True) -> datasets.Dataset:
         rows = self.source.dataset
-        if not isinstance(rows, datasets.Dataset):
+        if not isinstance(rows, datasets.Dataset) or not len(rows):  # of none, `map` would make no columns
             encoded = [self(raw, i) for i, raw in enumerate(rows)]
             columns = {name: [row[name] for row in encoded] for name in self.FEATURES}
             return datasets.Dataset.from_dict(columns, features=self.FEATURES)
