@@ -28,16 +28,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from transformers_dualtoken import (
-    DualTokenForCausalLM,
     DualTokenImageProcessorPil,
-    DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
-    load_official_tokenizer,
 )
-from transformers_dualtoken.convert import official_siglip_path
+from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.evaluation import (
     RECONSTRUCTION_METRICS,
     ImageBatches,
@@ -153,23 +150,15 @@ def load_rows(arguments: EvaluationArguments):
 
 def load_model(arguments: EvaluationArguments):
     """The vision tokenizer, its image processor and the tokenizer of its texts (`None` if there is none)."""
-    path, dtype = arguments.model_name_or_path, getattr(torch, arguments.dtype)
-    config_path = Path(path) / "config.json"
-    if config_path.is_file() and "rqvaesiglip" in json.loads(config_path.read_text()):
-        model = load_official_tokenizer(path).to(dtype)
+    path = arguments.model_name_or_path
+    model = load_vision_tokenizer(path, getattr(torch, arguments.dtype))
+    if is_official_folder(path):
         size = model.config.image_size
         image_processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
         if arguments.label_column is None and arguments.caption_column is None:
             return model, image_processor, None
         tokenizer_path = arguments.text_tokenizer_name_or_path or official_siglip_path(path)
         return model, image_processor, AutoTokenizer.from_pretrained(tokenizer_path)
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type == "dualtoken":
-        model = DualTokenForCausalLM.from_pretrained(path, dtype=dtype).vision_tokenizer
-    elif config.model_type == "dualtoken_vision_tokenizer":
-        model = DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
-    else:
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}, and no DualToken vision tokenizer.")
     processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
     tokenizer = None
     if arguments.text_tokenizer_name_or_path is not None:
@@ -192,6 +181,8 @@ def read_class_names(arguments: EvaluationArguments, dataset) -> list[str]:
         return own_names
     text = Path(arguments.class_names).read_text(encoding="utf-8")
     names = json.loads(text) if arguments.class_names.endswith(".json") else text.strip().splitlines()
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name.strip() for name in names):
+        raise ValueError(f"{arguments.class_names} must hold one class name a line, or be a JSON list of names.")
     if own_names is not None and len(names) != len(own_names):
         raise ValueError(
             f"{arguments.class_names} holds {len(names)} class names, but the column {arguments.label_column!r} has "

@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from transformers import AutoConfig, AutoProcessor
-from transformers.utils import logging
+from transformers import AutoProcessor
 
-from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizer, load_official_tokenizer
-from transformers_dualtoken.convert import is_official_folder
+from transformers_dualtoken import DualTokenImageProcessorPil
+from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
 from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training.data.chat_sources import load_chat_sources
 from transformers_dualtoken.training.data.image_codes import PrecomputeSummary, precompute_codes
@@ -75,38 +74,12 @@ class PrecomputeArguments:
 
 def load_model(arguments: PrecomputeArguments):
     """The vision tokenizer and its image processor."""
-    path, dtype = arguments.model_name_or_path, getattr(torch, arguments.dtype)
+    path = arguments.model_name_or_path
+    model = load_vision_tokenizer(path, getattr(torch, arguments.dtype))
     if is_official_folder(path):
-        model = load_official_tokenizer(path).to(dtype)
         size = model.config.image_size
         return model, DualTokenImageProcessorPil(size={"height": size, "width": size})
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type == "dualtoken_vision_tokenizer":
-        model = DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
-    elif config.model_type == "dualtoken":
-        model = _load_tokenizer_of_unified_model(path, config, dtype)
-    else:
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}, and no DualToken vision tokenizer.")
     return model, AutoProcessor.from_pretrained(path).image_processor
-
-
-def _load_tokenizer_of_unified_model(path: str, config, dtype: torch.dtype) -> DualTokenVisionTokenizer:
-    """Without the language model, which may be many times larger."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the tensors of the language model are none that this model expects
-    try:
-        model, info = DualTokenVisionTokenizer.from_pretrained(
-            path,
-            config=config.vision_tokenizer_config,
-            dtype=dtype,
-            key_mapping={r"^model\.vision_tokenizer\.": ""},
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"The checkpoint {path} lacks tensors of its tokenizer: {sorted(info['missing_keys'])}.")
-    return model
 
 
 def load_sources(arguments: PrecomputeArguments, fingerprint: str) -> list:

@@ -28,7 +28,7 @@ from training_helpers import (
     say,
     write_images,
 )
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2Model
 
 from transformers_dualtoken.training import (
     ChatEncoder,
@@ -42,6 +42,7 @@ from transformers_dualtoken.training import (
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import eval_tokenizer  # noqa: E402
 import precompute_codes  # noqa: E402
 import run_unified  # noqa: E402
 
@@ -228,6 +229,17 @@ def test_rates_of_parts(unified_folder, data, tmp_path):
     training.label_smoothing_factor = 0.1
     with pytest.raises(ValueError, match="`label_smoothing_factor` must be 0"):
         DualTokenTrainer(model, training)
+
+
+def test_the_tokenizer_of_a_unified_model_is_measured_without_its_language_model(unified_folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the language model was made")
+
+    expected = AutoModelForCausalLM.from_pretrained(unified_folder).vision_tokenizer.state_dict()
+    monkeypatch.setattr(Qwen2Model, "__init__", refuse)
+    settings = eval_tokenizer.EvaluationArguments(str(unified_folder), "images", "out")
+    model, image_processor, _ = eval_tokenizer.load_model(settings)
+    assert not changed(expected, model.state_dict()) and image_processor.size["height"] == 24
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_named(unified_folder, tmp_path):

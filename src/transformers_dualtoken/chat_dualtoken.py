@@ -179,7 +179,7 @@ def _normalize_part(part) -> dict:
         return part
     raise ValueError(
         "A part of a message must be {'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}, got a "
-        f"part of type {part.get('type')!r} with the keys {sorted(part)}."
+        f"part of type {part.get('type')!r:.100} with the keys {sorted(map(str, part))}."
     )
 
 
