@@ -16,7 +16,15 @@ import sys
 
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import (
+    ModelConfig,
+    ScriptArguments,
+    SFTConfig,
+    SFTTrainer,
+    TrlParser,
+    get_peft_config,
+    get_quantization_config,
+)
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
 from transformers_dualtoken.training.data.text_answers import TextAnswerCollator
@@ -28,18 +36,14 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
     script_arguments, training_arguments, model_arguments = parser.parse_args_and_config(
         sys.argv[1:] if argv is None else argv
     )
-    if model_arguments.load_in_4bit or model_arguments.load_in_8bit:
-        # TRL's own setting would quantise the vision tokenizer and the heads too.
-        raise ValueError(
-            "This script does not take --load_in_4bit or --load_in_8bit: use `examples/run_unified.py` with "
-            "`--quantization 4`, or load the model by `transformers_dualtoken.training.load_quantized`."
-        )
     revision = model_arguments.model_revision
     model = AutoModelForCausalLM.from_pretrained(
         model_arguments.model_name_or_path,
         revision=revision,
         dtype=model_arguments.dtype,
         attn_implementation=model_arguments.attn_implementation,
+        # `--load_in_4bit` or `--load_in_8bit`: of the language model alone.
+        quantization_config=get_quantization_config(model_arguments),
     )
     dataset = load_dataset(script_arguments.dataset_name, name=script_arguments.dataset_config)
     trainer = SFTTrainer(

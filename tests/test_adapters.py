@@ -9,9 +9,18 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from tiny_models import lively_unified_model, tiny_unified_config
 from torch import nn
 from training_helpers import FixedItems, build_tiny_processor, changed, quiet, state_of
-from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    QuantoConfig,
+    Qwen2ForCausalLM,
+    TrainingArguments,
+)
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from transformers_dualtoken import DualTokenForCausalLM
+from transformers_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTokenVisionTokenizer
 from transformers_dualtoken.cli import main as cli
 from transformers_dualtoken.lora_targets import BACKBONE_PROJECTIONS
 from transformers_dualtoken.training.unified.adapters import (
@@ -184,10 +193,14 @@ def test_wrong_settings_are_refused():
         lora_config(lively_unified_model(tie_word_embeddings=True), target_modules=["lm_head"])
 
 
-def test_plain_lora_config_adapts_the_language_model_only():
-    model = get_peft_model(lively_unified_model(), LoraConfig())
+def test_plain_lora_config_adapts_the_language_model_only(base_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder())
+    # PEFT's Auto class finds the model by the task type.
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable and all(".language_model.layers." in name for name in trainable)
+    model.save_pretrained(tmp_path / "adapter")
+    assert_same(answers(model), answers(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), 0)
 
 
 # Numbers.
@@ -397,6 +410,55 @@ def test_merging_rounds_once(base_folder, tmp_path):
 def test_quantised_loading_refuses_what_does_not_exist():
     with pytest.raises(ValueError, match="4 or 8 bits of bitsandbytes, or 8 of torchao, got 4 of 'torchao'"):
         low_bit_config(4, "torchao")
+
+
+@pytest.mark.parametrize("skipped", [None, ["lm_head"], ["model.language_model.layers.0"]])
+@pytest.mark.parametrize("of_base", [False, True])
+def test_a_plain_quantization_config_reaches_the_language_model_alone(skipped, of_base, monkeypatch):
+    model = lively_unified_model()
+    model_class, model = (DualTokenModel, model.model) if of_base else (DualTokenForCausalLM, model)
+    given = {}
+    monkeypatch.setattr(
+        PreTrainedModel, "from_pretrained", classmethod(lambda cls, *args, **kwargs: given.update(kwargs) or model)
+    )
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fields = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
+    for config in (BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped), QuantoConfig(), fields):
+        model_class.from_pretrained("folder", quantization_config=config)
+        result = given["quantization_config"]
+        patterns = getattr(result, "llm_int8_skip_modules", None) or result.modules_to_not_convert
+        expected = {name for name in linear if "language_model.layers." in name}
+        if skipped and not isinstance(result, QuantoConfig):
+            expected = {name for name in expected if not name.startswith(skipped[0])}
+        assert {name for name in linear if should_convert_module(name, patterns)} == expected
+        assert result is not config
+    assert fields["llm_int8_skip_modules"] == skipped
+
+
+def test_quantisation_is_refused_where_the_weights_are_needed(monkeypatch):
+    model = lively_unified_model()
+    with pytest.raises(ValueError, match="The vision tokenizer is not quantised"):
+        DualTokenVisionTokenizer.from_pretrained("folder", quantization_config=QuantoConfig())
+    language_model = Qwen2ForCausalLM(model.config.text_config)
+    language_model.is_quantized = True
+    with pytest.raises(ValueError, match="language model is quantised.*load it with a `quantization_config`"):
+        DualTokenForCausalLM.from_pretrained_parts(model.vision_tokenizer, language_model)
+
+
+@pytest.mark.parametrize("field", ["load_in_4bit", "load_in_8bit"])
+def test_a_plain_bitsandbytes_config_draws_answers_and_trains(field, tmp_path):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed")
+    text_config = {**tiny_unified_config().text_config.to_dict(), "hidden_size": 64, "intermediate_size": 128}
+    lively_unified_model(text_config=text_config).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**{field: True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    # bitsandbytes packs weights for inference on a CPU at the first call, and cannot train on them any more.
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    losses = train(adapted)
+    assert losses[-1] < losses[0]
+    answered = answers(AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config))
+    assert answered["codes"].shape == (2, 1, 3, 3, 3) and answered["images"].isfinite().all()
 
 
 def stored(weight: torch.Tensor) -> torch.Tensor:

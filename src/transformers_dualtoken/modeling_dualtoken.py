@@ -4,6 +4,7 @@ An image is N positions `<image_start> v_1 ... v_N <image_end>` of a sequence. A
 pixel and semantic codes together; the hidden state before a position predicts both, by the two depth heads.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
 from .configuration_dualtoken import DualTokenConfig, config_fields
@@ -34,6 +36,24 @@ from .transformers_compat import CACHE_NAME, given_cache
 
 # Rows whose logits an adapted text head makes at once.
 _ADAPTED_HEAD_ROWS = 1024
+
+# What quantisers leave alone, in the patterns by which transformers' match names: all but the language model's blocks.
+_KEPT_WHOLE = (r"(.*\.)?vision_tokenizer", r"(.*\.)?visual_projector", "depth_heads", "lm_head")
+
+
+def _keep_parts_whole(quantization_config):
+    """
+    A copy of a `quantization_config`, or of a dict of its fields, that leaves all but the language model's blocks as
+    they are, with the modules that the config itself names.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    quantization_config = copy.deepcopy(quantization_config)
+    # bitsandbytes' field, of 4 bits as well as 8, and everybody else's.
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, field):
+            setattr(quantization_config, field, [*_KEPT_WHOLE, *(getattr(quantization_config, field) or ())])
+    return quantization_config
 
 
 @dataclass
@@ -143,6 +163,8 @@ class DualTokenPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As in transformers; the vision tokenizer comes back frozen."""
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _keep_parts_whole(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         # Loading makes new parameters, which all require a gradient.
@@ -497,7 +519,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             config_overrides: fields of [`DualTokenConfig`], for instance the ids of the image tokens.
 
         Raises:
-            ValueError: if an override is no field of the config, or the image token ids lie outside the vocabulary.
+            ValueError: if an override is no field of the config, the image token ids lie outside the vocabulary, or the
+                language model is quantised.
         """
         unknown = sorted(set(config_overrides) - set(DualTokenConfig.__dataclass_fields__))
         if unknown:
@@ -511,6 +534,11 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if not isinstance(language_model, PreTrainedModel):
             language_model = AutoModelForCausalLM.from_pretrained(
                 language_model, dtype=dtype or "auto", attn_implementation=attn_implementation
+            )
+        if getattr(language_model, "is_quantized", False):
+            raise ValueError(
+                "The language model is quantised, and its weights cannot be copied: assemble the model from a whole one, "
+                "save it, and load it with a `quantization_config`."
             )
         config = DualTokenConfig(
             text_config=config_fields(language_model.config),

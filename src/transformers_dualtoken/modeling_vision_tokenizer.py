@@ -225,6 +225,16 @@ class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
         # transformers looks for its attention interface in this file; it is the towers that use it.
         return True
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but not quantised: codes and pictures hang on the exact weights."""
+        if kwargs.get("quantization_config") is not None:
+            raise ValueError(
+                "The vision tokenizer is not quantised: leave `quantization_config` out. In a unified model it stays "
+                "whole while the language model is quantised."
+            )
+        return super().from_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         std = self.config.initializer_range

@@ -9,15 +9,14 @@ from transformers.utils import is_bitsandbytes_available, is_torchao_available
 from ...modeling_dualtoken import DualTokenForCausalLM
 
 
-# What stays as it is, as transformers' quantisers match names. Only the language model's blocks are left.
-KEPT_WHOLE = (r"(.*\.)?vision_tokenizer", r"(.*\.)?visual_projector", "depth_heads", "lm_head")
-
-
 def low_bit_config(
     bits: int = 4, library: str = "bitsandbytes", dtype: torch.dtype = torch.bfloat16
 ) -> BitsAndBytesConfig | TorchAoConfig:
     """
-    A `quantization_config` for `from_pretrained` that touches the linear layers of the language model's blocks only.
+    A `quantization_config` for `from_pretrained` in the recommended settings.
+
+    By any such config, `from_pretrained` of a unified model changes the linear layers of the language model's blocks
+    only.
 
     Args:
         bits (`int`, defaults to 4): 4 (NF4 with quantised scales, as in QLoRA) or 8.
@@ -38,16 +37,14 @@ def low_bit_config(
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
-        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=list(KEPT_WHOLE))
+        return TorchAoConfig(Int8WeightOnlyConfig())
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
+        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        # Of a setting for 8 bits it has the name only.
-        llm_int8_skip_modules=list(KEPT_WHOLE),
     )
 
 
