@@ -261,6 +261,14 @@ def test_bounds_reach_a_chat(processor, folder):
         processor.apply_chat_template(messages, tokenize=True, max_image_pixels=10)
     with pytest.raises(UnreadableImageError, match="source 'local' are not read here"):
         processor(images=str(folder / "a.png"), image_sources=["data"])
+    own = build_tiny_processor()
+    own.image_processor.image_sources = ("data",)
+    own.save_pretrained(folder / "saved")
+    loaded = type(own).from_pretrained(folder / "saved")
+    with pytest.raises(UnreadableImageError, match="source 'local' are not read here"):
+        loaded.apply_chat_template(messages, tokenize=True)
+    with pytest.raises(ValueError, match="Give `text`, `images` or both"):
+        processor(images=[])
 
 
 def test_downloads_end_at_their_limit(serve):

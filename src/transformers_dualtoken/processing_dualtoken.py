@@ -203,10 +203,10 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         """
         if videos is not None or audio is not None:
             raise ValueError("Only text and images are supported, got videos or audio.")
-        if images is None and text is None:
+        images, row_counts = _flatten_images(images)
+        if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
-        images, row_counts = _flatten_images(images)
         data = {}
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
@@ -321,8 +321,9 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         Render one conversation or a batch of them; with `tokenize=True` prepare the model's inputs.
 
         A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant`, `tool` or one that the
-        template names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image", "image": ...}` with a PIL image, array, tensor, path or URL (the keys `url`,
-        `path` and `base64` and OpenAI's `image_url` parts work as well), in any role; or `{"type": "image",
+        template names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image",
+        "image": ...}` with whatever [`locate_image`] takes (the keys `url`, `path`, `base64` and `bytes` and OpenAI's
+        `image_url` parts work as well), in any role; or `{"type": "image",
         "pixel_codes": ..., "semantic_codes": ...}` with codes (H, W, D).
 
         With `tokenize=True` every special token that occurs in a message, a role, a tool or another variable of the
@@ -343,7 +344,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 are, with `<|vision_start|>` at the end; needs `tokenize=True` and `return_dict=True`.
             processor_kwargs (`dict`): settings of the tokenizer and the image processor (`padding`, `max_length`,
                 `resize_mode`, ...), and `images` for image parts without data. They are also taken from `**kwargs`;
-                what the template mentions goes to the template.
+                what the template mentions goes to the template. **A message may name any file and any URL** unless
+                `image_sources=["data"]` is among them.
 
         Returns:
             `str` or `list[str]`, or with `tokenize=True` a [`BatchFeature`] of `input_ids`, `attention_mask`, and
@@ -544,7 +546,8 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         Raises:
             ValueError: if neither images nor text are given.
         """
-        if images is None and text is None:
+        images, _ = _flatten_images(images)
+        if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
@@ -555,7 +558,7 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         data = {}
         if text is not None:
             data.update(self.tokenizer([text] if isinstance(text, str) else list(text), **text_kwargs))
-        data.update(self._image_inputs(_flatten_images(images)[0], merged))
+        data.update(self._image_inputs(images, merged))
         return BatchFeature(data, tensor_type=return_tensors)
 
 
