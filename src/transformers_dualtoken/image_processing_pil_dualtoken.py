@@ -292,6 +292,7 @@ class DualTokenImageProcessingMixin:
             array = to_8_bit(array)
         if not do_rescale and do_normalize:
             check_rescaled(array)
+            array = array.clip(0, 1)
         if do_convert_rgb:
             array = array_to_rgb(array)
         elif (
