@@ -406,6 +406,15 @@ def run_rank(rank, folder):
         results[name] = rank_steps(
             quantizer, [batch.split(sizes)[rank] for batch, sizes in zip(batches, RANK_VECTORS)]
         )
+    # A vector that is not finite on one rank moves the codebook of neither.
+    for rule, vectors in RULES:
+        torch.manual_seed(8)
+        quantizer = make_quantizer(update_rule=rule, ema_vectors=vectors)
+        before = snapshot(quantizer)
+        batch = torch.randn(10, 8)
+        batch[3] = float("nan") if rank == 1 else 0.0
+        quantizer.train()(batch)
+        assert all(torch.equal(before[name], value) for name, value in snapshot(quantizer).items())
     torch.save(results, os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
