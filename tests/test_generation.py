@@ -8,7 +8,7 @@ import pytest
 import torch
 from naive.generation_loop import NaiveGenerator, code_pairs
 from tiny_models import lively_unified_model, tiny_unified_config
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from transformers_dualtoken.code_sampling import DualTokenCodeSampler
 
@@ -18,6 +18,7 @@ PICTURE = [START, *[IMAGE] * N, END]
 BOTH = pytest.mark.parametrize("visual_features", ["codes", "projected"])
 CACHES = pytest.mark.parametrize("cache", ["static", "dynamic"])
 GREEDY = {"generation_mode": "image", "image_do_sample": False}
+GREEDY_IMAGES = dict.fromkeys(("image", "interleaved"), {"image_do_sample": False})
 INTERLEAVED = {"generation_mode": "interleaved", "image_do_sample": False}
 
 
@@ -330,6 +331,46 @@ class TestImage:
         torch.manual_seed(7)
         assert same_images(first, model.generate(ids(5, START), generation_mode="image"))
 
+    def test_one_generator_for_each(self, model):
+        """An image depends on its own alone: in a batch, drawn again by itself, and from a longer or padded batch."""
+        codes = random_codes(3)
+
+        def generators(*seeds):
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        draw = functools.partial(model.generate, generation_mode="image", guidance_scale=2.0)
+        batch = draw(**pad_left(ROWS), **codes, num_return_sequences=2, generator=generators(*range(6)))
+        for index in range(6):
+            row, images = ROWS[index // 2], take(codes, IMAGES_BEFORE[index // 2])
+            alone = draw(ids(*row), **images, generator=generators(index))
+            assert torch.equal(alone.pixel_codes[0], batch.pixel_codes[index])
+            assert torch.equal(alone.semantic_codes[0], batch.semantic_codes[index])
+            assert same_images(alone, draw(ids(*row), **images, generator=generators(index)[0]))
+        assert len(batch.pixel_codes.flatten(1).unique(dim=0)) == 6
+
+    @pytest.mark.parametrize("mode", ["image", "interleaved"])
+    def test_generators_that_do_not_fit(self, model, mode):
+        one = torch.Generator()
+        for generators in ([one], [one, torch.Generator(), torch.Generator()], [one, one]):
+            with pytest.raises(ValueError, match="`generator` must have one for every row, 2|must be different ones"):
+                model.generate(ids(5), num_return_sequences=2, generation_mode=mode, generator=generators)
+
+    @pytest.mark.parametrize("mode", ["image", "interleaved"])
+    @pytest.mark.parametrize("part", ["language_model.layers.0.mlp", "depth_heads"])
+    @pytest.mark.parametrize("do_sample", [True, False])
+    def test_weights_of_nan_are_named(self, mode, part, do_sample):
+        model = lively_unified_model()
+        weight = next(p for name, p in model.named_parameters() if part in name and p.ndim > 1)
+        with torch.no_grad():
+            weight.fill_(math.nan)
+        arguments = {"generation_mode": mode, "image_do_sample": do_sample, "max_new_tokens": N + 1}
+        with pytest.raises(ValueError, match="The depth heads' scores hold NaN or infinity"):
+            model.generate(ids(5, START), **arguments)
+        if part != "depth_heads":
+            for mode in ("text", "interleaved"):
+                with pytest.raises(ValueError, match="No token was left to choose: the scores hold NaN"):
+                    model.generate(ids(5, 6), generation_mode=mode, max_new_tokens=2, do_sample=do_sample)
+
     def test_max_new_tokens_is_ignored(self, model):
         short = model.generate(ids(5, START), max_new_tokens=2, **GREEDY)
         assert same_images(short, model.generate(ids(5, START), **GREEDY))
@@ -500,13 +541,6 @@ class TestSampler:
         counts = self.frequencies(self.logits().to(torch.bfloat16), top_p=(1.0, 1.0))
         assert all(int((kind > 0).sum()) > 12 for kind in counts)
 
-    def test_settings_by_head(self):
-        kwargs = {"image_top_k": 7, "pixel_top_k": 3, "semantic_temperature": 0.5, "image_top_p": None, "other": 1}
-        sampler = DualTokenCodeSampler.from_kwargs(kwargs)
-        assert sampler.top_k == (3, 7) and sampler.temperature == (1.0, 0.5) and sampler.top_p == (0.96, 0.96)
-        assert sampler.do_sample and kwargs == {"other": 1}
-        assert DualTokenCodeSampler.from_kwargs({}) == DualTokenCodeSampler()
-
     @pytest.mark.parametrize(
         "settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}], ids=["top_k", "top_p", "temperature"]
     )
@@ -538,14 +572,15 @@ class TestSampler:
     @pytest.mark.parametrize(
         "settings, message",
         [
-            ({"image_temperature": 0.0}, "temperatures must be positive"),
-            ({"pixel_temperature": -1.0}, "temperatures must be positive"),
-            ({"image_top_k": -1}, "whole number"),
-            ({"semantic_top_k": 1.5}, "whole number"),
-            ({"image_top_p": 0.0}, r"lie in \(0, 1\]"),
-            ({"pixel_top_p": 1.1}, r"lie in \(0, 1\]"),
-            ({"pixel_top_p": math.nan}, r"lie in \(0, 1\]"),
-            ({"image_temperature": math.nan}, "temperatures must be positive"),
+            ({"image_temperature": 0.0}, "`image_temperature` must be a finite number above 0, got 0.0"),
+            ({"pixel_temperature": -1.0}, "`pixel_temperature` must be a finite number above 0"),
+            ({"image_top_k": -1}, "`image_top_k` must be a whole number from 0"),
+            ({"image_top_k": math.nan}, "`image_top_k` must be a whole number from 0 .*, got nan"),
+            ({"semantic_top_k": 1.5}, "`semantic_top_k` must be a whole number from 0"),
+            ({"image_top_p": 0.0}, "`image_top_p` must be a number above 0 and up to 1"),
+            ({"pixel_top_p": 1.1}, "`pixel_top_p` must be a number above 0 and up to 1"),
+            ({"pixel_top_p": math.nan}, "`pixel_top_p` must be a number above 0 and up to 1"),
+            ({"image_temperature": math.nan}, "`image_temperature` must be a finite number above 0"),
         ],
     )
     def test_out_of_range(self, model, settings, message):
@@ -679,6 +714,81 @@ class TestInterleaved:
     def test_prompt_asks_for_an_image_beyond_the_budget(self, model):
         with pytest.raises(ValueError, match="takes 10 tokens, but `max_new_tokens` is 9"):
             model.generate(ids(5, START), max_new_tokens=N, **INTERLEAVED)
+
+    @pytest.mark.parametrize("max_length", [20, 21])
+    def test_a_value_equal_to_a_default_is_given(self, model, max_length):
+        for arguments in ({"max_length": max_length}, {"generation_config": GenerationConfig(max_length=max_length)}):
+            out = model.generate(ids(5, 6), eos_token_id=None, suppress_tokens=[START], **arguments, **INTERLEAVED)
+            assert out.sequences.shape == (1, max_length)
+
+    @pytest.mark.parametrize("warper", [{"top_p": 0.1}, {"top_k": 1}, {"min_p": 0.9}, {"temperature": 1e-9}])
+    def test_image_tokens_are_barred_before_anything_is_left_out(self, model, warper):
+        """The model wants image tokens only, and no image fits any more."""
+        for mode in ({}, INTERLEAVED):
+            wishes = [push(START, IMAGE, END)]
+            arguments = {"max_new_tokens": N + 1, "do_sample": True, "eos_token_id": None, **warper, **mode}
+            out = model.generate(ids(5), logits_processor=wishes, **arguments)
+            assert not torch.isin(out.sequences if mode else out, torch.tensor([START, IMAGE, END])).any()
+            # A caller's own warper, and one who insists.
+            for processors in ([TopKLogitsWarper(1)], [force([{0: START, 1: IMAGE}], 1), TopPLogitsWarper(0.5)]):
+                try:
+                    out = model.generate(ids(5), logits_processor=processors, **arguments)
+                except ValueError as error:
+                    assert "No token was left to choose" in str(error)
+                else:
+                    assert not torch.isin(out.sequences if mode else out, torch.tensor([START, IMAGE, END])).any()
+
+    @pytest.mark.parametrize(
+        "everything",
+        [
+            {"suppress_tokens": list(range(VOCAB))},
+            {"bad_words_ids": [[token] for token in range(VOCAB)], "eos_token_id": None},
+            {"sequence_bias": [[[token], -math.inf] for token in range(VOCAB)]},
+            {"suppress_tokens": [t for t in range(VOCAB) if t != EOS], "min_new_tokens": 3, "eos_token_id": EOS},
+            {"logits_processor": [lambda input_ids, scores: scores.fill_(-math.inf)]},
+            {"logits_processor": [lambda input_ids, scores: scores.fill_(math.nan)]},
+        ],
+    )
+    @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"num_beams": 2}])
+    def test_everything_is_barred(self, model, everything, settings):
+        modes = [{}] if "num_beams" in settings else [{}, INTERLEAVED]
+        for mode in modes:
+            with pytest.raises(ValueError, match="No token was left to choose"):
+                model.generate(ids(5), max_new_tokens=5, **everything, **settings, **mode)
+
+    def test_one_generator_for_each_row(self, model):
+        """Text and images of a row depend on its own generator alone, also where the rows are at different stages."""
+
+        def generators(*seeds):
+            return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        plans = [{}, {2: START}, {5: START, 16: START}]
+        arguments = {"generation_mode": "interleaved", "do_sample": True, "top_k": 0, "temperature": 30.0}
+        arguments |= {"max_new_tokens": 30, "eos_token_id": None, "suppress_tokens": [START], "guidance_scale": 1.5}
+        rows, codes = [[5, 6, START], [8], [*PICTURE, 9]], random_codes(1)
+        for cache in ("static", "dynamic"):
+            prompt = pad_left(rows)
+            length = prompt["input_ids"].shape[1]
+            batch = model.generate(
+                **prompt,
+                **codes,
+                **arguments,
+                cache_implementation=cache,
+                generator=generators(0, 1, 2),
+                logits_processor=[force(plans, length)],
+            )
+            assert len(batch.pixel_codes) >= 4
+            for index, row in enumerate(rows):
+                alone = model.generate(
+                    ids(*row),
+                    **take(codes, slice(0, int(index == 2))),
+                    **arguments,
+                    cache_implementation=cache,
+                    generator=generators(index),
+                    logits_processor=[force(plans[index : index + 1], len(row))],
+                )
+                assert torch.equal(alone.sequences[0, len(row) :], batch.sequences[index, length:])
+                assert torch.equal(alone.pixel_codes, batch.pixel_codes[batch.image_owner == index])
 
     def test_free_placeholders_are_suppressed(self, model):
         out = model.generate(ids(5), max_new_tokens=8, logits_processor=[push(IMAGE, END)], **INTERLEAVED)
@@ -931,10 +1041,32 @@ class TestBadArguments:
             model.generate(ids(5), generation_mode="video")
 
     @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
-    @pytest.mark.parametrize("prompt", [torch.zeros(1, 0, dtype=torch.long), torch.tensor([5, 6])])
-    def test_prompt_without_tokens_or_rows(self, model, mode, prompt):
-        with pytest.raises(ValueError, match="with at least one token"):
+    @pytest.mark.parametrize(
+        "prompt, message",
+        [
+            (torch.zeros(1, 0, dtype=torch.long), "with at least one token"),
+            (torch.zeros(0, 3, dtype=torch.long), "at least one row"),
+            (torch.tensor([5, 6]), "ids of shape"),
+            (torch.tensor([[5, VOCAB]]), "ids from 0 to 59, the vocabulary's, got ids from 5 to 60"),
+            (torch.tensor([[-1, 5]]), "got ids from -1 to 5"),
+        ],
+    )
+    def test_prompt_that_is_none(self, model, mode, prompt, message):
+        with pytest.raises(ValueError, match=message):
             model.generate(prompt, generation_mode=mode)
+
+    @pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+    def test_codes_of_other_kinds(self, model, mode):
+        codes = random_codes(1)
+        arguments = {"generation_mode": mode, "max_new_tokens": N + 1}
+        expected = model.generate(ids(*PICTURE, 5), **codes, **arguments, **GREEDY_IMAGES.get(mode, {}))
+        narrow = {name: kind.to(torch.uint16) for name, kind in codes.items()}
+        out = model.generate(ids(*PICTURE, 5), **narrow, **arguments, **GREEDY_IMAGES.get(mode, {}))
+        assert torch.equal(*(getattr(part, "sequences", part) for part in (out, expected)))
+        for value in (24, -1):
+            codes["pixel_codes"][0, 0, 0, 0] = value
+            with pytest.raises(ValueError, match="`pixel_codes` must lie between 0 and 23"):
+                model.generate(ids(*PICTURE, 5), **codes, **arguments)
 
     @pytest.mark.parametrize("mode", ["image", "interleaved"])
     def test_no_prompt(self, model, mode):
@@ -978,7 +1110,7 @@ class TestBadArguments:
 
     @pytest.mark.parametrize("mode", ["image", "interleaved"])
     def test_what_only_text_takes(self, model, mode):
-        with pytest.raises(ValueError, match="has no beam search"):
+        with pytest.raises(ValueError, match="does not take num_beams"):
             model.generate(ids(5), generation_mode=mode, num_beams=2)
         with pytest.raises(ValueError, match="does not take assistant_model"):
             model.generate(ids(5), generation_mode=mode, assistant_model=model)
@@ -994,13 +1126,35 @@ class TestBadArguments:
             model.generate(ids(5), cache_implementation="quantized", **GREEDY)
 
 
+# Ways to choose text, and outputs, that generation of images has not.
+REFUSED = [
+    {"penalty_alpha": 0.6},
+    {"prompt_lookup_num_tokens": 2},
+    {"constraints": ["a"]},
+    {"force_words_ids": [[5]]},
+    {"dola_layers": "low"},
+    {"num_beam_groups": 2},
+    {"diversity_penalty": 0.5},
+    {"early_stopping": True},
+    {"length_penalty": 2.0},
+    {"token_healing": True},
+    {"output_scores": True},
+    {"output_hidden_states": True},
+    {"prefix_allowed_tokens_fn": print},
+    {"stopping_criteria": [print]},
+    {"assistant_early_exit": 1},
+    {"past_key_values": object()},
+]
+
+
 @pytest.mark.parametrize(
     "mode, option",
     [
         ("image", {"max_time": 1.0}),
-        ("image", {"streamer": object()}),
+        ("image", {"streamer": Recorder()}),
         ("image", {"logits_processor": []}),
         ("interleaved", {"stop_strings": ["."]}),
+        *((mode, option) for mode in ("image", "interleaved") for option in REFUSED),
     ],
 )
 def test_what_a_mode_cannot_do_is_refused(model, mode, option):

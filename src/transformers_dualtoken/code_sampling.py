@@ -9,11 +9,8 @@ import torch
 
 # Of which a probability of 1 is made: finer than float32, and sums of all codes fit into int64.
 _PROBABILITY_UNITS = 2**40
-_SAMPLING_DEFAULTS = {"temperature": 1.0, "top_k": 900, "top_p": 0.96}
-
-
-def _of_heads(pair: tuple) -> str:
-    return f"{pair[0]} for pixel and {pair[1]} for semantic codes"
+# Temperatures below are as good as greedy, and would divide to infinity.
+_MIN_TEMPERATURE = 1e-6
 
 
 @dataclass
@@ -25,44 +22,32 @@ class DualTokenCodeSampler:
     where top-k is off.
 
     Args:
-        temperature (pair of `float`): > 0.
-        top_k (pair of `int`): 0 keeps all codes.
-        top_p (pair of `float`): in (0, 1]; 1 keeps all codes.
-        do_sample (`bool`): `False` takes the most probable code and ignores the rest.
-        generator (`torch.Generator`, *optional*): source of the noise; may live on the CPU.
+        temperature (pair of `float`), top_k (pair of `int`), top_p (pair of `float`), do_sample (`bool`): checked, as
+            [`DualTokenImageGenerationConfig`] says them.
+        generator (`torch.Generator` or a list of them, *optional*): source of the noise; may live on the CPU. A list
+            has one for every row.
     """
 
     temperature: tuple[float, float] = (1.0, 1.0)
     top_k: tuple[int, int] = (900, 900)
     top_p: tuple[float, float] = (0.96, 0.96)
     do_sample: bool = True
-    generator: torch.Generator | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
 
     def __post_init__(self):
-        if not all(temperature > 0 for temperature in self.temperature):
-            raise ValueError(
-                f"Image temperatures must be positive, got {_of_heads(self.temperature)}; `image_do_sample=False` is "
-                "greedy."
-            )
-        if min(self.top_k) < 0 or any(k != int(k) for k in self.top_k):
-            raise ValueError(f"Image top-k must be a whole number, 0 to keep all codes, got {_of_heads(self.top_k)}.")
-        if not all(0 < p <= 1 for p in self.top_p):
-            raise ValueError(f"Image top-p must lie in (0, 1], got {_of_heads(self.top_p)}.")
-        self.top_k = tuple(int(k) for k in self.top_k)
+        # Sums of the scores drawn so far, (2, B): where one of them was not finite, neither is the sum.
+        self._score_sums: torch.Tensor | None = None
 
     @classmethod
-    def from_kwargs(cls, kwargs: dict) -> "DualTokenCodeSampler":
-        """Take `image_*` (both heads), `pixel_*`, `semantic_*` (one head) and `generator` out of `kwargs`."""
-        settings = {}
-        for name, default in _SAMPLING_DEFAULTS.items():
-            both = kwargs.pop(f"image_{name}", None)
-            default = default if both is None else both
-            pair = [kwargs.pop(f"{kind}_{name}", None) for kind in ("pixel", "semantic")]
-            pair = [default if value is None else value for value in pair]
-            settings[name] = tuple(0 if name == "top_k" and value is None else value for value in pair)
-        do_sample = kwargs.pop("image_do_sample", None)
-        settings["do_sample"] = True if do_sample is None else bool(do_sample)
-        return cls(generator=kwargs.pop("generator", None), **settings)
+    def from_settings(cls, settings, generator=None) -> "DualTokenCodeSampler":
+        """From a [`DualTokenImageGenerationConfig`]."""
+        return cls(
+            temperature=settings.of_heads("temperature"),
+            top_k=tuple(map(int, settings.of_heads("top_k"))),
+            top_p=settings.of_heads("top_p"),
+            do_sample=settings.image_do_sample,
+            generator=generator,
+        )
 
     def num_candidates(self, num_codes: int) -> int:
         """How many of the most probable codes the draw is among: what top-k leaves in either head."""
@@ -73,7 +58,8 @@ class DualTokenCodeSampler:
         return min(min(k, num_codes) or num_codes for k in self.top_k) < num_codes or min(self.top_p) < 1
 
     def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> "CodeNoise | None":
-        """The noise of all depths of one position; `None` where none is needed."""
+        """The noise of all depths of one position; `None` where none is needed. From here on scores are watched."""
+        self._score_sums = torch.zeros(2, rows, device=device)
         if not self.do_sample:
             return None
         return CodeNoise((num_depths, 2, rows, self.num_candidates(num_codes)), device, self.generator)
@@ -85,13 +71,17 @@ class DualTokenCodeSampler:
         `noise` `(2, B, candidates)` is that of one depth, from [`CodeNoise`]; by default it is drawn here.
         """
         if not self.do_sample:
-            return logits.argmax(-1)
+            best, chosen = logits.max(-1)
+            self._watch(best)
+            return chosen
         num_codes = logits.shape[-1]
         if noise is None:
-            noise = self.new_noise(1, logits.shape[1], num_codes, logits.device).draw()[0]
+            shape = (1, 2, logits.shape[1], self.num_candidates(num_codes))
+            noise = CodeNoise(shape, logits.device, self.generator).draw()[0]
         scores = logits.float()
         if self.temperature != (1.0, 1.0):
-            scores = scores / _per_head(self.temperature, scores)
+            temperature = tuple(max(value, _MIN_TEMPERATURE) for value in self.temperature)
+            scores = scores / _per_head(temperature, scores)
         indices = None
         if self._is_ranked(num_codes):
             scores, indices = scores.topk(noise.shape[-1], dim=-1)
@@ -106,8 +96,22 @@ class DualTokenCodeSampler:
                 # Beyond every sum where all codes stay.
                 top_p = tuple(math.ceil((p if p < 1 else 2) * _PROBABILITY_UNITS) for p in self.top_p)
                 scores[..., 1:].masked_fill_(held[..., :-1] >= _per_head(top_p, held), float("-inf"))
-        chosen = (scores + noise).argmax(-1, keepdim=True)
+        best, chosen = (scores + noise).max(-1, keepdim=True)
+        self._watch(best.squeeze(-1))
         return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
+
+    def _watch(self, best: torch.Tensor) -> None:
+        # In place and added up: one small kernel a depth, no host sync, and a CUDA graph takes it.
+        if self._score_sums is not None:
+            self._score_sums += best
+
+    def check_scores(self, rows: slice | int = slice(None)) -> None:
+        """Raise a `ValueError` if rows were drawn from scores that are not finite; waits for the device once."""
+        if self._score_sums is not None and not bool(self._score_sums[:, rows].isfinite().all()):
+            raise ValueError(
+                "The depth heads' scores hold NaN or infinity, so that no code could be drawn: weights that are not "
+                "finite, a dtype that overflows (float16), or a huge `guidance_scale`."
+            )
 
 
 class CodeNoise:
@@ -116,34 +120,55 @@ class CodeNoise:
 
     With a generator of the CPU's a GPU draws what the CPU would. It comes through pinned memory, so that the host waits
     only where it is a few positions ahead; to draw it takes the host longer than the GPU itself would.
+
+    Of a list of generators each draws its row's part: the same whatever other rows there are.
     """
 
     # Positions the host may be ahead of a GPU.
     SLOTS = 4
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None):
-        self.values, self.generator = torch.empty(shape, device=device), generator
-        self._on_host = generator is not None and generator.device.type != device.type
+    def __init__(self, shape: tuple[int, ...], device: torch.device, generator=None):
+        # A step that is tried before the first noise must find numbers.
+        self.values, self.generator = torch.zeros(shape, device=device), generator
+        first = generator[0] if isinstance(generator, (list, tuple)) else generator
+        self._source = device if first is None else first.device
+        self._on_host = self._source.type != device.type
         self._slots = deque()
         if self._on_host and device.type == "cuda":
             for _ in range(self.SLOTS):
-                self._slots.append((torch.empty(shape, pin_memory=True), torch.cuda.Event()))
+                self._slots.append((torch.zeros(shape, pin_memory=True), torch.cuda.Event()))
 
-    def draw(self) -> torch.Tensor:
-        """New noise, in the same tensor."""
+    def draw(self, rows: list[int] | None = None) -> torch.Tensor:
+        """
+        New noise, in the same tensor.
+
+        Args:
+            rows (`list[int]`, *optional*): those that are drawn; of a list, the other rows' generators rest.
+        """
         if not self._on_host:
-            return self._draw_into(self.values)
+            return self._draw_into(self.values, rows)
         if not self._slots:
-            return self.values.copy_(self._draw_into(torch.empty_like(self.values, device=self.generator.device)))
+            return self.values.copy_(self._draw_into(torch.zeros_like(self.values, device=self._source), rows))
         slot, copied = self._slots.popleft()
         copied.synchronize()
-        self.values.copy_(self._draw_into(slot), non_blocking=True)
+        self.values.copy_(self._draw_into(slot, rows), non_blocking=True)
         copied.record(torch.cuda.current_stream(self.values.device))
         self._slots.append((slot, copied))
         return self.values
 
-    def _draw_into(self, values: torch.Tensor) -> torch.Tensor:
-        return values.exponential_(generator=self.generator).log_().neg_()
+    def _draw_into(self, values: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
+        if not isinstance(self.generator, (list, tuple)):
+            return _gumbel_(values, self.generator)
+        for row in range(values.shape[2]) if rows is None else rows:
+            # In memory of its own: what is drawn into a part of a tensor depends on the whole.
+            part = torch.empty_like(values[:, :, row], memory_format=torch.contiguous_format)
+            values[:, :, row] = _gumbel_(part, self.generator[row])
+        return values
+
+
+def _gumbel_(values: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    # A 0 would become infinite noise, which draws a code that top-k has taken out.
+    return values.exponential_(generator=generator).clamp_(min=torch.finfo(values.dtype).tiny).log_().neg_()
 
 
 def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Tensor:

@@ -6,6 +6,7 @@ beside each image; both contexts see the same drawn codes.
 """
 
 import copy
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,17 +14,12 @@ from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
 from .code_sampling import DualTokenCodeSampler
-from .generation_arguments import (
-    check_guidance_scale,
-    check_image_arguments,
-    check_nothing_is_left,
-    check_prompt,
-    check_text_arguments,
-)
 from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
 from .generation_memory import GenerationSize, check_memory
 from .generation_pipelines import wants_plain_codes
 from .generation_progress import GenerationProgress
+from .generation_scores import ImageTokenBar, ScoreCheck
+from .generation_settings import GENERATION_MODES, DualTokenImageGenerationInputs, GenerationArguments
 from .image_decoding import ImageDecoder, kept_steps, step_key
 from .interleaved_generation import InterleavedLoop
 from .transformers_compat import CACHE_NAME, given_cache
@@ -32,7 +28,6 @@ from .transformers_compat import CACHE_NAME, given_cache
 logger = logging.get_logger(__name__)
 
 
-GENERATION_MODES = ("text", "image", "interleaved")
 # Text between images that the first buffers of interleaved generation have room for.
 _TEXT_ROOM = 256
 # A compiled step's cache has a multiple of this many columns.
@@ -76,34 +71,22 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         Args:
             inputs or input_ids (`torch.LongTensor` of shape `(B, L)`): prompts; left-padded in a batch.
+            generation_config (`GenerationConfig` or `dict`, *optional*): settings; keywords count before it.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*).
             pixel_values, or pixel_codes and semantic_codes (*optional*): the prompts' images, flat over the batch in
                 reading order, as in the model's forward.
-            generation_mode (`str`, defaults to `"text"`): `"text"`: everything transformers' `generate` does, without
-                images. `"image"`: one image per row. `"interleaved"`: text and images, until the end-of-sequence id or
-                `max_new_tokens`; no image is started that could not be finished.
-            guidance_scale (`float`, defaults to the generation config's, else 3.0): logits = uncond + s (cond - uncond),
-                in both heads at every depth. 1.0: no guidance. Not used in text mode.
-            negative_prompt_ids (`torch.LongTensor` of shape `(1 or B, L')`, *optional*): the unconditional context, a
-                rendered prompt that ends in `<image_start>`; by default `<image_start>` alone. With
-                `negative_prompt_attention_mask`, and its images as `negative_pixel_values`, or as
-                `negative_pixel_codes` and `negative_semantic_codes`.
-            image_temperature, image_top_k, image_top_p (default to 1.0, 900, 0.96): sampling of the codes in both
-                heads; `pixel_*` and `semantic_*` override one head's.
-            image_do_sample (`bool`, defaults to `True`): `False` takes the most probable code at every depth.
-            generator (`torch.Generator`, *optional*): source of all randomness in image and interleaved mode.
+            generation_mode, guidance_scale, image_do_sample, image_temperature, image_top_k, image_top_p, ...: how
+                images are drawn, see [`DualTokenImageGenerationConfig`].
+            generator, on_image, progress_bar, negative_prompt_ids, ...: of this call, see
+                [`DualTokenImageGenerationInputs`].
             num_return_sequences (`int`, defaults to 1).
-            max_new_tokens (`int`): ignored in image mode; in interleaved mode an image counts N + 2.
+            max_new_tokens (`int`): ignored in image mode, with a warning; in interleaved mode an image counts N + 2.
             cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
                 and on a CUDA device one graph per position, or `"dynamic"`, a cache that grows. By default static where
                 the language model allows it. In float32 the codes are the same either way; in bfloat16 sums in another
                 order are rounded otherwise, and other codes may be drawn.
             compile_config (`CompileConfig`, *optional*): compiles the step of an image position, once for every size.
-            on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
-                `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
-            progress_bar (`bool`, defaults to `False`): show one, over the positions of image mode and over the tokens
-                of interleaved mode. A GPU is waited for a few positions behind.
-            kwargs: as in transformers.
+            kwargs: as in transformers. What a mode does not do is refused.
 
         Returns:
             Text mode: what transformers returns. Otherwise [`DualTokenGenerateOutput`]; to transformers' any-to-any
@@ -111,64 +94,29 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         Raises:
             TypeError: for arguments of the wrong kind.
-            ValueError: for an unknown mode, a negative guidance scale, an empty prompt, prompts that end differently,
-                a prompt that ends within an image, a negative prompt that does not end in `<image_start>`, images that
-                do not fit the placeholders, or more images at once than the device's memory holds.
+            ValueError: for arguments out of range or of another mode, an empty prompt, ids outside the vocabulary,
+                prompts that end differently, a prompt that ends within an image, a negative prompt that does not end in
+                `<image_start>`, images that do not fit the placeholders, scores that leave nothing to choose, or more
+                images at once than the device's memory holds.
         """
-        mode = kwargs.pop("generation_mode", None) or "text"
-        if mode not in GENERATION_MODES:
-            raise ValueError(
-                f"`generation_mode` must be one of {', '.join(map(repr, GENERATION_MODES))}, got {mode!r}."
-            )
-        guidance_scale = kwargs.pop("guidance_scale", None)
-        for config in (generation_config, self.generation_config):
-            if guidance_scale is None and config is not None:
-                guidance_scale = config.guidance_scale
-        guidance_scale = 3.0 if guidance_scale is None else guidance_scale
-        check_guidance_scale(guidance_scale)
-        input_ids = kwargs.pop("input_ids", None)
-        inputs = inputs if inputs is not None else input_ids
-        check_prompt(inputs)
-        if kwargs.get("pixel_values") is not None:
-            # Once here, rather than at every forward and for every copy of a row.
-            if kwargs.get("pixel_codes") is not None or kwargs.get("semantic_codes") is not None:
-                raise ValueError("Images come either as `pixel_values` or as codes, not as both.")
-            kwargs["pixel_codes"], kwargs["semantic_codes"] = self.model.get_image_codes(kwargs.pop("pixel_values"))
-        kwargs.pop("pixel_values", None)
-
+        arguments = GenerationArguments(self.generation_config, generation_config, kwargs)
+        mode, kwargs = arguments.mode, arguments.kwargs
+        inputs = self._pop_prompt(inputs, kwargs)
+        codes = self._pop_codes(kwargs)
         if mode == "text":
-            return self._generate_text(inputs, generation_config, kwargs)
+            return self._generate_text(inputs, codes, arguments)
         plain_codes = wants_plain_codes(mode)
 
-        check_image_arguments(mode, kwargs)
-        sampler = DualTokenCodeSampler.from_kwargs(kwargs)
-        codes = self._pop_codes(kwargs)
+        # 1. What is left for transformers' own settings, and what this mode cannot do.
         attention_mask = kwargs.pop("attention_mask", None)
-        negative = {
-            name: kwargs.pop(f"negative_{name}", None)
-            for name in ("prompt_ids", "prompt_attention_mask", "pixel_values", "pixel_codes", "semantic_codes")
-        }
-        logits_processor = kwargs.pop("logits_processor", None)
-        streamer = kwargs.pop("streamer", None)
-        progress = GenerationProgress(kwargs.pop("on_image", None), bool(kwargs.pop("progress_bar", False)))
+        logits_processor = kwargs.pop("logits_processor", None) if mode == "interleaved" else None
+        streamer = kwargs.pop("streamer", None) if mode == "interleaved" else None
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
-        num_return_sequences = kwargs.pop("num_return_sequences", None)
-        generation_config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
-        if num_return_sequences is None:
-            num_return_sequences = generation_config.num_return_sequences or 1
-        if num_return_sequences < 1:
-            raise ValueError(f"`num_return_sequences` must be at least 1, got {num_return_sequences}.")
-        unused = {"use_cache", "output_attentions", "output_hidden_states", "return_dict"}
-        given = {name: value for name, value in model_kwargs.items() if name not in unused}
-        # Of transformers' settings, those that would be passed over without a word.
-        given |= {name: getattr(generation_config, name, None) for name in ("max_time", "stop_strings")}
-        if mode == "image":
-            given |= {"logits_processor": logits_processor, "streamer": streamer}
-        check_nothing_is_left(mode, given, {"guidance_scale", *generation_config.to_dict()})
-        if generation_config.num_beams not in (None, 1):
-            raise ValueError(
-                f"`generation_mode={mode!r}` has no beam search, got num_beams={generation_config.num_beams}."
-            )
+        num_return_sequences = arguments.value("num_return_sequences", 1)
+        kwargs.pop("num_return_sequences", None)
+        generation_config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
+        without_effect = {"return_dict", "synced_gpus", "trust_remote_code"}
+        arguments.refuse([name for name, value in left.items() if value is not None and name not in without_effect])
         if inputs is None:
             raise ValueError(f"`generation_mode={mode!r}` needs `input_ids`.")
         if self.training and self.is_gradient_checkpointing:
@@ -176,22 +124,29 @@ class DualTokenGenerationMixin(GenerationMixin):
                 f"`generation_mode={mode!r}` needs a cache, which gradient checkpointing does without in training: "
                 "call `model.eval()` first."
             )
-        # Guidance is of images only: transformers' processor must not guide the text of an interleaved answer.
-        generation_config.guidance_scale = 1.0
         self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
 
+        # 2. The contexts.
         prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
         if mode == "image":
             prompt = self._end_in_image_start(prompt)
         elif (inputs[:, -1] == self.config.image_token_id).any():
             raise ValueError("A prompt must not end within an image: `<image_end>` closes it.")
         rows = len(prompt) * num_return_sequences
-        guidance = _Guidance(guidance_scale, None)
-        if guidance_scale != 1:
-            guidance.prompt = self._negative_prompt(prompt, negative, generation_config)
+        arguments.inputs.check_rows(rows)
+        guidance = _Guidance(arguments.settings.guidance_scale, None)
+        negative_prompt = self._negative_prompt(prompt, arguments.inputs, generation_config)
+        if guidance.scale != 1:
+            guidance.prompt = negative_prompt
+
+        # 3. The loop.
+        sampler = DualTokenCodeSampler.from_settings(arguments.settings, arguments.inputs.generator)
+        progress = GenerationProgress(arguments.inputs.on_image, arguments.inputs.progress_bar)
         if mode == "image":
             output = self._generate_image(prompt, rows, guidance, sampler, generation_config, progress)
             return output.pixel_codes if plain_codes else output
+        generation_config.max_length = prompt.input_ids.shape[1] + self._interleaved_budget(prompt, arguments)
+        generation_config.suppress_tokens = self._suppressed_by_the_caller(generation_config, kwargs)
         return self._generate_interleaved(
             prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
         )
@@ -207,30 +162,47 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     # Text mode: transformers' own generate.
 
-    def _generate_text(self, inputs, generation_config, kwargs):
-        suppressed = kwargs.pop("suppress_tokens", None)
-        for config in (generation_config, self.generation_config):
-            if suppressed is None and config is not None:
-                suppressed = config.suppress_tokens
+    def _generate_text(self, inputs, codes, arguments: GenerationArguments):
+        kwargs = arguments.kwargs
+        if codes is not None:
+            kwargs["pixel_codes"], kwargs["semantic_codes"] = codes
         self._drop_cached_images(inputs, kwargs)
-        check_text_arguments(kwargs)
         if inputs is not None and (inputs[:, -1] == self.config.image_start_token_id).any():
             logger.warning(
                 "The prompt ends in `<image_start>`, which asks for an image, but text mode writes none: pass "
                 "`generation_mode='image'` or `'interleaved'`."
             )
-        # A text answer holds no image, begun or alleged.
-        settings = {
-            "suppress_tokens": sorted({*(suppressed or []), *self.config.special_image_token_ids}),
-            # 1.0 rather than `None`, which transformers fills in from the model's own generation config.
-            "guidance_scale": 1.0,
-        }
-        if generation_config is not None:
-            # Within it: transformers warns where settings come beside a generation config.
-            generation_config = copy.deepcopy(generation_config)
-            generation_config.update(**settings)
-            settings = {}
-        return super().generate(inputs, generation_config=generation_config, **settings, **kwargs)
+        check = ScoreCheck()
+        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), check])
+        output = super().generate(inputs, generation_config=arguments.generation_config, **kwargs)
+        check.raise_if_empty()
+        return output
+
+    def _prepare_generation_config(self, *args, **kwargs):
+        generation_config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        # Guidance is of images only: transformers' processor must not guide text, an assistant's neither.
+        generation_config.guidance_scale = 1.0
+        return generation_config, model_kwargs
+
+    def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs) -> LogitsProcessorList:
+        """
+        Transformers' processors with the image tokens barred, for every kind of generation.
+
+        In between lie the caller's; a [`ScoreCheck`] among them comes to the end. Continuous batching asks here for the
+        processors of a generation config as it is.
+        """
+        if generation_config.guidance_scale not in (None, 1):
+            generation_config = copy.copy(generation_config)
+            generation_config.guidance_scale = 1.0
+        given = list(logits_processor or [])
+        checks = [part for part in given if isinstance(part, ScoreCheck)]
+        bars = [part for part in given if isinstance(part, ImageTokenBar)]
+        bar = bars[0] if bars else ImageTokenBar(self.config.special_image_token_ids)
+        others = [part for part in given if part not in [*checks, *bars]]
+        processors = super()._get_logits_processor(
+            generation_config, *args, logits_processor=LogitsProcessorList([*others, bar]), **kwargs
+        )
+        return LogitsProcessorList([bar, *processors, *checks[:1]])
 
     def _drop_cached_images(self, inputs: torch.LongTensor | None, kwargs: dict) -> None:
         """Going on from a cache, only the images after it are fed; the codes may be those of the whole conversation."""
@@ -285,22 +257,61 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     # What image and interleaved mode share.
 
-    def _pop_codes(self, kwargs: dict) -> tuple[torch.LongTensor, torch.LongTensor] | None:
-        codes = kwargs.pop("pixel_codes", None), kwargs.pop("semantic_codes", None)
-        if codes == (None, None):
+    def _pop_prompt(self, inputs, kwargs: dict) -> torch.LongTensor | None:
+        """The ids `(B, L)`, looked at before anything runs; `None` is left to transformers."""
+        input_ids = kwargs.pop("input_ids", None)
+        if inputs is not None and input_ids is not None:
+            raise ValueError("The prompt comes either as `inputs` or as `input_ids`, not as both.")
+        inputs = input_ids if inputs is None else inputs
+        if inputs is None:
             return None
+        inputs = self._checked_ids(inputs, "The prompt")
+        attention_mask = kwargs.get("attention_mask")
+        # Going on from a cache, a mask may be longer.
+        if attention_mask is not None and kwargs.get("past_key_values") is None:
+            _check_mask(attention_mask, inputs, "attention_mask")
+        return inputs
+
+    def _checked_ids(self, ids, what: str) -> torch.LongTensor:
+        if not isinstance(ids, torch.Tensor):
+            raise TypeError(
+                f"{what} must be a tensor of ids, got {type(ids).__name__}: pass what the processor returns as "
+                "`**inputs`."
+            )
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"{what} must be ids, whole numbers, got {ids.dtype}.")
+        if ids.ndim != 2 or ids.numel() == 0:
+            raise ValueError(
+                f"{what} must be ids of shape (B, L), at least one row with at least one token, got {tuple(ids.shape)}."
+            )
+        ids, vocab_size = ids.long(), self.config.get_text_config().vocab_size
+        low, high = torch.stack(ids.aminmax()).tolist()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"{what} must hold ids from 0 to {vocab_size - 1}, the vocabulary's, got ids from {low} to {high}."
+            )
+        return ids
+
+    def _pop_codes(self, values: dict, prefix: str = "") -> tuple[torch.LongTensor, torch.LongTensor] | None:
+        """Take a prompt's images out, as codes."""
+        pixel_values, *codes = (
+            values.pop(f"{prefix}{name}", None) for name in ("pixel_values", "pixel_codes", "semantic_codes")
+        )
+        if codes == [None, None]:
+            # Once here, rather than at every forward and for every copy of a row.
+            return None if pixel_values is None else self.model.get_image_codes(pixel_values)
+        if pixel_values is not None:
+            raise ValueError(f"Images come either as `{prefix}pixel_values` or as codes, not as both.")
+        # Of narrow kinds, which codes are kept in, the range cannot be looked at.
+        codes = [None if part is None else part.long() for part in codes]
         self.model.check_image_codes(*codes)
-        return codes
+        return tuple(codes)
 
     def _prompt_mask(
         self, input_ids, attention_mask, generation_config, name: str = "attention_mask"
     ) -> torch.LongTensor:
         if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got "
-                    f"{tuple(attention_mask.shape)}."
-                )
+            _check_mask(attention_mask, input_ids, name)
             if (attention_mask[:, -1] == 0).any():
                 raise ValueError(f"Prompts must be padded on the left, but `{name}` hides the last token of a row.")
             return attention_mask.to(input_ids)
@@ -327,32 +338,28 @@ class DualTokenGenerationMixin(GenerationMixin):
             prompt.codes,
         )
 
-    def _negative_prompt(self, prompt: Prompt, negative: dict, generation_config) -> Prompt:
+    def _negative_prompt(self, prompt: Prompt, inputs: DualTokenImageGenerationInputs, generation_config) -> Prompt:
         """The unconditional context: one for all prompts, or one for each."""
         num_prompts, start = len(prompt), self.config.image_start_token_id
-        ids = negative["prompt_ids"]
+        negative = {name: value for name in inputs.names() if (value := getattr(inputs, name)) is not None}
+        negative = {name: value for name, value in negative.items() if name.startswith("negative_")}
+        ids = negative.pop("negative_prompt_ids", None)
         if ids is None:
-            given = [f"negative_{name}" for name, value in negative.items() if value is not None]
-            if given:
-                raise ValueError(f"{', '.join(given)} need `negative_prompt_ids`.")
+            if negative:
+                raise ValueError(f"{', '.join(negative)} need `negative_prompt_ids`.")
             ids = torch.full_like(prompt.input_ids[:1, :1], start)
             return Prompt(ids, torch.ones_like(ids), None)
-        ids = ids.to(prompt.input_ids.device)
         if ids.ndim != 2 or ids.shape[1] == 0 or len(ids) not in (1, num_prompts):
             raise ValueError(
                 f"`negative_prompt_ids` must have shape (1, L) or one row per prompt, got {tuple(ids.shape)} for "
                 f"{num_prompts} prompts."
             )
+        ids = self._checked_ids(ids.to(prompt.input_ids.device), "`negative_prompt_ids`")
         if (ids[:, -1] != start).any():
             raise ValueError(f"`negative_prompt_ids` must end in `<image_start>` (id {start}) in every row.")
-        mask = negative["prompt_attention_mask"]
+        mask = negative.pop("negative_prompt_attention_mask", None)
         mask = self._prompt_mask(ids, mask, generation_config, name="negative_prompt_attention_mask")
-        codes = self._pop_codes(negative)
-        if negative["pixel_values"] is not None:
-            if codes is not None:
-                raise ValueError("Images come either as `negative_pixel_values` or as codes, not as both.")
-            codes = self.model.get_image_codes(negative["pixel_values"])
-        return Prompt(ids, mask, codes)
+        return Prompt(ids, mask, self._pop_codes(negative, prefix="negative_"))
 
     def _codebooks(self) -> torch.Tensor:
         """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
@@ -362,10 +369,14 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _pad_token_id(self, generation_config) -> int:
         pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
-        if pad is not None:
-            return pad
-        eos = eos[0] if isinstance(eos, list) else eos
-        return 0 if eos is None else eos
+        eos = eos[0] if isinstance(eos, list) and eos else None if isinstance(eos, list) else eos
+        pad = int((0 if eos is None else eos) if pad is None else pad)
+        if not 0 <= pad < self.config.get_text_config().vocab_size:
+            raise ValueError(
+                f"Rows that have ended are filled with `pad_token_id`, or else `eos_token_id`, which must be of the "
+                f"vocabulary, got {pad}."
+            )
+        return pad
 
     def _new_decoder(
         self,
@@ -435,6 +446,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             )
         decoder.keep()
 
+        sampler.check_scores()
         input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
         image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
         end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
@@ -467,7 +479,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         streamer,
     ) -> DualTokenGenerateOutput:
         num_positions, eos = self.config.num_positions, generation_config.eos_token_id
-        budget = self._interleaved_budget(prompt, generation_config)
+        budget = generation_config.max_length - prompt.input_ids.shape[1]
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer takes one row, got {rows}.")
         if guidance.prompt is not None and not has_keys_and_values_only(self):
@@ -480,14 +492,16 @@ class DualTokenGenerationMixin(GenerationMixin):
                 f"The prompt asks for an image, which takes {num_positions + 1} tokens, but `max_new_tokens` is {budget}."
             )
         input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
+        bar, check = ImageTokenBar([]), ScoreCheck()
         processors = self._get_logits_processor(
-            generation_config=generation_config,
+            generation_config,
             input_ids_seq_length=input_ids.shape[1],
             encoder_input_ids=input_ids,
             prefix_allowed_tokens_fn=None,
-            logits_processor=logits_processor if logits_processor is not None else LogitsProcessorList(),
+            logits_processor=[*(logits_processor or []), bar, check],
             device=input_ids.device,
         )
+        pad_id = self._pad_token_id(generation_config)
         decoder = self._new_decoder(
             prompt,
             rows,
@@ -503,9 +517,10 @@ class DualTokenGenerationMixin(GenerationMixin):
             input_ids,
             budget,
             processors,
-            choose_text=lambda scores: self._choose_text(scores, generation_config, sampler.generator),
+            bar,
+            choose_text=functools.partial(self._choose_text, check, generation_config.do_sample, sampler.generator),
             eos_ids=set(eos if isinstance(eos, list) else [] if eos is None else [eos]),
-            pad_id=self._pad_token_id(generation_config),
+            pad_id=pad_id,
             progress=progress,
             streamer=streamer,
         )
@@ -522,25 +537,56 @@ class DualTokenGenerationMixin(GenerationMixin):
             image_owner=torch.tensor(owners, dtype=torch.long, device=sequences.device),
         )
 
-    def _interleaved_budget(self, prompt: Prompt, generation_config) -> int:
+    def _interleaved_budget(self, prompt: Prompt, arguments: GenerationArguments) -> int:
         """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
-        if generation_config.max_new_tokens is not None:
-            budget = generation_config.max_new_tokens
-        elif generation_config.max_length not in (None, 20):
-            budget = generation_config.max_length - prompt.input_ids.shape[1]
-        else:
-            budget = 2 * (self.config.num_positions + 2) + 256
-        if budget < 1:
-            raise ValueError(f"`max_new_tokens` must leave room for at least one token, got {budget}.")
-        return budget
+        new, length, prompt_length = *map(arguments.value, ("max_new_tokens", "max_length")), prompt.input_ids.shape[1]
+        if new is not None:
+            return new
+        if length is None:
+            return 2 * (self.config.num_positions + 2) + _TEXT_ROOM
+        if length <= prompt_length:
+            raise ValueError(
+                f"`max_length` counts the prompt, whose {prompt_length} tokens leave no room below {length}: pass "
+                "`max_new_tokens`."
+            )
+        return length - prompt_length
+
+    def _suppressed_by_the_caller(self, generation_config, kwargs: dict) -> list[int] | None:
+        """
+        Suppressed tokens without the three image ids, where they stand together in a generation config.
+
+        So a checkpoint keeps them out of the text of other engines. A keyword, or one of them alone, is the caller's.
+        """
+        tokens, image_ids = generation_config.suppress_tokens, set(self.config.special_image_token_ids)
+        if tokens is None or kwargs.get("suppress_tokens") is not None or not image_ids <= set(tokens):
+            return tokens
+        return [token for token in tokens if token not in image_ids] or None
 
     @staticmethod
-    def _choose_text(scores: torch.Tensor, generation_config, generator) -> torch.LongTensor:
-        if not generation_config.do_sample:
-            return scores.argmax(-1)
-        device = generator.device if generator is not None else scores.device
-        probabilities = scores.softmax(-1).to(device)
-        return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1).to(scores.device)
+    def _choose_text(
+        check: ScoreCheck, do_sample: bool, generator, scores: torch.Tensor, rows: list[int]
+    ) -> torch.LongTensor:
+        """The next token of every row of the scores `(len(rows), vocab_size)`."""
+        if not do_sample:
+            chosen = scores.argmax(-1)
+        else:
+            several = isinstance(generator, (list, tuple))
+            device = scores.device if generator is None else (generator[0] if several else generator).device
+            probabilities = scores.softmax(-1).to(device)
+            parts = [probabilities] if not several else probabilities.split(1)
+            sources = [generator] if not several else [generator[row] for row in rows]
+            chosen = torch.cat([torch.multinomial(part, 1, generator=source) for part, source in zip(parts, sources)])
+            chosen = chosen.squeeze(-1).to(scores.device)
+        check.raise_if_empty()
+        return chosen
 
 
-__all__ = ["DualTokenGenerateOutput", "DualTokenGenerationMixin"]
+def _check_mask(attention_mask, input_ids: torch.LongTensor, name: str) -> None:
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+        shape = (
+            tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
+        raise ValueError(f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got {shape}.")
+
+
+__all__ = ["GENERATION_MODES", "DualTokenGenerateOutput", "DualTokenGenerationMixin"]

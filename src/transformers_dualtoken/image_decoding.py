@@ -75,7 +75,9 @@ class ImageDecoder:
         self.hidden_states: torch.Tensor | None = None
         self._is_capturable: bool | None = None
 
-    def draw(self, num_positions: int, feed_last: bool = True, on_position=None) -> torch.LongTensor:
+    def draw(
+        self, num_positions: int, feed_last: bool = True, on_position=None, rows: list[int] | None = None
+    ) -> torch.LongTensor:
         """
         Draw the next positions of every row.
 
@@ -84,24 +86,25 @@ class ImageDecoder:
             feed_last (`bool`, defaults to `True`): also feed the last position; the context's hidden states are then
                 those after it.
             on_position (callable, *optional*): called after every position.
+            rows (`list[int]`, *optional*): those whose codes are wanted; the generators of others rest.
 
         Returns:
             `torch.LongTensor` of shape `(2, B, n, D)`: pixel and semantic codes.
         """
         if not self.is_static:
-            return self._draw_growing(num_positions, feed_last, on_position)
+            return self._draw_growing(num_positions, feed_last, on_position, rows)
         self.is_given.zero_()
         step = self._prepare(num_positions)
         fed = num_positions if feed_last else num_positions - 1
         with self.context.attention():
             for _ in range(fed):
-                self._draw_noise()
+                self._draw_noise(rows)
                 step()
                 if on_position is not None:
                     on_position()
         self._conclude(fed)
         if not feed_last:
-            self.codes[num_positions - 1] = self.sample()
+            self.codes[num_positions - 1] = self.sample(rows)
             if on_position is not None:
                 on_position()
         return self.codes[:num_positions].permute(1, 2, 0, 3).clone()
@@ -118,20 +121,20 @@ class ImageDecoder:
         self.is_given[writing] = True
         step = self._prepare(1)
         with self.context.attention():
-            self._draw_noise()
+            self._draw_noise([row for row in range(self.context.rows) if row not in writing])
             step()
         self._conclude(1)
         return self.codes[0].clone()
 
-    def sample(self) -> torch.LongTensor:
-        """The codes `(2, B, D)` of the next position of every row, which is not fed."""
-        self._draw_noise()
+    def sample(self, rows: list[int] | None = None) -> torch.LongTensor:
+        """The codes `(2, B, D)` of the next position of every row, which is not fed; `rows` as in [`draw`]."""
+        self._draw_noise(rows)
         return self._sample(self.context.hidden_states)
 
-    def _draw_growing(self, num_positions: int, feed_last: bool, on_position) -> torch.LongTensor:
+    def _draw_growing(self, num_positions: int, feed_last: bool, on_position, rows) -> torch.LongTensor:
         codes = []
         for position in range(num_positions):
-            codes.append(self.sample())
+            codes.append(self.sample(rows))
             if feed_last or position < num_positions - 1:
                 self.context.feed(self.model.model.embed_image_codes(*codes[-1].unsqueeze(2), self.projection_cache))
             if on_position is not None:
@@ -142,10 +145,10 @@ class ImageDecoder:
         noise = None if self.noise is None else self.noise.values
         return self.model.depth_heads.sample(hidden_states, self.codebooks, self.sampler, self.guidance_scale, noise)
 
-    def _draw_noise(self) -> None:
+    def _draw_noise(self, rows: list[int] | None = None) -> None:
         # Outside the step: what a graph replays is the same every time.
         if self.noise is not None:
-            self.noise.draw()
+            self.noise.draw(rows)
 
     def _prepare(self, num_positions: int):
         """Fill the step's buffers; returns what to call for every position: captured, compiled or as it is."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from .generation_progress import GenerationProgress
+from .generation_scores import ImageTokenBar
 from .image_decoding import ImageDecoder
 
 
@@ -44,7 +45,8 @@ class InterleavedLoop:
         input_ids (`torch.LongTensor` of shape `(B, L)`): the prompts; a row that ends in `<image_start>` draws at once.
         budget (`int`): new tokens at most; an image counts N + 2, and none is started that could not be finished.
         processors (`LogitsProcessorList`): of the text.
-        choose_text (callable): scores `(rows, vocab_size)` to ids `(rows,)`.
+        bar ([`ImageTokenBar`]): the one among these.
+        choose_text (callable): scores `(rows, vocab_size)` and the list of these rows to ids `(rows,)`.
         eos_ids (`set[int]`), pad_id (`int`).
         progress ([`GenerationProgress`]).
         streamer (transformers' `BaseStreamer`, *optional*): of the text, for one row.
@@ -57,6 +59,7 @@ class InterleavedLoop:
         input_ids: torch.LongTensor,
         budget: int,
         processors,
+        bar: ImageTokenBar,
         choose_text,
         eos_ids: set[int],
         pad_id: int,
@@ -64,7 +67,7 @@ class InterleavedLoop:
         streamer=None,
     ):
         self.model, self.context, self.decoder = model, decoder.context, decoder
-        self.processors, self.choose_text = processors, choose_text
+        self.processors, self.bar, self.choose_text = processors, bar, choose_text
         self.eos_ids, self.pad_id, self.progress, self.streamer = eos_ids, pad_id, progress, streamer
         self.start_id, self.image_id, self.end_id = model.config.special_image_token_ids
         self.num_positions = model.config.num_positions
@@ -109,7 +112,7 @@ class InterleavedLoop:
         """Draw as many positions as every row that draws has left."""
         drawing = self._drawing()
         count = self.num_positions - max(self.rows[index].num_drawn for index in drawing)
-        self._take(drawing, self.decoder.draw(count, on_position=pace))
+        self._take(drawing, self.decoder.draw(count, on_position=pace, rows=drawing))
         self.sequences[drawing, self.length : self.length + count] = self.image_id
         self.length += count
 
@@ -143,7 +146,7 @@ class InterleavedLoop:
             self._take(drawing, self.decoder.draw_beside_text(self._embeds(next_ids, [], None), others).unsqueeze(2))
             return
         if drawing:
-            codes = self.decoder.sample()
+            codes = self.decoder.sample(drawing)
             self._take(drawing, codes.unsqueeze(2))
         if goes_on:
             self.context.feed(self._embeds(next_ids, drawing, codes), conditional_only=not (drawing or starts))
@@ -152,12 +155,11 @@ class InterleavedLoop:
         """The next tokens of the rows that write."""
         hidden_states = self.context.hidden_states[: len(self.rows)]
         logits = self.model.lm_head(self.model._for_text_head(hidden_states)).float()
-        scores = self.processors(self.sequences[:, : self.length], logits)[writing]
-        barred = [self.image_id, self.end_id]
+        self.bar.token_ids = [self.image_id, self.end_id]
         if self.end - self.length < self.num_positions + 2:
-            barred.append(self.start_id)
-        scores[:, barred] = float("-inf")
-        return self.choose_text(scores).tolist()
+            self.bar.token_ids.append(self.start_id)
+        scores = self.processors(self.sequences[:, : self.length], logits)[writing]
+        return self.choose_text(scores, writing).tolist()
 
     def _take(self, drawing: list[int], codes: torch.LongTensor) -> None:
         """Give the rows that draw their part of the codes `(2, B, n, D)`, and tell of images that are finished."""
@@ -166,6 +168,7 @@ class InterleavedLoop:
             row = self.rows[index]
             row.take(codes[:, index])
             if row.num_drawn == self.num_positions:
+                self.decoder.sampler.check_scores(index)
                 row.images[-1] = [torch.cat(row.images[-1], dim=1)]
                 self.progress.tell(tuple(row.images[-1][0].unflatten(1, (grid, grid))), index)
 

@@ -1,13 +1,14 @@
-"""Arguments of `generate` that are of the wrong kind, of another mode, or misspelt."""
+"""Arguments of `generate`: where they may stand, and those of the wrong kind, of another mode, or misspelt."""
 
 import logging
 
+import numpy
 import pytest
 import torch
 from test_generation import GREEDY, ids, shared_model
 from transformers import BatchEncoding, CompileConfig
 
-from transformers_dualtoken import generation, generation_arguments
+from transformers_dualtoken import generation, generation_settings
 
 
 @pytest.fixture
@@ -29,6 +30,7 @@ def warnings_of():
         module.logger.addHandler(handlers[-1][1])
         return messages
 
+    logging.Logger.warning_once.cache_clear()
     yield listen
     for logger, handler in handlers:
         logger.removeHandler(handler)
@@ -37,19 +39,31 @@ def warnings_of():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"generator": 42}, r"`generator` must be a torch.Generator.*manual_seed\(0\), got 42"),
-        ({"generator": [torch.Generator()]}, "`generator` must be a torch.Generator"),
-        ({"image_top_k": "30"}, "`image_top_k` must be a number, got '30'"),
-        ({"semantic_temperature": [1.0]}, "`semantic_temperature` must be a number"),
-        ({"pixel_top_p": True}, "`pixel_top_p` must be a number, got True"),
-        ({"num_return_sequences": 2.0}, "`num_return_sequences` must be a whole number, got 2.0"),
+        ({"generator": 42}, r"`generator` must be a torch.Generator.*manual_seed\(0\).*, got 42"),
+        ({"generator": [0]}, "`generator` must be a torch.Generator"),
+        ({"generator": []}, "`generator` must be a torch.Generator"),
+        ({"image_top_k": "30"}, "`image_top_k` must be a whole number from 0 .*, got '30'"),
+        ({"semantic_temperature": [1.0]}, "`semantic_temperature` must be a finite number"),
+        ({"pixel_top_p": True}, "`pixel_top_p` must be a number .*, got True"),
+        ({"image_do_sample": "False"}, "`image_do_sample` must be True or False, got 'False'"),
+        ({"progress_bar": 1}, "`progress_bar` must be True or False, got 1"),
+        ({"generation_mode": 3}, "`generation_mode` must be one of 'text', 'image', 'interleaved', got 3"),
+        ({"generation_config": "image"}, "`generation_config` must be a GenerationConfig or a dict, got str"),
+        ({"pixel_codes": [[1]]}, r"`pixel_codes` must be a tensor of whole numbers, got \[\[1\]\]"),
+        ({"negative_pixel_codes": numpy.zeros(3)}, "`negative_pixel_codes` must be a tensor of whole numbers"),
+        ({"eos_token_id": "end"}, "`eos_token_id` must be an id or a list of ids, got 'end'"),
+        ({"attention_mask": [[1]]}, "`attention_mask` must be a tensor"),
+        ({"num_return_sequences": 2.0}, "`num_return_sequences` must be a whole number from 1, got 2.0"),
         ({"on_image": "x.png"}, r"`on_image` must be callable as on_image\(codes, owner\), got 'x.png'"),
-        ({"negative_prompt_ids": "ugly"}, "`negative_prompt_ids` must be a tensor, got str"),
+        ({"negative_prompt_ids": "ugly"}, "`negative_prompt_ids` must be a tensor of ids, got 'ugly'"),
         (
             {"generation_mode": "interleaved", "max_new_tokens": 40.0},
-            "`max_new_tokens` must be a whole number, got 40",
+            "`max_new_tokens` must be a whole number from 1, got 40",
         ),
-        ({"generation_mode": "interleaved", "streamer": print}, "`streamer` must have the methods `put` and `end`"),
+        (
+            {"generation_mode": "interleaved", "streamer": print},
+            "`streamer` must be an object with the methods `put` and `end`",
+        ),
     ],
 )
 def test_wrong_kinds_are_named(model, options, message):
@@ -59,7 +73,7 @@ def test_wrong_kinds_are_named(model, options, message):
 
 @pytest.mark.parametrize("scale", ["3", [3.0], torch.tensor([1.0, 3.0]), True, float("nan"), -1])
 def test_guidance_scale_is_a_number(model, scale):
-    with pytest.raises(ValueError, match="`guidance_scale` must be a number from 0"):
+    with pytest.raises((TypeError, ValueError), match="`guidance_scale` must be a number from 0"):
         model.generate(ids(5), **{**GREEDY, "guidance_scale": scale})
 
 
@@ -92,13 +106,13 @@ def test_misspelt_arguments(model, name, hint):
     ],
 )
 def test_settings_of_text_are_passed_over_aloud(model, options, message, warnings_of):
-    messages = warnings_of(generation_arguments)
+    messages = warnings_of(generation_settings)
     model.generate(ids(5), **options, **GREEDY)
     assert len(messages) == len(options) and messages[-1].endswith(message)
 
 
 def test_settings_of_text_are_for_interleaved_answers(model, warnings_of):
-    messages = warnings_of(generation_arguments)
+    messages = warnings_of(generation_settings)
     model.generate(
         ids(5), generation_mode="interleaved", max_new_tokens=2, do_sample=True, top_k=3, repetition_penalty=1.5
     )

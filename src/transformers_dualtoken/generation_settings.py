@@ -1,0 +1,380 @@
+"""
+The image arguments of `generate`, each declared once with its default, check and meaning.
+
+Settings may stand in a generation config, and so in a checkpoint's `generation_config.json`. Inputs belong to one call.
+What transformers' own settings mean where images are drawn is said here too.
+"""
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.generation import GenerationConfig
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+GENERATION_MODES = ("text", "image", "interleaved")
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an argument may be: of the wrong kind it is a `TypeError`, out of range a `ValueError`."""
+
+    what: str
+    is_kind: Callable[[object], bool]
+    in_range: Callable[[object], bool] = lambda value: True
+
+    def check(self, name: str, value) -> None:
+        if not self.is_kind(value) or not self.in_range(value):
+            error = ValueError if self.is_kind(value) else TypeError
+            raise error(f"`{name}` must be {self.what}, got {value!r:.200}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_whole(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_id(value) -> bool:
+    return _is_whole(value) or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+
+
+def _is_ids(value) -> bool:
+    return _is_id(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
+
+
+def _is_integers(value) -> bool:
+    return isinstance(value, torch.Tensor) and not (
+        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
+    )
+
+
+def _is_generators(value) -> bool:
+    generators = value if isinstance(value, (list, tuple)) else [value]
+    return len(generators) > 0 and all(isinstance(generator, torch.Generator) for generator in generators)
+
+
+def _one_of(choices: tuple[str, ...]) -> _Kind:
+    return _Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str), lambda v: v in choices)
+
+
+_FINITE = _Kind("a finite number", _is_number, math.isfinite)
+_POSITIVE = _Kind("a finite number above 0", _is_number, lambda value: 0 < value < math.inf)
+_TOP_K = _Kind(
+    "a whole number from 0 (0 keeps all codes)", _is_number, lambda value: value >= 0 and float(value).is_integer()
+)
+_TOP_P = _Kind("a number above 0 and up to 1 (1 keeps all codes)", _is_number, lambda value: 0 < value <= 1)
+_SWITCH = _Kind("True or False", lambda value: isinstance(value, bool))
+_SCALE = _Kind("a number from 0 (1.0: no guidance)", _is_number, lambda value: 0 <= value < math.inf)
+_GENERATORS = _Kind(
+    "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for every image", _is_generators
+)
+_ON_IMAGE = _Kind("callable as on_image(codes, owner)", callable)
+_TENSOR = _Kind("a tensor", lambda value: isinstance(value, torch.Tensor))
+_IDS = _Kind("a tensor of ids", _is_integers)
+_CODES = _Kind("a tensor of whole numbers", _is_integers)
+
+
+def _argument(default, kind: _Kind):
+    return dataclasses.field(default=default, metadata={"kind": kind})
+
+
+class _Checked:
+    """A dataclass whose fields are checked when it is made; `None` is not given."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                field.metadata["kind"].check(field.name, value)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
+
+@dataclass
+class DualTokenImageGenerationConfig(_Checked):
+    """
+    How images are drawn: arguments of `generate`, which may also stand in a generation config.
+
+    A keyword of the call counts before the generation config that is given, this before the model's own
+    (`generation_config.json` of its checkpoint), and this before the default. At one of these places a setting of one
+    head counts before that of both, and that of both before one head's at a later place.
+
+    Args:
+        generation_mode (`str`, defaults to `"text"`): `"text"`: everything transformers' `generate` does, without
+            images. `"image"`: one image per row. `"interleaved"`: text and images, until the end-of-sequence id or
+            `max_new_tokens`; no image is started that could not be finished.
+        guidance_scale (`float`, defaults to 3.0): logits = uncond + s (cond - uncond), in both heads at every depth;
+            from 0, 1.0 is no guidance. Not used in text mode.
+        image_do_sample (`bool`, defaults to `True`): `False` takes the most probable code at every depth.
+        image_temperature (`float`, defaults to 1.0): above 0.
+        image_top_k (`int`, defaults to 900): how many of the most probable codes are kept; 0 keeps all.
+        image_top_p (`float`, defaults to 0.96): in (0, 1], the share of the probability that is kept; 1 keeps all.
+        pixel_temperature, pixel_top_k, pixel_top_p, semantic_temperature, semantic_top_k, semantic_top_p (*optional*):
+            the same for one head.
+    """
+
+    generation_mode: str = _argument("text", _one_of(GENERATION_MODES))
+    guidance_scale: float = _argument(3.0, _SCALE)
+    image_do_sample: bool = _argument(True, _SWITCH)
+    image_temperature: float = _argument(1.0, _POSITIVE)
+    image_top_k: int = _argument(900, _TOP_K)
+    image_top_p: float = _argument(0.96, _TOP_P)
+    pixel_temperature: float | None = _argument(None, _POSITIVE)
+    pixel_top_k: int | None = _argument(None, _TOP_K)
+    pixel_top_p: float | None = _argument(None, _TOP_P)
+    semantic_temperature: float | None = _argument(None, _POSITIVE)
+    semantic_top_k: int | None = _argument(None, _TOP_K)
+    semantic_top_p: float | None = _argument(None, _TOP_P)
+
+    @classmethod
+    def resolve(cls, *places: dict) -> "DualTokenImageGenerationConfig":
+        """Settings from several places, the one that counts most first; others than these are passed over."""
+        values = {}
+        for place in reversed(places):
+            given = {name: place[name] for name in cls.names() if place.get(name) is not None}
+            for name in ("temperature", "top_k", "top_p"):
+                if f"image_{name}" in given:
+                    for kind in ("pixel", "semantic"):
+                        values.pop(f"{kind}_{name}", None)
+            values |= given
+        return cls(**values)
+
+    def of_heads(self, name: str) -> tuple:
+        """`"temperature"`, `"top_k"` or `"top_p"` of the pixel and of the semantic head."""
+        pair = (getattr(self, f"{kind}_{name}") for kind in ("pixel", "semantic"))
+        return tuple(getattr(self, f"image_{name}") if value is None else value for value in pair)
+
+
+@dataclass
+class DualTokenImageGenerationInputs(_Checked):
+    """
+    What one call of `generate` with images takes besides its prompts and settings.
+
+    Args:
+        generator (`torch.Generator` or a list of them, *optional*): source of all randomness. A list has one for every
+            row of the result: then a row depends on its own alone, and in float32 comes out the same in any batch.
+        on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
+            `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
+        progress_bar (`bool`, defaults to `False`): show one, over the positions of image mode and over the tokens of
+            interleaved mode. A GPU is waited for a few positions behind.
+        negative_prompt_ids (`torch.LongTensor` of shape `(1 or B, L')`, *optional*): the unconditional context, a
+            rendered prompt that ends in `<image_start>`; by default `<image_start>` alone. With
+            `negative_prompt_attention_mask`, and its images as `negative_pixel_values`, or as `negative_pixel_codes`
+            and `negative_semantic_codes`. The processor makes all of them from `negative_prompt="..."`.
+    """
+
+    generator: torch.Generator | list | None = _argument(None, _GENERATORS)
+    on_image: Callable | None = _argument(None, _ON_IMAGE)
+    progress_bar: bool = _argument(False, _SWITCH)
+    negative_prompt_ids: torch.LongTensor | None = _argument(None, _IDS)
+    negative_prompt_attention_mask: torch.Tensor | None = _argument(None, _TENSOR)
+    negative_pixel_values: torch.Tensor | None = _argument(None, _TENSOR)
+    negative_pixel_codes: torch.LongTensor | None = _argument(None, _CODES)
+    negative_semantic_codes: torch.LongTensor | None = _argument(None, _CODES)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise a `ValueError` unless a list of generators has one for every row, all of one device."""
+        if not isinstance(self.generator, (list, tuple)):
+            return
+        if len(self.generator) != rows:
+            raise ValueError(
+                f"A list as `generator` must have one for every row, {rows} (prompts times `num_return_sequences`), "
+                f"got {len(self.generator)}."
+            )
+        devices = sorted({str(generator.device) for generator in self.generator})
+        if len(devices) > 1 or len(set(map(id, self.generator))) < rows:
+            raise ValueError(
+                f"The generators of a list must be different ones of one device, got {len(set(map(id, self.generator)))} "
+                f"of {', '.join(devices)} for {rows} rows."
+            )
+
+
+_COUNT = _Kind("a whole number from 1", _is_whole, lambda value: value >= 1)
+_FROM_ZERO = _Kind("a whole number from 0", _is_whole, lambda value: value >= 0)
+_TOKEN_IDS = _Kind("an id or a list of ids", _is_ids)
+_LIST_OF_IDS = _Kind("a list of ids", lambda value: _is_ids(value) and not _is_whole(value))
+# Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
+_KINDS = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams"), _COUNT),
+    **dict.fromkeys(("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size"), _FROM_ZERO),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "prompt_lookup_num_tokens"), _FROM_ZERO),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "top_h", "typical_p", "repetition_penalty"), _FINITE),
+    **dict.fromkeys(("encoder_repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff"), _FINITE),
+    **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values", "use_cache"), _SWITCH),
+    **dict.fromkeys(("disable_compile", "return_dict_in_generate"), _SWITCH),
+    **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _SWITCH),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _TOKEN_IDS),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), _Kind("an id", _is_id)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _LIST_OF_IDS),
+    **dict.fromkeys(("attention_mask", "pixel_values"), _TENSOR),
+    **dict.fromkeys(("pixel_codes", "semantic_codes"), _CODES),
+    "logits_processor": _Kind(
+        "a list of logits processors",
+        lambda value: isinstance(value, (list, tuple)) and all(callable(part) for part in value),
+    ),
+    "streamer": _Kind(
+        "an object with the methods `put` and `end`", lambda value: hasattr(value, "put") and hasattr(value, "end")
+    ),
+}
+# What transformers' settings do where images are drawn. Those of the text of an interleaved answer; in image mode, which
+# writes none, they are passed over with a warning, which names what is meant instead.
+_OF_TEXT = {name: f"`image_{name}`" for name in ("do_sample", "temperature", "top_k", "top_p")} | dict.fromkeys(
+    """max_length max_new_tokens min_length min_new_tokens min_p top_h typical_p epsilon_cutoff eta_cutoff
+    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
+    suppress_tokens begin_suppress_tokens sequence_bias watermarking_config""".split()
+)
+# Honoured in both modes, or the same whatever they are.
+_OF_BOTH = {
+    *("num_return_sequences", "cache_implementation", "compile_config", "disable_compile", "return_dict_in_generate"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("transformers_version", "is_assistant", "chat_template"),
+}
+# Passed over with a warning: how, not what. All others are refused where they are on.
+_WITHOUT_EFFECT = {"use_cache", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"}
+_WITHOUT_EFFECT |= {"continuous_batching_config", "use_model_defaults"}
+# Arguments of transformers' `generate` that are off where they are false.
+_OFF = {"synced_gpus": False, "trust_remote_code": False}
+
+
+class GenerationArguments:
+    """
+    What a call of `generate` was given, taken apart and checked, before anything runs.
+
+    Args:
+        own (`GenerationConfig`): the model's.
+        generation_config (`GenerationConfig` or `dict`, *optional*): the one that is given.
+        kwargs (`dict`): the keywords of the call.
+
+    Attributes:
+        settings ([`DualTokenImageGenerationConfig`])
+        inputs ([`DualTokenImageGenerationInputs`])
+        generation_config (`GenerationConfig`, *optional*), kwargs (`dict`): what is left for transformers.
+
+    Raises:
+        TypeError: for arguments of the wrong kind.
+        ValueError: for arguments out of range or of another mode.
+    """
+
+    def __init__(self, own: GenerationConfig, generation_config: GenerationConfig | dict | None, kwargs: dict):
+        kwargs = dict(kwargs)
+        settings = _pop(kwargs, DualTokenImageGenerationConfig.names())
+        if generation_config is not None and not isinstance(generation_config, (GenerationConfig, dict)):
+            raise TypeError(
+                f"`generation_config` must be a GenerationConfig or a dict, got {type(generation_config).__name__}."
+            )
+        given = _fields(generation_config)
+        self._own = _fields(own)
+        self.settings = DualTokenImageGenerationConfig.resolve(settings, given, self._own)
+        self.mode = self.settings.generation_mode
+        given = {name: value for name, value in given.items() if name not in DualTokenImageGenerationConfig.names()}
+        self._given = {**given, **kwargs}
+        for name, value in self._given.items():
+            if name in _KINDS and value is not None:
+                _KINDS[name].check(name, value)
+        inputs = _pop(kwargs, DualTokenImageGenerationInputs.names())
+        if isinstance(generation_config, dict):
+            # As keywords that count less than the others.
+            generation_config, kwargs = None, {**given, **kwargs}
+        self.generation_config, self.kwargs = generation_config, kwargs
+        if self.mode == "text":
+            # Guidance is of images, but may be said once for all modes.
+            off = {"generation_mode", "guidance_scale", *(["progress_bar"] if not inputs.get("progress_bar") else [])}
+            for name in {**settings, **inputs}.keys() - off:
+                raise ValueError(
+                    f"`{name}` belongs to image and interleaved generation, and this is text: pass "
+                    "`generation_mode='image'` or `'interleaved'`."
+                )
+        else:
+            self._check_other_settings(config_fields=given)
+        self.inputs = DualTokenImageGenerationInputs(**inputs)
+
+    def value(self, name: str, default=None):
+        """One of transformers' settings as it was given, or else the model's own."""
+        # `None` of a keyword unsets what the model's own says.
+        value = self._given[name] if name in self._given else self._own.get(name)
+        return default if value is None else value
+
+    def _check_other_settings(self, config_fields: dict) -> None:
+        """What the mode does not do: refused, or named in a warning where it changes nothing in the images."""
+        known = set(GenerationConfig().to_dict())
+        # The model's own settings are those of its text.
+        settings = self._given if self.mode == "image" else {**self._own, **self._given}
+        refused, without_effect = [], []
+        for name, value in settings.items():
+            if value is None:
+                continue
+            is_setting = name in known | _OFF.keys() | _WITHOUT_EFFECT or name in config_fields
+            if not is_setting or name in _OF_BOTH or (self.mode == "interleaved" and name in _OF_TEXT):
+                continue
+            if name in _OF_TEXT:
+                if name in self.kwargs or value != self._own.get(name):
+                    instead = f": it is {_OF_TEXT[name]} for images" if _OF_TEXT[name] else ""
+                    logger.warning_once(f"`generation_mode='image'` writes no text and passes over `{name}`{instead}.")
+            elif not _is_off(name, value):
+                (without_effect if name in _WITHOUT_EFFECT else refused).append(name)
+        if without_effect:
+            logger.warning_once(
+                f"`generation_mode={self.mode!r}` passes over {', '.join(without_effect)}: the result is the same."
+            )
+        self.refuse(refused)
+
+    def refuse(self, names) -> None:
+        """Raise a `ValueError` for arguments that the mode does not take, with the names that are most like theirs."""
+        if not names:
+            return
+        names, hints = sorted(names), []
+        known = {*GenerationConfig().to_dict(), *DualTokenImageGenerationConfig.names()}
+        known |= {*DualTokenImageGenerationInputs.names()}
+        for name in names:
+            nearest = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0.8) if name not in known else []
+            hints += [f" Is `{nearest[0]}` meant?"] if nearest else []
+        if "seed" in names:
+            hints.append(" A seed is passed as `generator=torch.Generator().manual_seed(seed)`.")
+        raise ValueError(f"`generation_mode={self.mode!r}` does not take {', '.join(names)}.{''.join(hints)}")
+
+
+def _pop(kwargs: dict, names: list[str]) -> dict:
+    """Take those of the names out that are given."""
+    taken = {name: kwargs.pop(name, None) for name in names}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def _fields(generation_config: GenerationConfig | dict | None) -> dict:
+    """What is set in a generation config."""
+    if isinstance(generation_config, GenerationConfig):
+        generation_config = vars(generation_config)
+    return {
+        name: value
+        for name, value in (generation_config or {}).items()
+        if value is not None and not str(name).startswith("_")
+    }
+
+
+def _is_off(name: str, value) -> bool:
+    """Whether one of transformers' settings asks for nothing; 1 return sequence or beam, for instance."""
+    if value is None or value is False or name in _OFF and value == _OFF[name]:
+        return True
+    defaults = GenerationConfig._get_default_generation_params()
+    return name in defaults and type(value) in (bool, int, float, str) and value == defaults[name]
+
+
+__all__ = [
+    "GENERATION_MODES",
+    "DualTokenImageGenerationConfig",
+    "DualTokenImageGenerationInputs",
+    "GenerationArguments",
+]
