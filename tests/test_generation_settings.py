@@ -1,14 +1,18 @@
 """Arguments of `generate`: where they may stand, and those of the wrong kind, of another mode, or misspelt."""
 
+import json
 import logging
 
 import numpy
 import pytest
 import torch
-from test_generation import GREEDY, ids, shared_model
-from transformers import BatchEncoding, CompileConfig
+from test_generation import GREEDY, ids, push, shared_model
+from tiny_models import lively_unified_model
+from transformers import BatchEncoding, CompileConfig, GenerationConfig
 
 from transformers_dualtoken import generation, generation_settings
+from transformers_dualtoken.generation_settings import DualTokenImageGenerationConfig, GenerationArguments
+from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 
 
 @pytest.fixture
@@ -139,3 +143,115 @@ def test_text_that_should_be_an_image_says_so(model, warnings_of):
 def test_what_cannot_be_compiled_is_named_by_what_was_given(model):
     with pytest.raises(ValueError, match="needs a static cache .* got a dynamic one and 'codes'"):
         model.generate(ids(5), cache_implementation="dynamic", compile_config=CompileConfig(), **GREEDY)
+
+
+ODD = {"image_top_k": 1, "guidance_scale": 1.5}
+
+
+class TestWhereSettingsStand:
+    """A keyword counts before the given generation config, this before the model's own, and this before the default."""
+
+    @pytest.fixture
+    def own(self, monkeypatch):
+        """The generation config of a model of its own, which may be changed."""
+        model = lively_unified_model()
+        return model, model.generation_config
+
+    @staticmethod
+    def draw(model, **arguments):
+        torch.manual_seed(3)
+        return model.generate(ids(5, 6, 50), **{"generation_mode": "image", **arguments}).pixel_codes
+
+    def test_precedence(self, own):
+        model, config = own
+        default, odd = self.draw(model), self.draw(model, **ODD)
+        assert not torch.equal(default, odd)
+        for given in (GenerationConfig(**ODD), ODD):
+            assert torch.equal(self.draw(model, generation_config=given), odd)
+            over = {"image_top_k": 900, "guidance_scale": 3.0}
+            assert torch.equal(self.draw(model, generation_config=given, **over), default)
+        for name, value in ODD.items():
+            setattr(config, name, value)
+        assert torch.equal(self.draw(model), odd)
+        # Also where a generation config is given that says nothing about it, or says the default.
+        assert torch.equal(self.draw(model, generation_config=GenerationConfig()), odd)
+        assert torch.equal(self.draw(model, generation_config={"image_top_k": 900, "guidance_scale": 3.0}), default)
+        # They are no concern of text, and do not reach it.
+        assert torch.equal(model.generate(ids(5), max_new_tokens=3), shared_model().generate(ids(5), max_new_tokens=3))
+
+    def test_all_settings(self, own):
+        model, config = own
+        config.update(image_do_sample=False, generation_mode="image", allow_custom_entries=True)
+        greedy = model.generate(ids(5, 6, 50))
+        assert torch.equal(greedy.pixel_codes, self.draw(shared_model(), image_do_sample=False))
+        assert isinstance(model.generate(ids(5), generation_mode="text", max_new_tokens=2), torch.Tensor)
+
+    def test_heads(self):
+        def heads(*places):
+            settings = DualTokenImageGenerationConfig.resolve(*places)
+            return settings.of_heads("top_k"), settings.of_heads("temperature"), settings.of_heads("top_p")
+
+        assert heads({}) == ((900, 900), (1.0, 1.0), (0.96, 0.96))
+        one = {"image_top_k": 7, "pixel_top_k": 3, "semantic_temperature": 0.5, "image_top_p": None, "other": 1}
+        assert heads(one) == ((3, 7), (1.0, 0.5), (0.96, 0.96))
+        # What is said of both heads at a place that counts more is said of each.
+        assert heads({"image_top_k": 5}, one) == ((5, 5), (1.0, 0.5), (0.96, 0.96))
+        assert heads({"semantic_top_k": 5}, one) == ((3, 5), (1.0, 0.5), (0.96, 0.96))
+
+    def test_saved_and_loaded(self, own, tmp_path):
+        model, config = own
+        for name, value in ODD.items():
+            setattr(config, name, value)
+        model.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "generation_config.json").read_text())
+        assert saved["image_top_k"] == 1 and saved["guidance_scale"] == 1.5
+        assert saved["suppress_tokens"] == [50, 51, 52]
+        loaded = DualTokenForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(self.draw(loaded), self.draw(shared_model(), **ODD))
+        # Images and interleaved answers are free of what keeps other engines' text clean; a caller's own tokens are not.
+        interleaved = {"generation_mode": "interleaved", "max_new_tokens": 11, "logits_processor": [push(50)]}
+        for arguments in ({}, {"generation_config": loaded.generation_config}, {"suppress_tokens": [7]}):
+            assert len(loaded.generate(ids(5), **interleaved, **arguments).pixel_codes) == 1
+        assert len(loaded.generate(ids(5), **interleaved, suppress_tokens=[50, 51, 52]).pixel_codes) == 0
+        loaded.generation_config.suppress_tokens += [7]
+        interleaved |= {"logits_processor": [push(50, 7)], "max_new_tokens": 12}
+        assert 7 not in loaded.generate(ids(5), **interleaved).sequences
+
+    def test_bad_settings_of_a_config(self, own, warnings_of):
+        model, config = own
+        for given in ({"image_topk": 3}, GenerationConfig(image_topk=3)):
+            with pytest.raises(ValueError, match="does not take image_topk. Is `image_top_k` meant?"):
+                self.draw(model, generation_config=given)
+        with pytest.raises(TypeError, match="`image_top_k` must be a whole number"):
+            self.draw(model, generation_config={"image_top_k": "30"})
+        with pytest.raises(ValueError, match="does not take num_beams"):
+            self.draw(model, generation_config={"num_beams": 2})
+        messages = warnings_of(generation_settings)
+        self.draw(model, generation_config={"max_new_tokens": 20, "max_length": 20, "use_cache": False})
+        assert len(messages) == 3 and "passes over `max_new_tokens`" in messages[0]
+        # A checkpoint's own settings of text are nobody's mistake.
+        config.update(temperature=0.7, do_sample=True, num_beams=2, repetition_penalty=1.1)
+        self.draw(model)
+        assert len(messages) == 3
+        with pytest.raises(ValueError, match="does not take num_beams"):
+            self.draw(model, generation_mode="interleaved")
+
+    def test_every_field_of_transformers_is_known(self):
+        """A new one is refused until somebody has looked at it; these are what is known not to be refused."""
+        own = GenerationConfig()
+        taken = {"interleaved": set(), "image": set()}
+        for name in own.to_dict():
+            for mode, names in taken.items():
+                try:
+                    GenerationArguments(own, {name: _Anything()}, {"generation_mode": mode})
+                    names.add(name)
+                except (TypeError, ValueError):
+                    pass
+        for names in taken.values():
+            assert "exponential_decay_length_penalty" in names and "compile_config" in names
+            assert not names & {"penalty_alpha", "num_beam_groups", "constraints", "max_time", "stop_strings"}
+            assert not names & {"dola_layers", "prompt_lookup_num_tokens", "output_scores", "token_healing"}
+
+
+class _Anything:
+    """Equal to no default."""

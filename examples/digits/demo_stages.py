@@ -132,6 +132,9 @@ def train(output_dir: Path, arguments: argparse.Namespace, progress: Progress) -
 def save_checkpoint(training_dir: Path, output_dir: Path, dtype: torch.dtype) -> None:
     """The trained model and its processor, and the captions' tokenizer that zero-shot classification needs."""
     model = AutoModelForCausalLM.from_pretrained(training_dir / "unified", dtype=dtype)
+    # A checkpoint carries its own sampling.
+    for name, value in measure.SAMPLING.items():
+        setattr(model.generation_config, name, value)
     model.save_pretrained(output_dir / "dualtoken")
     AutoProcessor.from_pretrained(training_dir / "unified").save_pretrained(output_dir / "dualtoken")
     AutoTokenizer.from_pretrained(training_dir / "tokenizer").save_pretrained(output_dir / "captions")

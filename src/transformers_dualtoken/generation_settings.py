@@ -246,7 +246,7 @@ _OF_BOTH = {
 # Passed over with a warning: how, not what. All others are refused where they are on.
 _WITHOUT_EFFECT = {"use_cache", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"}
 _WITHOUT_EFFECT |= {"continuous_batching_config", "use_model_defaults"}
-# Arguments of transformers' `generate` that are off where they are false.
+# Arguments of transformers' `generate`, and its newer settings, that ask for nothing.
 _OFF = {"synced_gpus": False, "trust_remote_code": False}
 
 
@@ -315,7 +315,7 @@ class GenerationArguments:
         settings = self._given if self.mode == "image" else {**self._own, **self._given}
         refused, without_effect = [], []
         for name, value in settings.items():
-            if value is None:
+            if value is None or name in DualTokenImageGenerationConfig.names():
                 continue
             is_setting = name in known | _OFF.keys() | _WITHOUT_EFFECT or name in config_fields
             if not is_setting or name in _OF_BOTH or (self.mode == "interleaved" and name in _OF_TEXT):
@@ -366,10 +366,8 @@ def _fields(generation_config: GenerationConfig | dict | None) -> dict:
 
 def _is_off(name: str, value) -> bool:
     """Whether one of transformers' settings asks for nothing; 1 return sequence or beam, for instance."""
-    if value is None or value is False or name in _OFF and value == _OFF[name]:
-        return True
-    defaults = GenerationConfig._get_default_generation_params()
-    return name in defaults and type(value) in (bool, int, float, str) and value == defaults[name]
+    off = {**GenerationConfig._get_default_generation_params(), **_OFF}.get(name)
+    return value is None or (type(value) in (bool, int, float, str) and value == (False if off is None else off))
 
 
 __all__ = [
