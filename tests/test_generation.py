@@ -8,7 +8,7 @@ import pytest
 import torch
 from naive.generation_loop import NaiveGenerator, code_pairs
 from tiny_models import lively_unified_model, tiny_unified_config
-from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
+from transformers import DynamicCache, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from transformers_dualtoken.code_sampling import DualTokenCodeSampler
 
@@ -1143,7 +1143,7 @@ REFUSED = [
     {"prefix_allowed_tokens_fn": print},
     {"stopping_criteria": [print]},
     {"assistant_early_exit": 1},
-    {"past_key_values": object()},
+    {"past_key_values": DynamicCache()},
 ]
 
 

@@ -248,7 +248,7 @@ class TestWhereSettingsStand:
                 except (TypeError, ValueError):
                     pass
         for names in taken.values():
-            assert "exponential_decay_length_penalty" in names and "compile_config" in names
+            assert {"sequence_bias", "bad_words_ids", "compile_config"} <= names
             assert not names & {"penalty_alpha", "num_beam_groups", "constraints", "max_time", "stop_strings"}
             assert not names & {"dola_layers", "prompt_lookup_num_tokens", "output_scores", "token_healing"}
 

@@ -36,7 +36,7 @@ class DualTokenCodeSampler:
 
     def __post_init__(self):
         # Sums of the scores drawn so far, (2, B): where one of them was not finite, neither is the sum.
-        self._score_sums: torch.Tensor | None = None
+        self.score_sums: torch.Tensor | None = None
 
     @classmethod
     def from_settings(cls, settings, generator=None) -> "DualTokenCodeSampler":
@@ -59,7 +59,7 @@ class DualTokenCodeSampler:
 
     def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> "CodeNoise | None":
         """The noise of all depths of one position; `None` where none is needed. From here on scores are watched."""
-        self._score_sums = torch.zeros(2, rows, device=device)
+        self.score_sums = torch.zeros(2, rows, device=device)
         if not self.do_sample:
             return None
         return CodeNoise((num_depths, 2, rows, self.num_candidates(num_codes)), device, self.generator)
@@ -102,12 +102,12 @@ class DualTokenCodeSampler:
 
     def _watch(self, best: torch.Tensor) -> None:
         # In place and added up: one small kernel a depth, no host sync, and a CUDA graph takes it.
-        if self._score_sums is not None:
-            self._score_sums += best
+        if self.score_sums is not None:
+            self.score_sums += best
 
     def check_scores(self, rows: slice | int = slice(None)) -> None:
         """Raise a `ValueError` if rows were drawn from scores that are not finite; waits for the device once."""
-        if self._score_sums is not None and not bool(self._score_sums[:, rows].isfinite().all()):
+        if self.score_sums is not None and not bool(self.score_sums[:, rows].isfinite().all()):
             raise ValueError(
                 "The depth heads' scores hold NaN or infinity, so that no code could be drawn: weights that are not "
                 "finite, a dtype that overflows (float16), or a huge `guidance_scale`."

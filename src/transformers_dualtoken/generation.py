@@ -268,7 +268,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         inputs = self._checked_ids(inputs, "The prompt")
         attention_mask = kwargs.get("attention_mask")
         # Going on from a cache, a mask may be longer.
-        if attention_mask is not None and kwargs.get("past_key_values") is None:
+        if attention_mask is not None and kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
             _check_mask(attention_mask, inputs, "attention_mask")
         return inputs
 

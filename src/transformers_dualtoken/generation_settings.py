@@ -219,7 +219,21 @@ _KINDS = {
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _TOKEN_IDS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), _Kind("an id", _is_id)),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _LIST_OF_IDS),
-    **dict.fromkeys(("attention_mask", "pixel_values"), _TENSOR),
+    **dict.fromkeys(("attention_mask", "pixel_values", "inputs_embeds", "position_ids"), _TENSOR),
+    **dict.fromkeys(("penalty_alpha", "diversity_penalty", "max_time", "assistant_confidence_threshold"), _FINITE),
+    **dict.fromkeys(("past_key_values", "cache"), _Kind("a cache", lambda value: hasattr(value, "get_seq_length"))),
+    "cache_implementation": _Kind("the name of a kind of cache", lambda value: isinstance(value, str)),
+    "watermarking_config": _Kind(
+        "a watermarking config or a dict", lambda v: isinstance(v, dict) or hasattr(v, "validate")
+    ),
+    "exponential_decay_length_penalty": _Kind(
+        "a pair of a number of tokens and a factor",
+        lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)),
+    ),
+    "stopping_criteria": _Kind(
+        "a list of stopping criteria",
+        lambda value: isinstance(value, (list, tuple)) and all(callable(part) for part in value),
+    ),
     **dict.fromkeys(("pixel_codes", "semantic_codes"), _CODES),
     "logits_processor": _Kind(
         "a list of logits processors",

@@ -56,6 +56,7 @@ class ImageDecoder:
         self.noise = sampler.new_noise(config.num_depths, context.rows, config.codebook_size, device)
         if self.noise is not None:
             self.noise.values = memory.place("noise", self.noise.values)
+        sampler.score_sums = memory.place("score_sums", sampler.score_sums)
         # State of the tokenizer's up-projections within the current images, for `visual_features="projected"`.
         self.projection_cache: list = []
         self.is_static = isinstance(context, StaticContext) and config.visual_features == "codes"
