@@ -934,6 +934,19 @@ class TestText:
         out = model.generate(prompt, max_new_tokens=2, suppress_tokens=[7], logits_processor=[push(7, START)])
         assert not torch.isin(out, torch.tensor([7, START])).any()
 
+    def test_continuous_batching(self):
+        """As plain text generation, whatever generation config is given; image tokens are barred and images refused."""
+        model = lively_unified_model()
+        with torch.no_grad():
+            model.lm_head.weight[[START, IMAGE, END]] *= 50
+        config = GenerationConfig(max_new_tokens=4, eos_token_id=EOS, pad_token_id=PAD, guidance_scale=3.0)
+        out = model.generate_batch([[5, 6], [7, 8, 9]], generation_config=config)
+        for name, row in {"req_0": [5, 6], "req_1": [7, 8, 9]}.items():
+            alone = model.generate(ids(*row), max_new_tokens=4, eos_token_id=EOS)[0, len(row) :].tolist()
+            assert out[name].generated_tokens == alone and not {START, IMAGE, END} & set(alone)
+        with pytest.raises(ValueError, match=r"takes no images, but prompts \[1\] hold some"):
+            model.generate_batch([[5], PICTURE], generation_config=config)
+
     def test_image_ids_are_suppressed_with_a_generation_config(self, model):
         config = GenerationConfig(max_new_tokens=6, suppress_tokens=[7], guidance_scale=4.0)
         out = model.generate(ids(5, 6), generation_config=config, logits_processor=[push(START, IMAGE, END, 7)])

@@ -1,7 +1,10 @@
 """Arguments of `generate`: where they may stand, and those of the wrong kind, of another mode, or misspelt."""
 
+import itertools
 import json
 import logging
+import math
+import re
 
 import numpy
 import pytest
@@ -11,7 +14,11 @@ from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig
 
 from transformers_dualtoken import generation, generation_settings
-from transformers_dualtoken.generation_settings import DualTokenImageGenerationConfig, GenerationArguments
+from transformers_dualtoken.generation_settings import (
+    DualTokenImageGenerationConfig,
+    DualTokenImageGenerationInputs,
+    GenerationArguments,
+)
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 
 
@@ -251,6 +258,49 @@ class TestWhereSettingsStand:
             assert {"sequence_bias", "bad_words_ids", "compile_config"} <= names
             assert not names & {"penalty_alpha", "num_beam_groups", "constraints", "max_time", "stop_strings"}
             assert not names & {"dola_layers", "prompt_lookup_num_tokens", "output_scores", "token_healing"}
+
+
+# What arguments are given in place of what they should be.
+WRONG = [
+    "x",
+    "False",
+    math.nan,
+    math.inf,
+    -1,
+    0,
+    1.5,
+    [],
+    {},
+    (2,),
+    True,
+    torch.tensor([1, 2]),
+    numpy.zeros(2),
+    object(),
+]
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+def test_any_value_is_right_or_named(model, mode):
+    """Of every setting and input: a result, or a sentence that names the argument; never an error from within."""
+    names = [*DualTokenImageGenerationConfig.names(), *DualTokenImageGenerationInputs.names(), "max_new_tokens"]
+    names += ["max_length", "do_sample", "temperature", "top_p", "num_return_sequences", "eos_token_id"]
+    names += [
+        "suppress_tokens",
+        "attention_mask",
+        "pixel_values",
+        "pixel_codes",
+        "logits_processor",
+        "past_key_values",
+    ]
+    for name, value in itertools.product(names, WRONG):
+        given = {"generation_mode": mode, "max_new_tokens": 3, name: value}
+        if mode == "image":
+            # Refused before anything is drawn; what is right is looked at elsewhere.
+            given |= {"nonsense": 1}
+        try:
+            model.generate(ids(5), **given)
+        except (TypeError, ValueError) as error:
+            assert re.search(r"`\w+`|(?i:image)", str(error)), (name, value, error)
 
 
 class _Anything:

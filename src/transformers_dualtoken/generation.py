@@ -115,6 +115,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         num_return_sequences = arguments.value("num_return_sequences", 1)
         kwargs.pop("num_return_sequences", None)
         generation_config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
+        if isinstance(generation_config.eos_token_id, (torch.Tensor, tuple)):
+            generation_config.eos_token_id = torch.as_tensor(generation_config.eos_token_id).flatten().tolist()
         without_effect = {"return_dict", "synced_gpus", "trust_remote_code"}
         arguments.refuse([name for name, value in left.items() if value is not None and name not in without_effect])
         if inputs is None:
@@ -203,6 +205,15 @@ class DualTokenGenerationMixin(GenerationMixin):
             generation_config, *args, logits_processor=LogitsProcessorList([*others, bar]), **kwargs
         )
         return LogitsProcessorList([bar, *processors, *checks[:1]])
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        """transformers' continuous batching: text to prompts of text (lists of ids)."""
+        with_images = [i for i, row in enumerate(inputs) if self.config.image_token_id in row]
+        if with_images:
+            raise ValueError(
+                f"Continuous batching takes no images, but prompts {with_images} hold some: use `generate`."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _drop_cached_images(self, inputs: torch.LongTensor | None, kwargs: dict) -> None:
         """Going on from a cache, only the images after it are fed; the codes may be those of the whole conversation."""

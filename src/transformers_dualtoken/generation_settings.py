@@ -300,13 +300,14 @@ class GenerationArguments:
             if name in _KINDS and value is not None:
                 _KINDS[name].check(name, value)
         inputs = _pop(kwargs, DualTokenImageGenerationInputs.names())
+        self.inputs = DualTokenImageGenerationInputs(**inputs)
         if isinstance(generation_config, dict):
             # As keywords that count less than the others.
             generation_config, kwargs = None, {**given, **kwargs}
         self.generation_config, self.kwargs = generation_config, kwargs
         if self.mode == "text":
             # Guidance is of images, but may be said once for all modes.
-            off = {"generation_mode", "guidance_scale", *(["progress_bar"] if not inputs.get("progress_bar") else [])}
+            off = {"generation_mode", "guidance_scale", *([] if self.inputs.progress_bar else ["progress_bar"])}
             for name in {**settings, **inputs}.keys() - off:
                 raise ValueError(
                     f"`{name}` belongs to image and interleaved generation, and this is text: pass "
@@ -314,7 +315,6 @@ class GenerationArguments:
                 )
         else:
             self._check_other_settings(config_fields=given)
-        self.inputs = DualTokenImageGenerationInputs(**inputs)
 
     def value(self, name: str, default=None):
         """One of transformers' settings as it was given, or else the model's own."""

@@ -393,7 +393,8 @@ class DualTokenModel(DualTokenPreTrainedModel):
             position_ids=position_ids,
             use_cache=use_cache,
             return_dict=True,
-            **{CACHE_NAME: past_key_values},
+            # The paged one of continuous batching has had this name from the start, and goes to attention alone.
+            **{"cache" if _is_paged(past_key_values) else CACHE_NAME: past_key_values},
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -453,8 +454,16 @@ class DualTokenModel(DualTokenPreTrainedModel):
             )
 
 
+def _is_paged(cache) -> bool:
+    """Whether it is the cache of continuous batching, which holds packed requests and has no one length."""
+    return cache is not None and not hasattr(cache, "get_seq_length")
+
+
 def _length(cache: Cache | None) -> int | torch.Tensor:
-    return 0 if cache is None else cache.get_seq_length()
+    if cache is None:
+        return 0
+    # Of packed requests none is taken to begin here: `generate_batch` has looked at them.
+    return 1 if _is_paged(cache) else cache.get_seq_length()
 
 
 def _may_begin(input_ids: torch.LongTensor, cache: Cache | None) -> bool:
