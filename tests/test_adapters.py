@@ -412,6 +412,12 @@ def test_quantised_loading_refuses_what_does_not_exist():
         low_bit_config(4, "torchao")
 
 
+def test_a_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setattr("transformers_dualtoken.training.unified.low_bit.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(ImportError, match=r"needs bitsandbytes: pip install 'transformers-dualtoken\[quantization\]'"):
+        low_bit_config(4)
+
+
 @pytest.mark.parametrize("skipped", [None, ["lm_head"], ["model.language_model.layers.0"]])
 @pytest.mark.parametrize("of_base", [False, True])
 def test_a_plain_quantization_config_reaches_the_language_model_alone(skipped, of_base, monkeypatch):

@@ -97,7 +97,7 @@ def test_liger_is_asked_for_and_for_gpus(monkeypatch):
     module._liger_function.cache_clear()
     assert module._liger_function("cpu") is None
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    with pytest.raises(ImportError, match="pip install liger-kernel"):
+    with pytest.raises(ImportError, match=r"pip install 'transformers-dualtoken\[kernels\]'"):
         module._liger_function("cuda")
     module._liger_function.cache_clear()
 

@@ -285,7 +285,9 @@ def _liger_function(device_type: str):
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
     except ImportError as error:
-        raise ImportError("DUALTOKEN_LIGER=1 asks for liger-kernel: pip install liger-kernel.") from error
+        raise ImportError(
+            "DUALTOKEN_LIGER=1 asks for liger-kernel: pip install 'transformers-dualtoken[kernels]'."
+        ) from error
     return liger_fused_linear_cross_entropy
 
 

@@ -43,7 +43,9 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     try:  # of code from the Hub, every import outside of a `try` counts as a requirement
         import deepspeed
     except ImportError as error:
-        raise ImportError("Weights that ZeRO-3 has split need DeepSpeed: pip install deepspeed.") from error
+        raise ImportError(
+            "Weights that ZeRO-3 has split need DeepSpeed: pip install 'transformers-dualtoken[deepspeed]'."
+        ) from error
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 

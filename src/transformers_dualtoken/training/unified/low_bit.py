@@ -33,7 +33,9 @@ def low_bit_config(
         )
     available = {"bitsandbytes": is_bitsandbytes_available, "torchao": is_torchao_available}
     if not available[library]():
-        raise ImportError(f"Loading with {bits} bits needs {library}: pip install {library}.")
+        raise ImportError(
+            f"Loading with {bits} bits needs {library}: pip install 'transformers-dualtoken[quantization]'."
+        )
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
