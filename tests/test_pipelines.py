@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, pipeline
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, GenerationConfig, pipeline
 from transformers.models.auto import modeling_auto
 
 from transformers_dualtoken import DualTokenVisionTokenizer, DualTokenVisionTokenizerProcessor
@@ -100,6 +100,25 @@ def test_text_pipelines_answer_and_name_what_draws(model, processor, digits):
 def test_tables_of_names_that_pipelines_and_servers_read():
     for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         assert getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")["dualtoken"] == "DualTokenForCausalLM"
+
+
+def test_a_served_answer_ends_where_an_image_would_begin(model, processor, digits):
+    """`transformers serve` returns text alone: after an image that is not there, text would speak of it."""
+    server = {"__name__": "transformers.cli.serving.utils"}
+    exec("def generate(model, **inputs):\n    return model.generate(**inputs)", server)
+
+    def answer(messages, generate):
+        inputs = processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        config = GenerationConfig(**{**model.generation_config.to_diff_dict(), "max_new_tokens": 12})
+        ids = generate(model, **inputs, generation_config=config)[0, inputs["input_ids"].shape[1] :]
+        return processor.decode(ids, skip_special_tokens=True)
+
+    assert answer(DRAW, server["generate"]) == ""
+    assert answer(DRAW, type(model).generate) != ""
+    expected = f"It is a {NAMES[digits[1][0]]}."
+    assert answer(question(digits[0][0]), server["generate"]) == expected
 
 
 @pytest.mark.extras

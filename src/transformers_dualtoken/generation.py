@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, logging
 from .code_sampling import DualTokenCodeSampler
 from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
 from .generation_memory import GenerationSize, check_memory
-from .generation_pipelines import wants_plain_codes
+from .generation_pipelines import is_served, wants_plain_codes
 from .generation_progress import GenerationProgress
 from .generation_scores import ImageTokenBar, ScoreCheck
 from .generation_settings import GENERATION_MODES, DualTokenImageGenerationInputs, GenerationArguments
@@ -174,9 +174,21 @@ class DualTokenGenerationMixin(GenerationMixin):
                 "The prompt ends in `<image_start>`, which asks for an image, but text mode writes none: pass "
                 "`generation_mode='image'` or `'interleaved'`."
             )
-        check = ScoreCheck()
-        kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), check])
-        output = super().generate(inputs, generation_config=arguments.generation_config, **kwargs)
+        check, generation_config = ScoreCheck(), arguments.generation_config
+        processors = [*(kwargs.get("logits_processor") or []), check]
+        if is_served():
+            # The client gets text alone, and text after an image would speak of one that is not there: the answer ends
+            # where the image would begin.
+            start = self.config.image_start_token_id
+            generation_config = copy.deepcopy(generation_config or self.generation_config)
+            eos = generation_config.eos_token_id
+            generation_config.eos_token_id = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), start]
+            generation_config.suppress_tokens = [
+                i for i in generation_config.suppress_tokens or [] if i != start
+            ] or None
+            processors.append(ImageTokenBar([i for i in self.config.special_image_token_ids if i != start]))
+        kwargs["logits_processor"] = LogitsProcessorList(processors)
+        output = super().generate(inputs, generation_config=generation_config, **kwargs)
         check.raise_if_empty()
         return output
 

@@ -1,21 +1,26 @@
-"""transformers' pipelines call `generate` as anybody does, but differ in what they can take back."""
+"""transformers' pipelines and server call `generate` as anybody does, but differ in what they can take back."""
 
 import sys
 
 
-def calling_pipeline() -> str | None:
+def _calling_module(package: str) -> str | None:
     """
-    The task of the pipeline that calls, by its file's name; `None` for anybody else.
+    The nearest caller's module in a package of transformers, `None` without one.
 
-    A pipeline passes nothing to tell it by, so the callers' modules are looked at.
+    Neither a pipeline nor the server passes anything to tell it by, so the callers' modules are looked at.
     """
     frame = sys._getframe(1)
     while frame is not None:
-        package, _, module = frame.f_globals.get("__name__", "").rpartition(".")
-        if package == "transformers.pipelines" and module != "base":
-            return module.replace("_", "-")
+        parent, _, module = frame.f_globals.get("__name__", "").rpartition(".")
+        if parent == package and module != "base":
+            return module
         frame = frame.f_back
     return None
+
+
+def is_served() -> bool:
+    """Whether `transformers serve` calls, which returns text alone."""
+    return _calling_module("transformers.cli.serving") is not None
 
 
 def wants_plain_codes(mode: str) -> bool:
@@ -25,7 +30,7 @@ def wants_plain_codes(mode: str) -> bool:
     Raises:
         ValueError: if a pipeline calls that cannot take back what `mode` returns.
     """
-    task = calling_pipeline()
+    task = (_calling_module("transformers.pipelines") or "").replace("_", "-") or None
     if task is None or (task, mode) == ("any-to-any", "image"):
         return task is not None
     returned = "text or an image" if task == "any-to-any" else "text"
@@ -36,4 +41,4 @@ def wants_plain_codes(mode: str) -> bool:
     )
 
 
-__all__ = ["calling_pipeline", "wants_plain_codes"]
+__all__ = ["is_served", "wants_plain_codes"]
