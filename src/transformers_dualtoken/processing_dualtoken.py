@@ -52,6 +52,15 @@ def _flatten_images(images) -> tuple[list, list[int] | None]:
     return flatten_images(images), None
 
 
+def _as_texts(text) -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
+        raise ValueError(f"`text` must be a string or a list of at least one string, got {text!r:.100}.")
+    for item in texts:
+        check_text(item)
+    return list(texts)
+
+
 # What the inputs of a negative prompt are called in `generate`.
 _NEGATIVE_INPUTS = {
     "input_ids": "negative_prompt_ids",
@@ -209,13 +218,10 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         merged = self._merged_kwargs(kwargs)
         data = {}
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
-            if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("`text` must be a string or a list of at least one string.")
+            prompts = _as_texts(text)
             for index, prompt in enumerate(prompts):
                 if not prompt:
                     raise ValueError(f"A prompt must not be empty, but prompt {index} of {len(prompts)} is.")
-                check_text(prompt)
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)
@@ -557,7 +563,7 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         return_tensors = text_kwargs.pop("return_tensors", None)
         data = {}
         if text is not None:
-            data.update(self.tokenizer([text] if isinstance(text, str) else list(text), **text_kwargs))
+            data.update(self.tokenizer(_as_texts(text), **text_kwargs))
         data.update(self._image_inputs(images, merged))
         return BatchFeature(data, tensor_type=return_tensors)
 
