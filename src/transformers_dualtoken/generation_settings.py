@@ -46,11 +46,11 @@ def _is_whole(value) -> bool:
 
 
 def _is_id(value) -> bool:
-    return _is_whole(value) or (isinstance(value, torch.Tensor) and not value.is_floating_point())
+    return _is_whole(value) or (_is_integers(value) and value.numel() == 1)
 
 
 def _is_ids(value) -> bool:
-    return _is_id(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
+    return _is_id(value) or _is_integers(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
 
 
 def _is_integers(value) -> bool:
@@ -208,13 +208,15 @@ _TOKEN_IDS = _Kind("an id or a list of ids", _is_ids)
 _LIST_OF_IDS = _Kind("a list of ids", lambda value: _is_ids(value) and not _is_whole(value))
 # Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
 _KINDS = {
-    **dict.fromkeys(("max_new_tokens", "max_length", "num_return_sequences", "num_beams"), _COUNT),
+    **dict.fromkeys(
+        ("max_new_tokens", "max_length", "num_return_sequences", "num_beams", "prefill_chunk_size"), _COUNT
+    ),
     **dict.fromkeys(("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size"), _FROM_ZERO),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "prompt_lookup_num_tokens"), _FROM_ZERO),
     **dict.fromkeys(("temperature", "top_p", "min_p", "top_h", "typical_p", "repetition_penalty"), _FINITE),
     **dict.fromkeys(("encoder_repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff"), _FINITE),
     **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values", "use_cache"), _SWITCH),
-    **dict.fromkeys(("disable_compile", "return_dict_in_generate"), _SWITCH),
+    **dict.fromkeys(("disable_compile", "return_dict_in_generate", "synced_gpus"), _SWITCH),
     **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _SWITCH),
     **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _TOKEN_IDS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), _Kind("an id", _is_id)),
@@ -222,6 +224,8 @@ _KINDS = {
     **dict.fromkeys(("attention_mask", "pixel_values", "inputs_embeds", "position_ids"), _TENSOR),
     **dict.fromkeys(("penalty_alpha", "diversity_penalty", "max_time", "assistant_confidence_threshold"), _FINITE),
     **dict.fromkeys(("past_key_values", "cache"), _Kind("a cache", lambda value: hasattr(value, "get_seq_length"))),
+    "early_stopping": _Kind("True, False or 'never'", lambda value: isinstance(value, (bool, str))),
+    "prefix_allowed_tokens_fn": _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable),
     "cache_implementation": _Kind("the name of a kind of cache", lambda value: isinstance(value, str)),
     "watermarking_config": _Kind(
         "a watermarking config or a dict", lambda v: isinstance(v, dict) or hasattr(v, "validate")
