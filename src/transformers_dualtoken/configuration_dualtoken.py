@@ -11,6 +11,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
 from transformers.models.auto import modeling_auto
 
+from .checkpoint_loading import StrictConfigMixin
+
 
 # The towers of google/siglip2-so400m-patch14-384.
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -41,7 +43,7 @@ def config_fields(config: PreTrainedConfig) -> dict:
 
 
 @strict
-class DualTokenQuantizerConfig(PreTrainedConfig):
+class DualTokenQuantizerConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     One residual quantiser and its EMA codebook.
 
@@ -95,7 +97,7 @@ class DualTokenQuantizerConfig(PreTrainedConfig):
 
 
 @strict
-class DualTokenVisionTokenizerConfig(PreTrainedConfig):
+class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     The vision tokenizer: a SigLIP or SigLIP 2 encoder of fixed resolution, two quantisers and an image decoder.
 
@@ -247,7 +249,7 @@ class DualTokenVisionTokenizerConfig(PreTrainedConfig):
 
 
 @strict
-class DualTokenDepthHeadConfig(PreTrainedConfig):
+class DualTokenDepthHeadConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head
     has 258 M parameters.
@@ -292,7 +294,7 @@ class DualTokenDepthHeadConfig(PreTrainedConfig):
 
 
 @strict
-class DualTokenConfig(PreTrainedConfig):
+class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes.
 

@@ -10,8 +10,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, SiglipConfig
-from transformers.utils import logging
+from transformers import SiglipConfig
 
 from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
@@ -282,30 +281,11 @@ def load_vision_tokenizer(path: str | Path, dtype: torch.dtype = torch.float32) 
     of a folder in the authors' format.
 
     Raises:
-        ValueError: for a model of another type, and a unified one whose checkpoint lacks tensors of its tokenizer.
+        FileNotFoundError, ValueError: as [`DualTokenVisionTokenizer.from_pretrained`].
     """
     if is_official_folder(path):
         return load_official_tokenizer(path).to(dtype)
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type == "dualtoken_vision_tokenizer":
-        return DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
-    if config.model_type != "dualtoken":
-        raise ValueError(f"{path} holds a model of type {config.model_type!r}, and no DualToken vision tokenizer.")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # the tensors of the language model are none that this model expects
-    try:
-        model, info = DualTokenVisionTokenizer.from_pretrained(
-            path,
-            config=config.vision_tokenizer_config,
-            dtype=dtype,
-            key_mapping={r"^model\.vision_tokenizer\.": ""},
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    if info["missing_keys"]:
-        raise ValueError(f"The checkpoint {path} lacks tensors of its tokenizer: {sorted(info['missing_keys'])}.")
-    return model
+    return DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
 
 
 __all__ = [

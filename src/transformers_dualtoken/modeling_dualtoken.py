@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
+from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenConfig, config_fields
 from .depth_heads import (
     DualTokenDepthHeads,
@@ -136,7 +137,7 @@ class DualTokenTextHead(nn.Linear):
         return output.loss_sums.clone(), output.num_correct
 
 
-class DualTokenPreTrainedModel(PreTrainedModel):
+class DualTokenPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Initialisation of the unified model's own modules; its tokenizer and language model initialise themselves."""
 
     config: DualTokenConfig
@@ -162,7 +163,7 @@ class DualTokenPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers; the vision tokenizer comes back frozen."""
+        """As in [`StrictLoadingMixin`]; the vision tokenizer comes back frozen."""
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = _keep_parts_whole(kwargs["quantization_config"])
         loaded = super().from_pretrained(*args, **kwargs)
@@ -541,9 +542,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
                 f"`vision_tokenizer` must be a DualTokenVisionTokenizer, got {type(vision_tokenizer).__name__}."
             )
         if not isinstance(language_model, PreTrainedModel):
-            language_model = AutoModelForCausalLM.from_pretrained(
-                language_model, dtype=dtype or "auto", attn_implementation=attn_implementation
-            )
+            with checkpoint_errors(language_model):
+                language_model = AutoModelForCausalLM.from_pretrained(
+                    language_model, dtype=dtype or "auto", attn_implementation=attn_implementation
+                )
         if getattr(language_model, "is_quantized", False):
             raise ValueError(
                 "The language model is quantised, and its weights cannot be copied: assemble the model from a whole one, "

@@ -19,6 +19,7 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
 from .quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
 
@@ -195,7 +196,7 @@ class DualTokenPostQuantizerBlock(nn.Module):
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
 
 
-class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
+class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Initialisation of the tokenizer's own modules; the SigLIP towers initialise themselves."""
 
     config: DualTokenVisionTokenizerConfig
@@ -217,6 +218,8 @@ class DualTokenVisionTokenizerPreTrainedModel(PreTrainedModel):
     ]
     # What `encode` returns with `output_hidden_states` and `output_attentions`.
     _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
+    # In the checkpoint of a unified model, or of one without heads.
+    _prefix_in_whole = r"^(model\.)?vision_tokenizer\."
     # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
     _keep_in_fp32_modules_strict = ["codebook"]
 
@@ -332,10 +335,12 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 changes only the fields it names.
 
         Raises:
+            FileNotFoundError: if there is no such checkpoint.
             ValueError: if the checkpoint is of another model type, or an override is no field of the config.
         """
         dtype = dtype or torch.float32
-        siglip_config = SiglipConfig.get_config_dict(pretrained_model_name_or_path)[0]
+        with checkpoint_errors(pretrained_model_name_or_path):
+            siglip_config = SiglipConfig.get_config_dict(pretrained_model_name_or_path)[0]
         if siglip_config.get("model_type") != "siglip":
             raise ValueError(
                 f"`from_siglip_pretrained` takes a SigLIP or SigLIP 2 checkpoint of fixed resolution (model type "

@@ -1,0 +1,159 @@
+"""What every `from_pretrained` of a DualToken model sees to: that the checkpoint is there, of its kind, and whole."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+
+_TOKENIZER, _UNIFIED = "dualtoken_vision_tokenizer", "dualtoken"
+# What is right for a checkpoint of another kind.
+_ADVICE = {
+    _TOKENIZER: "load it with DualTokenVisionTokenizer, or join it with a language model: "
+    "DualTokenForCausalLM.from_pretrained_parts(vision_tokenizer, language_model)",
+    _UNIFIED: "load it with DualTokenForCausalLM",
+    "siglip": "a new vision tokenizer starts from it: DualTokenVisionTokenizer.from_siglip_pretrained",
+}
+_OF_LANGUAGE_MODELS = (
+    "a causal language model is joined with a vision tokenizer by DualTokenForCausalLM.from_pretrained_parts"
+)
+
+
+@contextmanager
+def checkpoint_errors(name: str | os.PathLike):
+    """
+    While a checkpoint is looked for: says in one sentence that there is none.
+
+    Args:
+        name (`str` or `os.PathLike`): a folder or a Hub id.
+
+    Raises:
+        FileNotFoundError: if `name` is a path and there is nothing, or neither a folder nor to be had from the Hub.
+    """
+    text = os.fspath(name)
+    is_there = os.path.exists(text)
+    if not is_there and _is_path(name):
+        raise FileNotFoundError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")
+    try:
+        yield
+    except OSError as error:
+        if is_there:
+            raise
+        raise FileNotFoundError(
+            f"There is no folder {text!r} in the working directory {Path.cwd()}, and the Hub gave no such checkpoint: "
+            f"{error}"
+        ) from error
+
+
+def _is_path(name: str | os.PathLike) -> bool:
+    """Whether a name can be a path only: a Hub id is `name` or `owner/name`."""
+    if not isinstance(name, str):
+        return True
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+
+
+def check_model_type(config_class: type, config_dict: dict) -> None:
+    """Raise a `ValueError` that names what to use if the config is of another type than `config_class`."""
+    model_type = config_dict.get("model_type")
+    if "rqvaesiglip" in config_dict:
+        raise ValueError(
+            "This checkpoint is in the format of the authors' tokenizer training: load it with "
+            "transformers_dualtoken.load_official_tokenizer, or convert it: dualtoken convert FOLDER OUTPUT."
+        )
+    if model_type is not None and model_type != config_class.model_type:
+        advice = _ADVICE.get(model_type, _OF_LANGUAGE_MODELS)
+        raise ValueError(
+            f"{config_class.__name__} reads checkpoints of type {config_class.model_type!r}, and this one is of type "
+            f"{model_type!r}: {advice}."
+        )
+
+
+class StrictConfigMixin:
+    """A config that is read from files of its own type only; transformers warns and goes on with other fields."""
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
+
+class StrictLoadingMixin:
+    """`from_pretrained` that leaves no weights at random and takes a part out of the checkpoint of a whole."""
+
+    # Prefixes of this model's tensors in the checkpoint of a model that holds it, as a regular expression.
+    _prefix_in_whole: str | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
+        """
+        As in transformers, but for what would leave weights at random.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint, or a folder without one.
+            ValueError: if the checkpoint is of another type, lacks weights, or holds code vectors that are not finite.
+                With `output_loading_info` the caller is told what is missing instead, and with
+                `ignore_mismatched_sizes` weights of other shapes are passed over.
+        """
+        name = pretrained_model_name_or_path
+        if name is None:
+            return super().from_pretrained(name, *model_args, output_loading_info=output_loading_info, **kwargs)
+        folder = Path(name, kwargs.get("subfolder") or "")
+        if folder.is_dir() and kwargs.get("config") is None:
+            # Without, transformers would build the default model: of gigabytes.
+            if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+                raise FileNotFoundError(f"The folder {str(folder)!r} holds no checkpoint: it has no config.json.")
+        verbosity = logging.get_verbosity()
+        with checkpoint_errors(name):
+            is_part = cls._prefix_in_whole is not None and cls._is_whole(name, kwargs)
+            if is_part:
+                kwargs.setdefault("key_mapping", {cls._prefix_in_whole: ""})
+                # Every tensor of the other parts would be reported.
+                logging.set_verbosity_error()
+            try:
+                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            finally:
+                logging.set_verbosity(verbosity)
+        if is_part:
+            # Or the model would be saved under the names of the whole.
+            model._weight_conversions = None
+        if output_loading_info:
+            return model, info
+        cls._check_whole(model, name, info, kwargs.get("ignore_mismatched_sizes", False))
+        return model
+
+    @classmethod
+    def _is_whole(cls, name, kwargs: dict) -> bool:
+        """Whether the checkpoint is not one of this class itself: a whole that holds it, or nothing of the kind."""
+        names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+        try:
+            config_dict, _ = PreTrainedConfig.get_config_dict(
+                name, **{key: kwargs[key] for key in names if key in kwargs}
+            )
+        except OSError:
+            if kwargs.get("config") is None:
+                raise
+            return False
+        return config_dict.get("model_type") not in (None, cls.config_class.model_type)
+
+    @staticmethod
+    def _check_whole(model, name, info: dict, ignore_mismatched_sizes: bool) -> None:
+        # Of an adapter's folder these are the adapter's own, and PEFT sees to them.
+        missing = [] if getattr(model, "_hf_peft_config_loaded", False) else sorted(info["missing_keys"])
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise ValueError(
+                f"The checkpoint {os.fspath(name)!r} lacks {len(missing)} of the weights of "
+                f"{type(model).__name__}, which would be random: {shown}. With `output_loading_info=True` it is loaded "
+                "all the same."
+            )
+        for key, buffer in model.named_buffers():
+            if key.endswith("codebook.embeddings") and not buffer.is_meta and not torch.isfinite(buffer).all():
+                raise ValueError(
+                    f"The checkpoint {os.fspath(name)!r} is damaged: {key} holds values that are not finite."
+                )
+
+
+__all__ = ["StrictConfigMixin", "StrictLoadingMixin", "check_model_type", "checkpoint_errors"]
