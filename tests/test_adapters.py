@@ -425,7 +425,9 @@ def test_a_plain_quantization_config_reaches_the_language_model_alone(skipped, o
     model_class, model = (DualTokenModel, model.model) if of_base else (DualTokenForCausalLM, model)
     given = {}
     monkeypatch.setattr(
-        PreTrainedModel, "from_pretrained", classmethod(lambda cls, *args, **kwargs: given.update(kwargs) or model)
+        PreTrainedModel,
+        "from_pretrained",
+        classmethod(lambda cls, *args, **kwargs: given.update(kwargs) or (model, {"missing_keys": []})),
     )
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fields = {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": skipped}
