@@ -102,6 +102,7 @@ def test_remote_code_needs_no_more_than_the_core():
         "huggingface_hub",
         "numpy",
         "safetensors",
+        "tokenizers",  # transformers brings it along
         "torch",
         "torchvision",
         "transformers",
