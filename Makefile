@@ -6,15 +6,19 @@ PYTEST_ARGS ?=
 
 DEMO := .venv-demo
 TEST := .venv-test
+FLOOR := .venv-floor
+NEWEST := .venv-newest
 EXTRAS := .venv-extras
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-all test-extras lint format bench clean
+.PHONY: help demo test test-floor test-newest test-slow test-all test-extras index environments lint format bench clean
 
 help:
 	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
 	@echo "make test       the tests, on CPU and offline, the trained demo's check included      (PYTEST_ARGS=...)"
 	@echo "make test-all   those and the slow ones"
+	@echo "make test-floor   the quick tests with the oldest libraries that pyproject.toml admits"
+	@echo "make test-newest  the quick tests with the newest that the package index has"
 	@echo "make test-extras  those that need torchvision, torchmetrics, lpips, open_clip, triton: an environment of its own"
 	@echo "make lint       check style and format; 'make format' mends what can be mended"
 	@echo "make bench      run every benchmarks/bench_*.py"
@@ -27,6 +31,15 @@ demo: $(DEMO)/.installed
 # Side by side, a thread each; the demo's are one group, so that one of the two processes trains it, once.
 test: $(TEST)/.installed
 	OMP_NUM_THREADS=1 $(TEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+QUICK_TESTS = OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -m "not slow" -n 2 --ignore tests/test_demo.py $(PYTEST_ARGS)
+
+# Without the demo: what may differ between versions, the others see.
+test-floor: $(FLOOR)/.installed
+	$(call QUICK_TESTS,$(FLOOR))
+
+test-newest: $(NEWEST)/.installed
+	$(call QUICK_TESTS,$(NEWEST))
 
 test-slow: $(TEST)/.installed
 	$(TEST)/bin/python -m pytest -m slow $(PYTEST_ARGS)
@@ -49,12 +62,22 @@ format: $(TEST)/.installed
 bench: $(TEST)/.installed
 	@set -e; for script in $(sort $(wildcard benchmarks/bench_*.py)); do echo "$$script"; $(TEST)/bin/python $$script; done
 
-# DeepSpeed's operators are compiled at first use, and not here. In the locale C, setuptools cannot install from a path with
-# other than ASCII letters. The stamp is written last, so an interrupted installation is taken up again; it is older than any of the three files
-# once one of them changes. The package is installed editable: changes to the code need no new installation.
+# DeepSpeed's operators are compiled at first use, and not here. In the locale C, setuptools cannot install from a path
+# with other than ASCII letters. The stamp is written last, so an interrupted installation is taken up again; it is older
+# than one of the files once that changes. The package is installed editable: changes to the code need no new
+# installation.
+TORCH := $(shell grep -m1 '^torch==' constraints.txt)
+CONSTRAINTS := -c constraints.txt
 $(DEMO)/.installed: EXTRA := demo
 $(TEST)/.installed: EXTRA := dev
 $(EXTRAS)/.installed: EXTRA := dev,perceptual,eval,kernels
+$(FLOOR)/.installed: EXTRA := test
+$(FLOOR)/.installed: CONSTRAINTS := -c constraints-floor.txt $(TORCH)
+$(FLOOR)/.installed: constraints-floor.txt
+# Anew after an hour, since the index changes. torch alone stays: another one is gigabytes.
+$(NEWEST)/.installed: EXTRA := dev
+$(NEWEST)/.installed: CONSTRAINTS := --upgrade --upgrade-strategy eager $(TORCH)
+$(NEWEST)/.installed: $(if $(shell find $(NEWEST)/.installed -mmin -60 2>/dev/null),,index)
 .venv-%/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 		|| { echo "'$(PYTHON)' is not a Python 3.10 or later: name one, as in 'make $* PYTHON=python3.12'."; exit 1; }
@@ -63,9 +86,11 @@ $(EXTRAS)/.installed: EXTRA := dev,perceptual,eval,kernels
 			"or name another Python, as in 'make $* PYTHON=python3.12'."; exit 1; }
 	@echo "Installing into .venv-$*: minutes the first time, mostly torch."
 	$(PYTHON) -m venv .venv-$*
-	LC_ALL=C.UTF-8 DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRA)]"
+	LC_ALL=C.UTF-8 DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	@touch $@
 
+environments: $(TEST)/.installed $(FLOOR)/.installed $(NEWEST)/.installed $(EXTRAS)/.installed
+
 clean:
-	rm -rf $(DEMO) $(TEST) $(EXTRAS) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(TEST) $(FLOOR) $(NEWEST) $(EXTRAS) build dist src/*.egg-info .pytest_cache .ruff_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

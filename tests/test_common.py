@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_tokenizer_config, tiny_unified_config
-from transformers import PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, Qwen2ForCausalLM, StaticCache
 
 import transformers_dualtoken
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
@@ -60,8 +60,11 @@ def test_features_record_hidden_states_and_attentions():
 
 
 def test_tied_text_head_has_a_tensor_parallel_plan():
-    model = DualTokenForCausalLM(tiny_unified_config(tie_word_embeddings=True))
-    assert model.tp_plan["lm_head"] == "colwise_gather_output"
+    config = tiny_unified_config(tie_word_embeddings=True)
+    assert DualTokenForCausalLM._tp_plan["lm_head"] == "colwise_gather_output"
+    # transformers 5.6 forgets it, of its own models as well.
+    expected = Qwen2ForCausalLM(config.text_config).tp_plan.get("lm_head")
+    assert DualTokenForCausalLM(config).tp_plan.get("lm_head") == expected
 
 
 def test_forward_with_a_static_cache_has_no_graph_break():

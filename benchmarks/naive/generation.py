@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from transformers_dualtoken.transformers_compat import CACHE_NAME
+
 from .depth_heads import (
     CachedDepthHead,
     PrefixDepthHead,
@@ -58,8 +60,8 @@ class _EagerLoop:
             inputs_embeds=embeds,
             attention_mask=self.attention_mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{CACHE_NAME: self.cache},
         )
         self.hidden_states = outputs.last_hidden_state[:, -1]
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_dualtoken import (
@@ -27,8 +27,14 @@ from .image_reading import flatten_images
 from .siglip_text import as_trained
 
 
+class DualTokenTextKwargs(TextKwargs, total=False):
+    # Before transformers knew it itself, it dropped the name.
+    return_text_replacement_offsets: bool | None
+
+
 class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: DualTokenImageProcessorKwargs
+    text_kwargs: DualTokenTextKwargs
 
     # Class variables of the processor are the newer way, but transformers 5.6 does not read those.
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
