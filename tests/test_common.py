@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_tokenizer_config, tiny_unified_config
+from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config, tiny_unified_config
 from transformers import PreTrainedModel, Qwen2ForCausalLM, StaticCache
 
 import transformers_dualtoken
+from transformers_dualtoken import (
+    DualTokenConfig,
+    DualTokenDepthHeadConfig,
+    DualTokenQuantizerConfig,
+    DualTokenVisionTokenizerConfig,
+)
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 from transformers_dualtoken.modeling_vision_tokenizer import DualTokenVisionTokenizer
 
@@ -110,3 +116,69 @@ def test_remote_code_needs_no_more_than_the_core():
         "torchvision",
         "transformers",
     }
+
+
+# --- odd values of a config's fields ---
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "3",
+    "",
+    [],
+    {},
+    [None],
+    [True],
+    b"x",
+    {"a": 1},
+    {1: 2},
+]
+CONFIGS = {
+    "quantizer": (DualTokenQuantizerConfig, tiny_quantizer_fields),
+    "tokenizer": (DualTokenVisionTokenizerConfig, lambda: tiny_tokenizer_config().to_dict()),
+    "heads": (DualTokenDepthHeadConfig, lambda: tiny_unified_config().depth_head_config.to_dict()),
+    "unified": (DualTokenConfig, lambda: tiny_unified_config().to_dict()),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_odd_values_of_config_fields(name):
+    """Right, or one sentence: at construction, and when a field is set."""
+    config_class, fields = CONFIGS[name]
+    built = config_class(**{key: item for key, item in fields().items() if key != "model_type"})
+    for field in (*config_class._rules, *config_class.sub_configs):
+        for value in ODD:
+            given = {**fields(), field: value}
+            given.pop("model_type", None)
+            for at_construction in (True, False):
+                try:
+                    if at_construction:
+                        config_class(**given)
+                    else:
+                        setattr(built, field, value)
+                except (TypeError, ValueError) as error:
+                    assert "\n" not in str(error) and "`" in str(error), (field, value, error)
+                else:
+                    assert value not in (10**30, "", float("inf")) and value == value, (field, value)
+
+
+@pytest.mark.parametrize("field", ["ema_eps", "ema_decay"])
+def test_a_quantizers_nan_is_refused(field):
+    with pytest.raises(ValueError, match=f"`{field}` must be a number from .*got nan"):
+        DualTokenQuantizerConfig(**{field: float("nan")})
+
+
+def test_misspelt_fields_of_parts_are_named_and_unknown_ones_kept():
+    with pytest.raises(
+        ValueError, match="`pixel_quantizer_config` has no field `num_depth`; did you mean `num_depths`"
+    ):
+        tiny_tokenizer_config(pixel_quantizer_config=tiny_quantizer_fields(num_depth=3))
+    assert tiny_tokenizer_config(of_a_later_version=3).of_a_later_version == 3
+    with pytest.raises(ValueError, match="`vision_config.hidden_size` must be an integer from 1 .*got 0"):
+        tiny_tokenizer_config(vision_config={"hidden_size": 0})

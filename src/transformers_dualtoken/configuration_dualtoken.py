@@ -5,10 +5,13 @@ encoder layer 6 with a shortcut from layer 4, semantic codes from layer 26, two 
 residual codes of each kind at every one of the 27 x 27 positions.
 """
 
+import difflib
 import math
+from typing import NamedTuple
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
 from .checkpoint_loading import StrictConfigMixin
@@ -24,15 +27,168 @@ _SO400M_384 = {
 _GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
+class _Within(NamedTuple):
+    """What a number may be: an integer or any finite number, `low` and `high` included."""
+
+    kind: type
+    low: float
+    high: float
+    optional: bool = False
+
+    def check(self, name: str, value) -> None:
+        if self.optional and value is None:
+            return
+        kinds, what = ((int,), "an integer") if self.kind is int else ((int, float), "a number")
+        wanted = f"`{name}` must be {what} from {self.low} to {self.high}{' or None' if self.optional else ''}"
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{wanted}, got {_shown(value)}.")
+        if not self.low <= value <= self.high:
+            raise ValueError(f"{wanted}, got {_shown(value)}.")
+
+
+class _OneOf(NamedTuple):
+    """What a choice may be."""
+
+    choices: tuple
+
+    def check(self, name: str, value) -> None:
+        # By type too: 1 is no `True`.
+        if not any(type(value) is type(choice) and value == choice for choice in self.choices):
+            *others, last = map(repr, self.choices)
+            known_type = any(type(value) is type(choice) for choice in self.choices)
+            raise (ValueError if known_type else TypeError)(
+                f"`{name}` must be {', '.join(others)} or {last}, got {_shown(value)}."
+            )
+
+
+class _Numbers(NamedTuple):
+    """What a list of numbers may be."""
+
+    item: _Within
+    shortest: int
+    longest: int
+    optional: bool = False
+
+    def check(self, name: str, value) -> None:
+        if self.optional and value is None:
+            return
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"`{name}` must be a list of integers, got {_shown(value)}.")
+        if not self.shortest <= len(value) <= self.longest:
+            raise ValueError(f"`{name}` must have {self.shortest} to {self.longest} items, got {len(value)}.")
+        for index, item in enumerate(value):
+            self.item.check(f"{name}[{index}]", item)
+
+
+_SIZE, _SIDE, _COUNT = _Within(int, 1, 2**31 - 1), _Within(int, 1, 2**16), _Within(int, 1, 1024)
+_TOKEN_ID = _Within(int, 0, 2**31 - 1)
+_EPSILON, _FRACTION, _WEIGHT = _Within(float, 1e-30, 1), _Within(float, 0, 1), _Within(float, 0, 1e6)
+_BOOL = _OneOf((True, False))
+# Fields of other projects' configs that sizes here are computed from.
+_TRANSFORMER_FIELDS = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), _SIZE),
+    "num_hidden_layers": _COUNT,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size"), _SIZE),
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), _EPSILON),
+    "attention_dropout": _FRACTION,
+    "hidden_act": _OneOf(tuple(ACT2FN)),
+    "initializer_range": _Within(float, 0, 100),
+}
+_VISION_FIELDS = {"image_size": _SIDE, "patch_size": _SIDE, "num_channels": _Within(int, 3, 3)}
+
+
+def _shown(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _plain_error(error: Exception, where: str) -> Exception:
+    """An error of a config that `@strict` has wrapped, in one sentence."""
+    while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__
+    kind = TypeError if isinstance(error, TypeError) else ValueError
+    return kind(f"`{where}`: {' '.join(str(error).split())}")
+
+
+def _check_names(config_class, names, where: str) -> None:
+    """Raise a `ValueError` for a misspelt field. Other unknown ones are kept: a later version may know them."""
+    fields = config_class.__dataclass_fields__
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names of fields must be strings, got {_shown(name)}.")
+        if name not in fields and not hasattr(config_class, name):
+            close = difflib.get_close_matches(name, fields, 1, cutoff=0.9)
+            if close:
+                raise ValueError(f"{where} has no field `{name}`; did you mean `{close[0]}`?")
+
+
 def _as_config(value, config_class, name: str, defaults: dict | None = None):
     """Build a sub-config from `None` (the defaults), a dict or a ready config."""
-    if value is None:
-        return config_class(**(defaults or {}))
-    if isinstance(value, dict):
-        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
     if isinstance(value, config_class):
         return value
-    raise TypeError(f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}.")
+    if value is None:
+        value = defaults or {}
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}."
+        )
+    model_type = value.get("model_type", config_class.model_type)
+    if model_type != config_class.model_type:
+        raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {_shown(model_type)}.")
+    _check_names(config_class, value, f"`{name}`")
+    try:
+        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise _plain_error(error, name) from error
+
+
+def _check_transformer(config, name: str, fields: dict) -> None:
+    """The sizes of a transformer whose config is of transformers."""
+    for field, rule in fields.items():
+        value = getattr(config, field, None)
+        if value is not None or field in ("hidden_size", "vocab_size") and hasattr(config, field):
+            rule.check(f"{name}.{field}", value)
+    heads = getattr(config, "num_attention_heads", None)
+    if heads and getattr(config, "head_dim", None) is None and config.hidden_size % heads:
+        raise ValueError(
+            f"`{name}.hidden_size` ({config.hidden_size}) must be a multiple of its num_attention_heads ({heads})."
+        )
+
+
+class _CheckedConfig(StrictConfigMixin):
+    """
+    A config whose fields are checked in one place: each by `_rules` when it is set, and all together by
+    `check_together` once they are there and before they are saved. What is raised is a `ValueError` or a `TypeError`
+    (`@strict` of huggingface_hub would wrap it in an error of its own, which is neither).
+    """
+
+    _rules = {}
+
+    def __setattr__(self, name, value):
+        if name in self._rules:
+            self._rules[name].check(name, value)
+        if name in self.sub_configs and not isinstance(value, (dict, PreTrainedConfig, type(None))):
+            raise TypeError(f"`{name}` must be a config or a dict of its fields, got {_shown(value)}.")
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # a field of PreTrainedConfig
+            raise _plain_error(error, name) from error
+
+    def __post_init__(self, **kwargs):
+        _check_names(type(self), kwargs, type(self).__name__)
+        super().__post_init__(**kwargs)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Raise a `ValueError` for fields that do not go together."""
+        for name, config_class in self.sub_configs.items():
+            config_class = PreTrainedConfig if config_class is AutoConfig else config_class
+            if not isinstance(getattr(self, name), config_class):
+                raise TypeError(f"`{name}` must be a {config_class.__name__}, got {_shown(getattr(self, name))}.")
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.check_together()
+        super().save_pretrained(save_directory, **kwargs)
 
 
 def config_fields(config: PreTrainedConfig) -> dict:
@@ -42,8 +198,7 @@ def config_fields(config: PreTrainedConfig) -> dict:
     return fields
 
 
-@strict
-class DualTokenQuantizerConfig(StrictConfigMixin, PreTrainedConfig):
+class DualTokenQuantizerConfig(_CheckedConfig, PreTrainedConfig):
     r"""
     One residual quantiser and its EMA codebook.
 
@@ -75,29 +230,27 @@ class DualTokenQuantizerConfig(StrictConfigMixin, PreTrainedConfig):
     ema_eps: float = 1e-5
     restart_unused_codes: bool = True
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_quantizer()
+    _rules = {
+        "codebook_size": _SIZE,
+        "code_dim": _SIZE,
+        "num_depths": _COUNT,
+        "shared_codebook": _BOOL,
+        "update_rule": _OneOf(("rq", "rq_ema")),
+        "ema_vectors": _OneOf(("own", "final")),
+        "ema_decay": _Within(float, 0, math.nextafter(1, 0)),
+        "ema_eps": _EPSILON,
+        "restart_unused_codes": _BOOL,
+    }
 
-    def validate_quantizer(self):
-        for name in ("codebook_size", "code_dim", "num_depths"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if self.update_rule not in ("rq", "rq_ema"):
-            raise ValueError(f"`update_rule` must be 'rq' or 'rq_ema', got {self.update_rule!r}.")
-        if self.ema_vectors not in ("own", "final"):
-            raise ValueError(f"`ema_vectors` must be 'own' or 'final', got {self.ema_vectors!r}.")
+    def check_together(self):
         if self.update_rule == "rq" and self.ema_vectors == "final":
             raise ValueError(
                 "`ema_vectors='final'` needs `update_rule='rq_ema'`: with 'rq' the codebook moves before the final "
                 "residual is known."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must lie in [0, 1), got {self.ema_decay}.")
 
 
-@strict
-class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
+class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
     r"""
     The vision tokenizer: a SigLIP or SigLIP 2 encoder of fixed resolution, two quantisers and an image decoder.
 
@@ -148,10 +301,25 @@ class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
     decoder_norm_num_groups: int = 32
     initializer_range: float = 0.02
 
+    _rules = {
+        "pixel_layer": _COUNT,
+        "semantic_layer": _COUNT,
+        "shortcut_layer": _COUNT._replace(optional=True),
+        "shortcut_weight": _Within(float, -1000, 1000),
+        "decoder_latent_size": _SIDE._replace(optional=True),
+        "decoder_in_channels": _SIZE,
+        "decoder_block_out_channels": _Numbers(_SIZE, 1, 16),
+        "decoder_attention_levels": _Numbers(_Within(int, 0, 15), 0, 16, optional=True),
+        "decoder_num_res_blocks": _COUNT,
+        "decoder_norm_num_groups": _SIZE,
+        "initializer_range": _Within(float, 0, 100),
+    }
+
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             defaults = _SO400M_384.get(name)
             setattr(self, name, _as_config(getattr(self, name), config_class, name, defaults))
+        self.check_towers()
         if self.text_config.vocab_size == _GEMMA_VOCAB_SIZE and self.text_config.pad_token_id == 1:
             # SigLIP 2's folders say nothing and get SigLIP's default, which is the end of a text there.
             self.text_config.pad_token_id = _GEMMA_PAD_TOKEN_ID
@@ -160,11 +328,19 @@ class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
             self.decoder_attention_levels = [len(self.decoder_block_out_channels) - 1]
         self.decoder_attention_levels = sorted(self.decoder_attention_levels)
         if self.decoder_latent_size is None:
+            if self.vision_config.image_size < self.decoder_upsampling:
+                raise ValueError(
+                    f"`decoder_block_out_channels` doubles the side {len(self.decoder_block_out_channels) - 1} times, "
+                    f"which is more than image_size={self.vision_config.image_size} allows."
+                )
             self.decoder_latent_size = self.vision_config.image_size // self.decoder_upsampling
         super().__post_init__(**kwargs)
-        # `@strict` runs every `validate_*` too, but wraps what they raise; called here, a caller gets a ValueError.
-        self.validate_sizes()
-        self.validate_layers()
+
+    def check_together(self):
+        super().check_together()
+        self.check_towers()
+        self.check_sizes()
+        self.check_layers()
 
     @property
     def image_size(self) -> int:
@@ -190,7 +366,7 @@ class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         """Side of the decoded image in pixels; may differ from `image_size`."""
         return self.decoder_latent_size * self.decoder_upsampling
 
-    def validate_layers(self):
+    def check_layers(self):
         num_layers = self.vision_config.num_hidden_layers
         for name in ("pixel_layer", "semantic_layer", "shortcut_layer"):
             layer = getattr(self, name)
@@ -206,19 +382,22 @@ class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
                 f"semantic_layer={self.semantic_layer}."
             )
 
-    def validate_sizes(self):
+    def check_towers(self):
         image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+        if isinstance(image_size, (list, tuple)) or isinstance(patch_size, (list, tuple)):
             raise ValueError(
                 f"The encoder must have one square resolution, got image_size={image_size}, patch_size={patch_size}."
             )
+        _check_transformer(self.vision_config, "vision_config", {**_TRANSFORMER_FIELDS, **_VISION_FIELDS})
+        _check_transformer(self.text_config, "text_config", _TRANSFORMER_FIELDS)
+
+    def check_sizes(self):
+        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
         if patch_size > image_size:
             raise ValueError(f"patch_size={patch_size} is larger than image_size={image_size}.")
-        if self.decoder_latent_size < 1:
-            raise ValueError(
-                f"`decoder_latent_size` must be at least 1, got {self.decoder_latent_size} (image_size={image_size}, "
-                f"decoder upsampling {self.decoder_upsampling})."
-            )
+        _SIDE.check(
+            "reconstruction_size (decoder_latent_size and decoder_block_out_channels)", self.reconstruction_size
+        )
         for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
             code_dim = getattr(self, name).code_dim
             if self.vision_config.hidden_size % code_dim:
@@ -248,8 +427,7 @@ class DualTokenVisionTokenizerConfig(StrictConfigMixin, PreTrainedConfig):
         }
 
 
-@strict
-class DualTokenDepthHeadConfig(StrictConfigMixin, PreTrainedConfig):
+class DualTokenDepthHeadConfig(_CheckedConfig, PreTrainedConfig):
     r"""
     The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head
     has 258 M parameters.
@@ -280,21 +458,28 @@ class DualTokenDepthHeadConfig(StrictConfigMixin, PreTrainedConfig):
     bias: bool = False
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
-        super().__post_init__(**kwargs)
-        self.validate_heads()
+    _rules = {
+        "hidden_size": _SIZE,
+        "num_hidden_layers": _COUNT,
+        "head_dim": _SIZE,
+        "intermediate_size": _SIZE,
+        "input_hidden_size": _SIZE,
+        "hidden_act": _OneOf(tuple(ACT2FN)),
+        "rms_norm_eps": _EPSILON,
+        "bias": _BOOL,
+        "initializer_range": _Within(float, 0, 100),
+    }
 
     @property
     def num_attention_heads(self) -> int:
         return self.hidden_size // self.head_dim
 
-    def validate_heads(self):
+    def check_together(self):
         if self.hidden_size % self.head_dim:
             raise ValueError(f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}).")
 
 
-@strict
-class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
+class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
     r"""
     The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes.
 
@@ -336,12 +521,28 @@ class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
 
+    _rules = {
+        **dict.fromkeys(("image_start_token_id", "image_token_id", "image_end_token_id"), _TOKEN_ID),
+        "visual_features": _OneOf(("codes", "projected")),
+        "depth_reduction": _OneOf(("sum", "mean")),
+        **dict.fromkeys(("text_loss_weight", "pixel_loss_weight", "semantic_loss_weight"), _WEIGHT),
+        "tie_word_embeddings": _OneOf((True, False, None)),
+        "initializer_range": _Within(float, 0, 100),
+    }
+
     def __post_init__(self, **kwargs):
-        if self.text_config is None:
-            self.text_config = Qwen2Config()
-        elif isinstance(self.text_config, dict):
+        if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
-            self.text_config = AutoConfig.for_model(fields.pop("model_type", "qwen2"), **fields)
+            model_type = fields.pop("model_type", "qwen2")
+            if not isinstance(model_type, str):
+                raise TypeError(f"`text_config.model_type` must be a string, got {_shown(model_type)}.")
+            config_class = type(AutoConfig.for_model(model_type))
+            self.text_config = _as_config(fields, config_class, "text_config")
+        self.text_config = Qwen2Config() if self.text_config is None else self.text_config
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise TypeError(
+                f"`text_config` must be a PreTrainedConfig or a dict of its fields, got {_shown(self.text_config)}."
+            )
         for name in ("vision_tokenizer_config", "depth_head_config"):
             setattr(self, name, _as_config(getattr(self, name), self.sub_configs[name], name))
         if self.tie_word_embeddings is None:
@@ -349,9 +550,17 @@ class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
         # TRL reads it of every model it does not know, also where there is no remote code.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
-        self.validate_choices()
-        self.validate_token_ids()
-        self.validate_quantizers_agree()
+
+    def check_together(self):
+        super().check_together()
+        for name in ("hidden_size", "vocab_size"):
+            if not hasattr(self.text_config, name):
+                raise ValueError(
+                    f"`text_config` must be of a causal language model: {type(self.text_config).__name__} has no {name}."
+                )
+        _check_transformer(self.text_config, "text_config", _TRANSFORMER_FIELDS)
+        self.check_token_ids()
+        self.check_quantizers_agree()
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
@@ -380,13 +589,7 @@ class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
     def special_image_token_ids(self) -> tuple[int, int, int]:
         return self.image_start_token_id, self.image_token_id, self.image_end_token_id
 
-    def validate_choices(self):
-        if self.visual_features not in ("codes", "projected"):
-            raise ValueError(f"`visual_features` must be 'codes' or 'projected', got {self.visual_features!r}.")
-        if self.depth_reduction not in ("sum", "mean"):
-            raise ValueError(f"`depth_reduction` must be 'sum' or 'mean', got {self.depth_reduction!r}.")
-
-    def validate_token_ids(self):
+    def check_token_ids(self):
         ids = self.special_image_token_ids
         if len(set(ids)) != 3:
             raise ValueError(f"The three image token ids must differ, got {ids}.")
@@ -396,7 +599,7 @@ class DualTokenConfig(StrictConfigMixin, PreTrainedConfig):
                 f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
             )
 
-    def validate_quantizers_agree(self):
+    def check_quantizers_agree(self):
         tokenizer = self.vision_tokenizer_config
         for name in ("codebook_size", "code_dim", "num_depths"):
             pixel, semantic = (
