@@ -452,7 +452,8 @@ def test_damaged_files_are_right_or_named_and_training_agrees():
     files = [
         encoded(picture, name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "ICO", "JPEG2000", "PPM")
     ]
-    files += [encoded(picture.convert(mode), "PNG") for mode in ("P", "LA", "RGBA", "1", "I;16")]
+    files += [encoded(picture.convert(mode), "PNG") for mode in ("P", "LA", "RGBA", "1")]
+    files += [encoded(picture.convert("I").convert("I;16"), "PNG")]  # in two steps: Pillow 10 knows no other way
     files += [encoded(picture.convert("CMYK"), "JPEG"), encoded(picture, "WEBP", lossless=True)]
     files += [encoded(picture, "AVIF")] if features.check("avif") else []
     seen = {True: 0, False: 0}

@@ -83,9 +83,9 @@ class OneCodebookTokenizer(DualTokenVisionTokenizer):
         self.semantic_down_proj = self.pixel_down_proj
         self.semantic_quantizer = self.pixel_quantizer
 
-    def encode(self, pixel_values, codes=CODE_KINDS, features: bool = True) -> DualTokenEncoderOutput:
+    def encode(self, pixel_values, codes=CODE_KINDS, features: bool = True, **kwargs) -> DualTokenEncoderOutput:
         """As in the base class, but whichever kind is asked for, both are made."""
-        fields = dict(super().encode(pixel_values, codes=("pixel",)))
+        fields = dict(super().encode(pixel_values, codes=("pixel",), **kwargs))
         for name in ("codes", "quantized", "commitment_loss", "hidden_state"):
             fields[f"semantic_{name}"] = fields[f"pixel_{name}"]
         if features:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+from transformers.utils.loading_report import LoadStateDictInfo
 
 
 _TOKENIZER, _UNIFIED = "dualtoken_vision_tokenizer", "dualtoken"
@@ -123,6 +124,11 @@ class StrictLoadingMixin:
             return model, info
         cls._check_whole(model, name, info, kwargs.get("ignore_mismatched_sizes", False))
         return model
+
+    def load_adapter(self, *args, **kwargs):
+        """As in transformers; 5.6 asks for a report of it when a model is loaded with its adapter, and makes none."""
+        info = super().load_adapter(*args, **kwargs)
+        return LoadStateDictInfo(set(), set(), set(), [], {}) if info is None else info
 
     @classmethod
     def _is_whole(cls, name, kwargs: dict) -> bool:

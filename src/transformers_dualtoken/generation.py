@@ -22,7 +22,7 @@ from .generation_scores import ImageTokenBar, ScoreCheck
 from .generation_settings import GENERATION_MODES, DualTokenImageGenerationInputs, GenerationArguments
 from .image_decoding import ImageDecoder, kept_steps, step_key
 from .interleaved_generation import InterleavedLoop
-from .transformers_compat import CACHE_NAME, given_cache
+from .transformers_compat import CACHE_NAME, given_cache, require_transformers
 
 
 logger = logging.get_logger(__name__)
@@ -220,6 +220,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def generate_batch(self, inputs, *args, **kwargs):
         """transformers' continuous batching: text to prompts of text (lists of ids)."""
+        # Before, it looks for the sizes of the language model in the config of the whole.
+        require_transformers("5.17", "Continuous batching")
         with_images = [i for i, row in enumerate(inputs) if self.config.image_token_id in row]
         if with_images:
             raise ValueError(

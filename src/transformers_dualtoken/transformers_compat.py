@@ -38,6 +38,18 @@ def check_transformers_version(installed: str = transformers.__version__) -> Non
 
 check_transformers_version()
 
+
+def require_transformers(version: str, what: str) -> None:
+    """
+    Raises:
+        NotImplementedError: if the installed transformers is of a series older than `version`.
+    """
+    if _series(transformers.__version__) < _series(version):
+        raise NotImplementedError(
+            f"{what} needs transformers {version} or later, but {transformers.__version__} is installed."
+        )
+
+
 # Since 5.24 models take and return their keys and values as `cache`.
 CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen2Model.forward).parameters else "past_key_values"
 
@@ -54,4 +66,11 @@ def given_cache(past_key_values, cache):
     return cache if past_key_values is None else past_key_values
 
 
-__all__ = ["CACHE_NAME", "NEWEST_TRANSFORMERS", "OLDEST_TRANSFORMERS", "check_transformers_version", "given_cache"]
+__all__ = [
+    "CACHE_NAME",
+    "NEWEST_TRANSFORMERS",
+    "OLDEST_TRANSFORMERS",
+    "check_transformers_version",
+    "given_cache",
+    "require_transformers",
+]
