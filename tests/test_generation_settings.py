@@ -14,6 +14,7 @@ from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig
 
 from transformers_dualtoken import generation, generation_settings
+from transformers_dualtoken.generation_scores import ScoreCheck
 from transformers_dualtoken.generation_settings import (
     DualTokenImageGenerationConfig,
     DualTokenImageGenerationInputs,
@@ -305,3 +306,23 @@ def test_any_value_is_right_or_named(model, mode):
 
 class _Anything:
     """Equal to no default."""
+
+
+class TestScoreCheck:
+    """Rows that have ended and beams beside living ones choose nothing; whatever else holds nothing is named."""
+
+    empty, full = torch.full((1, 5), float("-inf")), torch.zeros(1, 5)
+
+    def test_a_row_that_has_ended(self):
+        check, scores = ScoreCheck(ended_ids=[torch.tensor([2])]), torch.cat([self.empty, self.full])
+        assert torch.equal(check(torch.tensor([[1, 2], [1, 3]]), scores), torch.zeros(2, 5))
+        with pytest.raises(ValueError, match="No token was left"):
+            check(torch.tensor([[1, 3], [1, 2]]), scores)
+
+    def test_beams(self):
+        check, ids = ScoreCheck(num_beams=2), torch.tensor([[1, 3], [1, 3]])
+        scores = torch.cat([self.empty, self.full])
+        assert torch.equal(check(ids, scores), scores)
+        for dead in (torch.cat([self.empty, self.empty]), torch.cat([self.full, self.full * float("nan")])):
+            with pytest.raises(ValueError, match="No token was left"):
+                ScoreCheck(num_beams=2)(ids, dead)

@@ -88,3 +88,8 @@ class TestCacheNames:
         cache = DynamicCache(config=model.config.text_config)
         first = model.generate(ids, max_new_tokens=2, do_sample=False, **{name: cache})
         assert torch.equal(model.generate(first, max_new_tokens=2, do_sample=False, **{name: cache}), expected)
+
+
+@pytest.mark.parametrize("version", ["5.24.0.dev0", "5.24rc1", "5.6.0rc2"])
+def test_pre_releases_are_read(version):
+    check_transformers_version(version)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import logging
+from transformers.integrations import is_fsdp_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
 
 
@@ -95,8 +95,7 @@ class StrictLoadingMixin:
         Raises:
             FileNotFoundError: if there is no such checkpoint, or a folder without one.
             ValueError: if the checkpoint is of another type, lacks weights, or holds code vectors that are not finite.
-                With `output_loading_info` the caller is told what is missing instead, and with
-                `ignore_mismatched_sizes` weights of other shapes are passed over.
+                With `output_loading_info` the caller is told what is missing instead.
         """
         name = pretrained_model_name_or_path
         if name is None:
@@ -106,23 +105,19 @@ class StrictLoadingMixin:
             # Without, transformers would build the default model: of gigabytes.
             if not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
                 raise FileNotFoundError(f"The folder {str(folder)!r} holds no checkpoint: it has no config.json.")
-        verbosity = logging.get_verbosity()
         with checkpoint_errors(name):
             is_part = cls._prefix_in_whole is not None and cls._is_whole(name, kwargs)
             if is_part:
                 kwargs.setdefault("key_mapping", {cls._prefix_in_whole: ""})
-                # Every tensor of the other parts would be reported.
-                logging.set_verbosity_error()
-            try:
-                model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
-            finally:
-                logging.set_verbosity(verbosity)
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         if is_part:
             # Or the model would be saved under the names of the whole.
             model._weight_conversions = None
         if output_loading_info:
             return model, info
-        cls._check_whole(model, name, info, kwargs.get("ignore_mismatched_sizes", False))
+        # Under FSDP the first rank reads the checkpoint for the others.
+        if not (is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) > 0):
+            cls._check_whole(model, name, info)
         return model
 
     def load_adapter(self, *args, **kwargs):
@@ -145,7 +140,7 @@ class StrictLoadingMixin:
         return config_dict.get("model_type") not in (None, cls.config_class.model_type)
 
     @staticmethod
-    def _check_whole(model, name, info: dict, ignore_mismatched_sizes: bool) -> None:
+    def _check_whole(model, name, info: dict) -> None:
         # Of an adapter's folder these are the adapter's own, and PEFT sees to them.
         missing = [] if getattr(model, "_hf_peft_config_loaded", False) else sorted(info["missing_keys"])
         if missing:

@@ -210,6 +210,11 @@ class DualTokenGenerationMixin(GenerationMixin):
             generation_config.guidance_scale = 1.0
         given = list(logits_processor or [])
         checks = [part for part in given if isinstance(part, ScoreCheck)]
+        for check in checks:
+            # Of transformers' `generate`, which has them on the device.
+            ended = [getattr(generation_config, f"_{kind}_token_tensor", None) for kind in ("eos", "pad")]
+            check.ended_ids = [token_ids.flatten() for token_ids in ended if token_ids is not None]
+            check.num_beams = generation_config.num_beams or 1
         bars = [part for part in given if isinstance(part, ImageTokenBar)]
         bar = bars[0] if bars else ImageTokenBar(self.config.special_image_token_ids)
         others = [part for part in given if part not in [*checks, *bars]]
@@ -290,6 +295,9 @@ class DualTokenGenerationMixin(GenerationMixin):
         inputs = input_ids if inputs is None else inputs
         if inputs is None:
             return None
+        if kwargs.get("inputs_embeds") is not None and isinstance(inputs, torch.Tensor) and inputs.shape[-1:] == (0,):
+            # As transformers gives ids that are to be written after embeddings alone.
+            return inputs
         inputs = self._checked_ids(inputs, "The prompt")
         attention_mask = kwargs.get("attention_mask")
         # Going on from a cache, a mask may be longer.
@@ -469,9 +477,9 @@ class DualTokenGenerationMixin(GenerationMixin):
             codes = decoder.draw(
                 num_positions, feed_last=False, on_position=progress.pace(bar, prompt.input_ids.device)
             )
-        decoder.keep()
-
         sampler.check_scores()
+        # Only now: another thread may take what is kept, and the scores are in it.
+        decoder.keep()
         input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
         image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
         end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
@@ -523,7 +531,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             input_ids_seq_length=input_ids.shape[1],
             encoder_input_ids=input_ids,
             prefix_allowed_tokens_fn=None,
-            logits_processor=[*(logits_processor or []), bar, check],
+            logits_processor=[*(logits_processor or []), bar],
             device=input_ids.device,
         )
         pad_id = self._pad_token_id(generation_config)
@@ -592,6 +600,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         check: ScoreCheck, do_sample: bool, generator, scores: torch.Tensor, rows: list[int]
     ) -> torch.LongTensor:
         """The next token of every row of the scores `(len(rows), vocab_size)`."""
+        scores = check(None, scores)
         if not do_sample:
             chosen = scores.argmax(-1)
         else:

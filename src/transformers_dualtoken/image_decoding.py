@@ -255,10 +255,12 @@ def step_key(
                 (type(module), *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in own if x is not None))
             )
     device_type = model.get_input_embeddings().weight.device.type
+    if torch.is_autocast_enabled(device_type):
+        # A graph would hold the addresses of the weights' casts, which autocast frees when it ends.
+        return None
     settings = (
         model.training,
         model.config.text_config._attn_implementation == "eager",
-        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_inference_mode_enabled(),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -569,23 +569,28 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         model.generation_config = type(language_model.generation_config).from_dict(
             language_model.generation_config.to_dict()
         )
-        model._complete_generation_config()
+        model.generation_config = model._complete_generation_config()
         up_projections = [getattr(model.vision_tokenizer, f"{kind}_up_proj") for kind in CODE_KINDS]
         scaled_by = [model.model.visual_projector, model.get_input_embeddings(), *up_projections]
         with gathered(parameter for module in scaled_by for parameter in module.parameters()):
             model._scale_visual_projector()
         return model.eval()
 
-    def _complete_generation_config(self) -> None:
-        config = self.generation_config
+    def _complete_generation_config(self) -> GenerationConfig:
+        """A copy of the generation config with what a checkpoint's must say."""
+        config = copy.deepcopy(self.generation_config)
         # Out of the text of other engines, which know of generation no more than its config says.
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.special_image_token_ids})
         # Transformers saves this mark of a config that it made itself, and drops image settings where it reads it.
         config._from_model_config = None
+        return config
 
     def save_pretrained(self, *args, **kwargs):
-        self._complete_generation_config()
-        super().save_pretrained(*args, **kwargs)
+        own, self.generation_config = self.generation_config, self._complete_generation_config()
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.generation_config = own
 
     @torch.no_grad()
     def _scale_visual_projector(self) -> None:

@@ -1,6 +1,7 @@
 """What differs between the versions of transformers that are supported, in one place."""
 
 import inspect
+import re
 import warnings
 
 import transformers
@@ -14,7 +15,7 @@ NEWEST_TRANSFORMERS = "5.24.0"
 
 def _series(version: str) -> tuple[int, ...]:
     """Major and minor number."""
-    return tuple(map(int, version.split(".")[:2]))
+    return tuple(map(int, re.match(r"(\d+)\.(\d+)", version).groups()))
 
 
 def check_transformers_version(installed: str = transformers.__version__) -> None:
