@@ -17,7 +17,8 @@ Captions, of which an image may have several:
 
 Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON or YAML file, given
 as the only argument (examples/run_tokenizer.py says how its paths are read). Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics`
-asks for them. Needs the extras `eval` and `perceptual`, and a torchvision that belongs to the installed torch.
+asks for them. PSNR, SSIM, retrieval and the codebooks need the extra `train` or `demo`; rFID and zero-shot classification
+`eval`, LPIPS `perceptual`, both with a torchvision that belongs to the installed torch.
 
 Written are metrics.json, report.md, reconstructions.png, codebook_usage.png and model_card_metadata.yaml.
 """
@@ -50,6 +51,7 @@ from transformers_dualtoken.evaluation import (
     zero_shot_classifier,
 )
 from transformers_dualtoken.evaluation.optional_libraries import require
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings
 
 
@@ -134,7 +136,7 @@ def check(arguments: EvaluationArguments) -> None:
 
 def load_rows(arguments: EvaluationArguments):
     """The data set: its images, undecoded, and the columns of labels and captions."""
-    # After `--help`: the extra `train`, which `eval` brings along.
+    # After `--help`, which needs no extra.
     from transformers_dualtoken.training import load_image_dataset
 
     columns = (arguments.label_column, arguments.caption_column)
@@ -267,8 +269,9 @@ def main(argv: list[str] | None = None) -> dict:
     check(arguments)
 
     # After `--help`, as above.
-    from accelerate import PartialState
-    from accelerate.utils import gather_object, reduce
+    with needed_libraries("eval_tokenizer.py"):
+        from accelerate import PartialState
+        from accelerate.utils import gather_object, reduce
 
     # Metrics are float64, which not every accelerator has; and without `cpu` accelerate takes several processes for one.
     state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())

@@ -22,16 +22,20 @@ a data set, and is refused with another tokenizer than this one: `--dtype` and `
 from dataclasses import dataclass, field
 
 import torch
-from accelerate import PartialState
 from transformers import AutoProcessor
 
 from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training.data.chat_sources import load_chat_sources
 from transformers_dualtoken.training.data.image_codes import PrecomputeSummary, precompute_codes
 from transformers_dualtoken.training.data.tokenizer_fingerprint import tokenizer_fingerprint
 from transformers_dualtoken.training.training_arguments import json_object
+
+
+with needed_libraries("precompute_codes.py"):
+    from accelerate import PartialState
 
 
 @dataclass

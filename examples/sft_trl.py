@@ -9,25 +9,30 @@ assistant's text is learned; a sample with an image in an answer is an error, si
 (`run_unified.py` learns both). Without `--lora_target_modules` the adapter lies on the language model alone.
 `dualtoken merge sft merged` makes one model of it and the base model.
 
-Needs `pip install trl`, 1.16 or later.
+Needs the extra `trl`.
 """
 
 import sys
 
-from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoProcessor
-from trl import (
-    ModelConfig,
-    ScriptArguments,
-    SFTConfig,
-    SFTTrainer,
-    TrlParser,
-    get_peft_config,
-    get_quantization_config,
-)
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
-from transformers_dualtoken.training.data.text_answers import TextAnswerCollator
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("Training by TRL"):
+    from datasets import load_dataset
+    from trl import (
+        ModelConfig,
+        ScriptArguments,
+        SFTConfig,
+        SFTTrainer,
+        TrlParser,
+        get_peft_config,
+        get_quantization_config,
+    )
+
+    from transformers_dualtoken.training.data.text_answers import TextAnswerCollator
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:

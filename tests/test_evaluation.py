@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import skimage.metrics
 import torch
 import torch.nn.functional as F
 import yaml
@@ -26,7 +27,9 @@ from transformers_dualtoken.evaluation import (
     RetrievalRecall,
     TokenizerEvaluator,
     fid_metric,
+    psnr_per_image,
     reconstruction_grid,
+    ssim_per_image,
     text_tokenizer,
     write_report,
 )
@@ -44,9 +47,10 @@ def test_import_needs_the_core_only():
     assert result.stdout.strip() == "[]"
 
 
-def test_missing_library_is_named():
-    with pytest.raises(MetricUnavailableError, match=r"rFID needs 'no_such_library'.*transformers-dualtoken\[eval\]"):
-        require("no_such_library.metrics", "rFID")
+def test_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    with pytest.raises(MetricUnavailableError, match=r"rFID needs torchmetrics: .*transformers-dualtoken\[eval\]"):
+        require("torchmetrics.image.fid", "rFID")
 
 
 # Codebooks
@@ -465,8 +469,10 @@ def test_script_measures_what_it_can(script, folder, tmp_path, monkeypatch):
     results = script.main(common)
     assert results["metrics"]["num_images"] == 5
     assert 0 < results["metrics"]["semantic_codebook_usage"] < 1
-    assert set(results["skipped"]) == {"psnr", "ssim", "lpips", "rfid", "zero_shot", "retrieval"}
-    assert "pip install 'transformers-dualtoken[eval]'" in results["skipped"]["psnr"]
+    assert set(results["skipped"]) == {"lpips", "rfid", "zero_shot", "retrieval"}
+    assert 10 < results["metrics"]["psnr"] < 40 and 0.3 < results["metrics"]["ssim"] < 1
+    assert "pip install 'transformers-dualtoken[eval]'" in results["skipped"]["rfid"]
+    assert "pip install 'transformers-dualtoken[perceptual]'" in results["skipped"]["lpips"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "metrics.json",
@@ -475,8 +481,21 @@ def test_script_measures_what_it_can(script, folder, tmp_path, monkeypatch):
         "codebook_usage.png",
         "model_card_metadata.yaml",
     }
-    with pytest.raises(MetricUnavailableError, match="PSNR|reconstructions"):
-        script.main([*common, "--metrics", "psnr"])
+    with pytest.raises(MetricUnavailableError, match="rFID needs torchmetrics"):
+        script.main([*common, "--metrics", "rfid"])
+
+
+def test_psnr_and_ssim_agree_with_scikit_image():
+    images = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0))
+    images[0, :, :12] = 0  # flat
+    made = (images * 0.8 + 0.1).clamp(0, 1)
+    pairs = list(zip(images.double().numpy(), made.double().numpy()))
+    psnr = [skimage.metrics.peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = [skimage.metrics.structural_similarity(*pair, data_range=1, channel_axis=0, **window) for pair in pairs]
+    assert psnr_per_image(made, images).tolist() == pytest.approx(psnr, abs=1e-5)
+    assert ssim_per_image(made, images).tolist() == pytest.approx(ssim, abs=1e-9)
+    assert psnr_per_image(images, images).isinf().all() and ssim_per_image(images, images).tolist() == [1, 1, 1]
 
 
 def test_script_reads_labels_from_any_source(script, folder, tmp_path, monkeypatch):

@@ -18,8 +18,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
+
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("The ablation"):
+    from matplotlib.figure import Figure
 
 
 sys.path.insert(0, str(Path(__file__).parent))

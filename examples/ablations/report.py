@@ -20,7 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("The ablation"):
+    from matplotlib.figure import Figure
 
 
 HERE = Path(__file__).parent

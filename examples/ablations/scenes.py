@@ -16,9 +16,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import skimage.data
 from PIL import Image
-from sklearn.datasets import load_sample_images
+
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("The ablation"):
+    import skimage.data
+    from sklearn.datasets import load_sample_images
 
 
 sys.path.append(str(Path(__file__).parents[1] / "digits"))

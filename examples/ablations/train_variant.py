@@ -15,14 +15,18 @@ import time
 from pathlib import Path
 
 import numpy as np
-import skimage.metrics
 import torch
-from scipy.linalg import sqrtm
 from transformers import SiglipModel
 
 from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.modeling_vision_tokenizer import CODE_KINDS, DualTokenEncoderOutput
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.training import DualTokenVisionTokenizerRecipe, DualTokenVisionTokenizerTrainer
+
+
+with needed_libraries("The ablation"):
+    import skimage.metrics
+    from scipy.linalg import sqrtm
 
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "digits")]

@@ -15,8 +15,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("The digits' demo"):
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

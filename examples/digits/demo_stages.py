@@ -7,10 +7,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import datasets
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, TrainerCallback
+
+from transformers_dualtoken.optional_libraries import needed_libraries
+
+
+with needed_libraries("The digits' demo"):
+    import datasets
 
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]

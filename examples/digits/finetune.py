@@ -20,10 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.training import use_cpu_threads
+
+
+with needed_libraries("The digits' demo"):
+    from sklearn.svm import SVC
 
 
 sys.path.insert(0, str(Path(__file__).parent))

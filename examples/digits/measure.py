@@ -15,12 +15,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image
-from sklearn.svm import SVC
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.training import use_cpu_threads
+
+
+with needed_libraries("The digits' demo"):
+    from matplotlib.figure import Figure
+    from sklearn.svm import SVC
 
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -37,14 +37,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     import torch
 
-    try:
+    from .optional_libraries import needed_libraries
+
+    with needed_libraries("`dualtoken merge`"):
         from .training.unified.adapters import merge_adapter
-    except ModuleNotFoundError as error:
-        if error.name not in ("accelerate", "datasets", "peft"):
-            raise
-        raise ImportError(
-            f"`dualtoken merge` needs {error.name}: pip install 'transformers-dualtoken[train]'."
-        ) from error
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     model = merge_adapter(arguments.adapter, arguments.output_dir, base=arguments.base, dtype=dtype)

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .optional_libraries import require
+
 
 # A chunk's float32 logits: small beside any classifier's gradient, large enough that the matrix products stay as fast
 # as over all rows at once. At 16384 classes it is 512 rows; a smaller chunk gains no memory that matters.
@@ -282,13 +284,7 @@ def _liger_function(device_type: str):
     """
     if device_type != "cuda" or os.environ.get("DUALTOKEN_LIGER") != "1":
         return None
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError as error:
-        raise ImportError(
-            "DUALTOKEN_LIGER=1 asks for liger-kernel: pip install 'transformers-dualtoken[kernels]'."
-        ) from error
-    return liger_fused_linear_cross_entropy
+    return require("liger_kernel.transformers.functional", "DUALTOKEN_LIGER=1").liger_fused_linear_cross_entropy
 
 
 def _liger_serves(hidden: Tensor, weight: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype) -> bool:

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .optional_libraries import require
+
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor
@@ -40,12 +42,8 @@ def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         return nullcontext()
-    try:  # of code from the Hub, every import outside of a `try` counts as a requirement
-        import deepspeed
-    except ImportError as error:
-        raise ImportError(
-            "Weights that ZeRO-3 has split need DeepSpeed: pip install 'transformers-dualtoken[deepspeed]'."
-        ) from error
+    # Of code from the Hub, every import outside of a `try` counts as a requirement.
+    deepspeed = require("deepspeed", "Gathering weights that ZeRO-3 has split")
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..image_reading import UnreadableImageError, image_name
+from ..optional_libraries import needed_libraries
 
 
 class _Samples(IterableDataset):
@@ -79,11 +80,12 @@ class ImageBatches:
         rank: int | None = None,
         num_processes: int | None = None,
     ):
-        # With `datasets`, which the core does not need.
-        import datasets
+        # With libraries that the core does not need.
+        with needed_libraries("`ImageBatches`"):
+            import datasets
 
-        from ..training.data.image_reading import ImagePreparation
-        from ..training.data.image_sources import undecoded
+            from ..training.data.image_reading import ImagePreparation
+            from ..training.data.image_sources import undecoded
 
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")

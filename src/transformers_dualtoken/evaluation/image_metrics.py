@@ -1,4 +1,4 @@
-"""PSNR, SSIM, LPIPS and rFID of reconstructions, on tensors; torchmetrics, torch-fidelity and lpips do the work.
+"""PSNR, SSIM, LPIPS and rFID of reconstructions, on tensors; lpips, torchmetrics and torch-fidelity do the last two.
 
 Images come in [-1, 1] and are clamped; no file format lies between the decoder and a metric.
 """
@@ -9,9 +9,11 @@ import pickle
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from huggingface_hub import is_offline_mode
 from torch import nn
 
+from ..optional_libraries import needed_libraries
 from .optional_libraries import MetricUnavailableError, require
 
 
@@ -33,10 +35,7 @@ def psnr_per_image(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.
 
     Infinite where an image is reproduced exactly. Equals scikit-image's `peak_signal_noise_ratio(data_range=1)`.
     """
-    functional = require("torchmetrics.functional.image", "PSNR")
-    return functional.peak_signal_noise_ratio(
-        reconstruction, images, data_range=1.0, reduction="none", dim=tuple(range(1, images.ndim))
-    )
+    return -10 * (reconstruction - images).square().flatten(1).mean(1).log10()
 
 
 def ssim_per_image(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
@@ -55,14 +54,26 @@ def ssim_per_image(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.
             f"SSIM needs images of at least {2 * _SSIM_BORDER + 1} pixels a side, got "
             f"{images.shape[-2]} x {images.shape[-1]}."
         )
-    functional = require("torchmetrics.functional.image", "SSIM")
     # Float64: in a flat region the variance is a difference of nearly equal numbers.
-    _, similarity = functional.structural_similarity_index_measure(
-        reconstruction.double(), images.double(), data_range=1.0, reduction="none", return_full_image=True
+    made, given = reconstruction.double(), images.double()
+    mean_made, mean_given, square_made, square_given, product = _window_means(
+        torch.stack([made, given, made * made, given * given, made * given])
     )
-    # torchmetrics' own mean takes in the border, which it made up by reflection.
-    inner = slice(_SSIM_BORDER, -_SSIM_BORDER)
-    return similarity[..., inner, inner].flatten(1).mean(1)
+    variances = square_made - mean_made.square() + square_given - mean_given.square()
+    covariance = product - mean_made * mean_given
+    luminance = (2 * mean_made * mean_given + 0.01**2) / (mean_made.square() + mean_given.square() + 0.01**2)
+    structure = (2 * covariance + 0.03**2) / (variances + 0.03**2)
+    return (luminance * structure).flatten(1).mean(1)
+
+
+def _window_means(images: torch.Tensor) -> torch.Tensor:
+    """Means over the Gaussian windows that lie within the last two axes, each 10 shorter then."""
+    offsets = torch.arange(-_SSIM_BORDER, _SSIM_BORDER + 1, dtype=images.dtype, device=images.device)
+    window = torch.exp(-offsets.square() / (2 * 1.5**2))
+    window = window / window.sum()
+    for axis in (-2, -1):
+        images = images.unfold(axis, len(window), 1) @ window
+    return images
 
 
 def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | None = None) -> nn.Module:
@@ -142,13 +153,15 @@ def lpips_metric(net: str = "vgg", weights: str | os.PathLike | None = None) -> 
         MetricUnavailableError: if a library is missing, or the weights can be had neither from torchvision's cache
             nor from the network. Random weights are never used.
     """
-    perceptual = require("transformers_dualtoken.training.vision_tokenizer.perceptual", "LPIPS", "perceptual,train")
     try:
-        return perceptual.load_lpips(net, weights)
+        with needed_libraries("LPIPS"):
+            from ..training.vision_tokenizer.perceptual import load_lpips
+
+            return load_lpips(net, weights)
     except FileNotFoundError:
         raise
     except ImportError as error:
-        raise MetricUnavailableError(f"LPIPS cannot be computed: {error}") from error
+        raise MetricUnavailableError(str(error)) from error
     except OSError as error:
         raise MetricUnavailableError(
             f"LPIPS needs torchvision's ImageNet weights of {net!r}, which are not in its cache, and the download "
@@ -168,7 +181,6 @@ class ReconstructionMetrics:
 
     Raises:
         ValueError: for an unknown name, or one whose module is not given.
-        MetricUnavailableError: if torchmetrics is missing.
     """
 
     def __init__(self, names=("psnr", "ssim"), lpips: nn.Module | None = None, fid: nn.Module | None = None):
@@ -181,19 +193,16 @@ class ReconstructionMetrics:
         self.names = tuple(names)
         self.lpips = lpips.eval() if "lpips" in names else None
         self.fid = fid if "rfid" in names else None
-        aggregation = require("torchmetrics.aggregation", "The evaluation of reconstructions") if names else None
-        self.means = {
-            name: aggregation.MeanMetric(nan_strategy="error").set_dtype(torch.float64)
-            for name in names
-            if name != "rfid"
-        }
+        # Of each metric over the images so far: sum and number of values.
+        self.totals = {name: torch.zeros(2, dtype=torch.float64) for name in names if name != "rfid"}
         if "psnr" in names:
-            self.means["exact_images"] = aggregation.SumMetric(nan_strategy="error").set_dtype(torch.float64)
+            self.totals["exact_images"] = torch.zeros(2, dtype=torch.float64)
 
     def to(self, device) -> "ReconstructionMetrics":
-        for metric in (*self.means.values(), self.fid, self.lpips):
-            if metric is not None:
-                metric.to(device)
+        self.totals = {name: total.to(device) for name, total in self.totals.items()}
+        for network in (self.fid, self.lpips):
+            if network is not None:
+                network.to(device)
         return self
 
     @torch.no_grad()
@@ -202,7 +211,7 @@ class ReconstructionMetrics:
         Add images and their reconstructions, `(B, 3, H, W)` in [-1, 1].
 
         Raises:
-            ValueError: if the shapes differ, or a reconstruction holds NaN.
+            ValueError: if the shapes differ, or a reconstruction, an image or a value of LPIPS is NaN.
         """
         if reconstruction.shape != images.shape:
             raise ValueError(
@@ -211,21 +220,28 @@ class ReconstructionMetrics:
         if reconstruction.isnan().any():
             raise ValueError("A reconstruction holds NaN: the model's weights or its dtype are at fault.")
         made, given = to_unit_range(reconstruction), to_unit_range(images)
-        if "psnr" in self.means:
+        if "psnr" in self.names:
             psnr = psnr_per_image(made, given)
             exact = psnr.isinf()
-            self.means["exact_images"].update(exact.double())
-            self.means["psnr"].update(psnr.double().where(~exact, 0), (~exact).double())
-        if "ssim" in self.means:
-            self.means["ssim"].update(ssim_per_image(made, given))
-        if "lpips" in self.means:
-            distances = self.lpips(made * 2 - 1, given * 2 - 1)
-            self.means["lpips"].update(distances.double().flatten(1).mean(1))
+            self._add("exact_images", exact)
+            self._add("psnr", psnr[~exact])
+        if "ssim" in self.names:
+            self._add("ssim", ssim_per_image(made, given))
+        if "lpips" in self.names:
+            self._add("lpips", self.lpips(made * 2 - 1, given * 2 - 1).double().flatten(1).mean(1))
         if self.fid is not None:
             for batch, real in ((given, True), (made, False)):
                 # torch-fidelity's Inception takes 8-bit images. torchmetrics would cut instead of rounding, which
                 # shifts the reconstructions by half a level but not the originals.
                 self.fid.update(batch if self.fid.used_custom_model else _to_uint8(batch), real=real)
+
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        """Values of images `(n,)` of one metric."""
+        if values.isnan().any():
+            raise ValueError(f"The metric {name!r} is NaN for some image.")
+        self.totals[name] += torch.stack([values.double().sum(), values.new_tensor(len(values)).double()]).to(
+            self.totals[name].device
+        )
 
     def compute(self) -> dict[str, float]:
         """
@@ -235,9 +251,14 @@ class ReconstructionMetrics:
         Raises:
             ValueError: if rFID is asked of fewer than two images.
         """
-        values = {name: float(metric.compute()) for name, metric in self.means.items()}
-        if "exact_images" in values:
-            values["exact_images"] = int(values["exact_images"])
+        totals = self.totals
+        if totals and dist.is_available() and dist.is_initialized():
+            summed = torch.stack(list(totals.values()))
+            dist.all_reduce(summed)
+            totals = dict(zip(totals, summed))
+        values = {name: float(total / number) for name, (total, number) in totals.items()}
+        if "psnr" in self.names:
+            values["exact_images"] = int(totals["exact_images"][0])
         if self.fid is not None:
             try:
                 values["rfid"] = float(self.fid.compute())

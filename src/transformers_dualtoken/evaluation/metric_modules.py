@@ -1,10 +1,14 @@
 """What the image metrics for `evaluate` in `metrics/` share. It imports `evaluate`, and nothing of the package imports it."""
 
-import datasets
-import evaluate
 import torch
 
+from ..optional_libraries import needed_libraries
 from .image_metrics import ReconstructionMetrics
+
+
+with needed_libraries("The metrics for `evaluate`"):
+    import datasets
+    import evaluate
 
 
 # A picture (3, H, W).

@@ -1,33 +1,25 @@
-"""Imports of what only some metrics need, with a sentence where it is missing."""
+"""Imports of what only some metrics need."""
 
-import importlib
 from types import ModuleType
+
+from .. import optional_libraries
 
 
 class MetricUnavailableError(RuntimeError):
     """A metric cannot be computed here: a library or its pretrained weights are missing. The message says which."""
 
 
-def require(module: str, purpose: str, extra: str = "eval") -> ModuleType:
+def require(module: str, purpose: str) -> ModuleType:
     """
-    Import `module`, for example `"torchmetrics.image.fid"`.
-
-    Args:
-        module (`str`): dotted name.
-        purpose (`str`): what needs it, for the message: `"rFID"`.
-        extra (`str`, defaults to `"eval"`): the extra of this package that installs it.
+    As `transformers_dualtoken.optional_libraries.require`.
 
     Raises:
-        MetricUnavailableError: if it cannot be imported, with the reason and the extra to install.
+        MetricUnavailableError: if the module cannot be imported, with the reason and the extra to install.
     """
     try:
-        return importlib.import_module(module)
-    # A torchvision that was not built for the installed torch fails with RuntimeError.
-    except (ImportError, RuntimeError) as error:
-        raise MetricUnavailableError(
-            f"{purpose} needs {module.partition('.')[0]!r}, which cannot be imported ({error}). Install it with "
-            f"`pip install 'transformers-dualtoken[{extra}]'`, with a torchvision that belongs to the installed torch."
-        ) from error
+        return optional_libraries.require(module, purpose)
+    except ImportError as error:
+        raise MetricUnavailableError(str(error)) from error
 
 
 __all__ = ["MetricUnavailableError", "require"]

@@ -6,14 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import cached_file
 
 from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
 from ...modeling_dualtoken import DualTokenForCausalLM
+from ...optional_libraries import needed_libraries
+
+
+with needed_libraries("A LoRA adapter"):
+    from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+    from peft.utils import ModulesToSaveWrapper
 
 
 TRAINED_IN_FULL = ("projector", "heads", "image_tokens", "embeddings")

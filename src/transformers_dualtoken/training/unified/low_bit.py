@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from ...modeling_dualtoken import DualTokenForCausalLM
+from ...optional_libraries import MissingLibraryError
 
 
 def low_bit_config(
@@ -33,9 +34,7 @@ def low_bit_config(
         )
     available = {"bitsandbytes": is_bitsandbytes_available, "torchao": is_torchao_available}
     if not available[library]():
-        raise ImportError(
-            f"Loading with {bits} bits needs {library}: pip install 'transformers-dualtoken[quantization]'."
-        )
+        raise MissingLibraryError(f"Loading with {bits} bits", library)
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ...chat_dualtoken import image_parts, normalize_chats
 from ...generation import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
+from ...optional_libraries import require
 from ...processing_dualtoken import DualTokenProcessor
 from ..vision_tokenizer.reconstruction_grid import send_to_trackers
 
@@ -294,8 +295,7 @@ def _gathered(wrapped: torch.nn.Module, model: torch.nn.Module):
     """
     units = []
     if is_deepspeed_zero3_enabled():
-        import deepspeed
-
+        deepspeed = require("deepspeed", "Gathering weights that ZeRO-3 has split")
         context = deepspeed.zero.GatheredParameters(list(model.depth_heads.parameters()))
     else:
         context = contextlib.nullcontext()

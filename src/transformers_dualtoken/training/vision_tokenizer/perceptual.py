@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...optional_libraries import require
+
 
 NETWORKS = ("vgg", "alex")
 
@@ -29,15 +31,8 @@ def load_lpips(net: str = "vgg", weights: str | Path | None = None) -> nn.Module
         raise ValueError(f"LPIPS compares features of one of {', '.join(NETWORKS)}, got {net!r}.")
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"There is no file of LPIPS network weights at {str(weights)!r}.")
-    try:
-        # Needs torchvision, which not every installation of torch has: never imported with the package.
-        import lpips
-    except (ImportError, RuntimeError) as error:
-        raise ImportError(
-            "The perceptual term needs the packages lpips and torchvision (pip install "
-            f"'transformers-dualtoken[perceptual]', with a torchvision that matches torch). Importing them failed: {error}. "
-            "To train without them, set the weight of the perceptual term to 0."
-        ) from error
+    # Needs torchvision, which not every installation of torch has: never imported with the package.
+    lpips = require("lpips", "LPIPS, which training does without where the perceptual term has the weight 0,")
     with warnings.catch_warnings():
         # It calls torchvision by a name that torchvision has given up.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")

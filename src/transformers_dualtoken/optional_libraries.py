@@ -1,0 +1,81 @@
+"""Libraries that only a part of this package needs: the extra that brings each, and a sentence where it is missing."""
+
+import importlib
+from contextlib import contextmanager
+from types import ModuleType
+
+
+# By the name of the import. pyproject.toml says what an extra installs.
+EXTRAS = {
+    "accelerate": "train",
+    "datasets": "train",
+    "peft": "train",
+    "lpips": "perceptual",
+    "torchvision": "perceptual",
+    "evaluate": "eval",
+    "open_clip": "eval",
+    "torch_fidelity": "eval",
+    "torchmetrics": "eval",
+    "matplotlib": "demo",
+    "scipy": "demo",
+    "skimage": "demo",
+    "sklearn": "demo",
+    "liger_kernel": "kernels",
+    "triton": "kernels",
+    "bitsandbytes": "quantization",
+    "torchao": "quantization",
+    "deepspeed": "deepspeed",
+    "trl": "trl",
+}
+
+
+class MissingLibraryError(ImportError):
+    """A library that only a part of this package needs cannot be imported. The message names the extra to install."""
+
+    def __init__(self, purpose: str, library: str, reason: object = None):
+        self.reason = reason
+        text = f"{purpose} needs {library}: pip install 'transformers-dualtoken[{EXTRAS[library]}]'"
+        if EXTRAS[library] in ("eval", "perceptual"):
+            text += ", with a torchvision that belongs to the installed torch"
+        super().__init__(f"{text}." if reason is None else f"{text} ({reason}).", name=library)
+
+
+@contextmanager
+def needed_libraries(purpose: str):
+    """
+    Around imports: says which library is missing, what needs it, and which extra brings it.
+
+    Args:
+        purpose (`str`): what needs them, as the subject of a sentence: `"rFID"`.
+
+    Raises:
+        MissingLibraryError: for a library of `EXTRAS`; any other error passes.
+    """
+    try:
+        yield
+    except ImportError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        raise MissingLibraryError(purpose, library, getattr(error, "reason", error)) from error
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """
+    Import a module of a library of `EXTRAS`, for example `"torchmetrics.image.fid"`, where it is used.
+
+    Args:
+        module (`str`): dotted name.
+        purpose (`str`): what needs it, as the subject of a sentence.
+
+    Raises:
+        MissingLibraryError: if it cannot be imported, with the reason and the extra to install.
+    """
+    with needed_libraries(purpose):
+        try:
+            return importlib.import_module(module)
+        except RuntimeError as error:  # a torchvision that was not built for the installed torch
+            raise MissingLibraryError(purpose, module.partition(".")[0], error) from error
+
+
+__all__ = ["EXTRAS", "MissingLibraryError", "needed_libraries", "require"]
