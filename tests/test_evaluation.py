@@ -398,7 +398,7 @@ def test_report_without_matplotlib(tmp_path, images, monkeypatch):
     metrics = {"num_images": 1, "pixel_codebook_usage": 0.5, "per_depth": {"pixel_codebook_usage": [0.5]}}
     arguments = {"model": "tokenizer", "data": {"source": "pictures"}, "shown": [(images[0], images[1])]}
     results = write_report(tmp_path, metrics, usages={"pixel": usage}, **arguments)
-    assert "picture of codebook usage needs 'matplotlib'" in results["skipped"]["codebook_usage.png"]
+    assert "picture of codebook usage needs matplotlib" in results["skipped"]["codebook_usage.png"]
     assert results["metrics"]["pixel_codebook_usage"] == 0.5
     # Only what was measured is explained.
     assert set(results["conventions"]) == {"images", "codebook"}
@@ -470,7 +470,7 @@ def test_script_measures_what_it_can(script, folder, tmp_path, monkeypatch):
     assert results["metrics"]["num_images"] == 5
     assert 0 < results["metrics"]["semantic_codebook_usage"] < 1
     assert set(results["skipped"]) == {"lpips", "rfid", "zero_shot", "retrieval"}
-    assert 10 < results["metrics"]["psnr"] < 40 and 0.3 < results["metrics"]["ssim"] < 1
+    assert 10 < results["metrics"]["psnr"] < 40 and 0 < results["metrics"]["ssim"] < 1
     assert "pip install 'transformers-dualtoken[eval]'" in results["skipped"]["rfid"]
     assert "pip install 'transformers-dualtoken[perceptual]'" in results["skipped"]["lpips"]
     names = {path.name for path in (tmp_path / "out").iterdir()}

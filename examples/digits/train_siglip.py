@@ -22,13 +22,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
-    Trainer,
     TrainingArguments,
 )
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
+from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.training import use_cpu_threads
 
+
+with needed_libraries("The digits' demo"):
+    from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import CAPTIONS, IMAGE_SIZE, NAMES  # noqa: E402

@@ -40,6 +40,10 @@ class MissingLibraryError(ImportError):
         super().__init__(f"{text}." if reason is None else f"{text} ({reason}).", name=library)
 
 
+def _library(error: BaseException) -> str:
+    return (getattr(error, "name", None) or "").partition(".")[0]
+
+
 @contextmanager
 def needed_libraries(purpose: str):
     """
@@ -54,10 +58,13 @@ def needed_libraries(purpose: str):
     try:
         yield
     except ImportError as error:
-        library = (error.name or "").partition(".")[0]
-        if library not in EXTRAS:
+        # transformers says of its own lazy imports only that they failed, and the library in the cause.
+        cause = error
+        while cause is not None and _library(cause) not in EXTRAS:
+            cause = cause.__cause__
+        if cause is None:
             raise
-        raise MissingLibraryError(purpose, library, getattr(error, "reason", error)) from error
+        raise MissingLibraryError(purpose, _library(cause), getattr(cause, "reason", cause)) from error
 
 
 def require(module: str, purpose: str) -> ModuleType:
