@@ -10,6 +10,11 @@ FLOOR := .venv-floor
 NEWEST := .venv-newest
 EXTRAS := .venv-extras
 
+# In the locale C, pip and Python do not get on with a clone whose path has other than ASCII letters.
+ifeq ($(filter %.UTF-8 %.utf8 %.utf-8,$(firstword $(LC_ALL) $(LC_CTYPE) $(LANG))),)
+export LC_ALL := C.UTF-8
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-floor test-newest test-slow test-all test-extras index environments lint format bench clean
 
@@ -86,7 +91,7 @@ $(NEWEST)/.installed: $(if $(shell find $(NEWEST)/.installed -mmin -60 2>/dev/nu
 			"or name another Python, as in 'make $* PYTHON=python3.12'."; exit 1; }
 	@echo "Installing into .venv-$*: minutes the first time, mostly torch."
 	$(PYTHON) -m venv .venv-$*
-	LC_ALL=C.UTF-8 DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 $(CONSTRAINTS) -e ".[$(EXTRA)]"
+	DS_BUILD_OPS=0 .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --retries 10 $(CONSTRAINTS) -e ".[$(EXTRA)]"
 	@touch $@
 
 environments: $(TEST)/.installed $(FLOOR)/.installed $(NEWEST)/.installed $(EXTRAS)/.installed
