@@ -35,6 +35,7 @@ from transformers_dualtoken import (
     DualTokenImageProcessorPil,
     DualTokenVisionTokenizerProcessor,
 )
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.evaluation import (
     RECONSTRUCTION_METRICS,
@@ -52,7 +53,7 @@ from transformers_dualtoken.evaluation import (
 )
 from transformers_dualtoken.evaluation.optional_libraries import require
 from transformers_dualtoken.optional_libraries import needed_libraries
-from transformers_dualtoken.recipe_files import parse_settings
+from transformers_dualtoken.recipe_files import parse_settings, run_script
 
 
 METRICS = (*RECONSTRUCTION_METRICS, "zero_shot", "retrieval", "codebook")
@@ -160,11 +161,14 @@ def load_model(arguments: EvaluationArguments):
         if arguments.label_column is None and arguments.caption_column is None:
             return model, image_processor, None
         tokenizer_path = arguments.text_tokenizer_name_or_path or official_siglip_path(path)
-        return model, image_processor, AutoTokenizer.from_pretrained(tokenizer_path)
-    processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
+        with checkpoint_errors(tokenizer_path):
+            return model, image_processor, AutoTokenizer.from_pretrained(tokenizer_path)
+    with checkpoint_errors(arguments.processor_name_or_path or path):
+        processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
     tokenizer = None
     if arguments.text_tokenizer_name_or_path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer_name_or_path)
+        with checkpoint_errors(arguments.text_tokenizer_name_or_path):
+            tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer_name_or_path)
     elif isinstance(processor, DualTokenVisionTokenizerProcessor):
         tokenizer = processor.tokenizer
     return model, processor.image_processor, tokenizer
@@ -333,4 +337,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

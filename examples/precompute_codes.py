@@ -25,9 +25,10 @@ import torch
 from transformers import AutoProcessor
 
 from transformers_dualtoken import DualTokenImageProcessorPil
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
 from transformers_dualtoken.optional_libraries import needed_libraries
-from transformers_dualtoken.recipe_files import parse_settings
+from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training.data.chat_sources import load_chat_sources
 from transformers_dualtoken.training.data.image_codes import PrecomputeSummary, precompute_codes
 from transformers_dualtoken.training.data.tokenizer_fingerprint import tokenizer_fingerprint
@@ -83,7 +84,8 @@ def load_model(arguments: PrecomputeArguments):
     if is_official_folder(path):
         size = model.config.image_size
         return model, DualTokenImageProcessorPil(size={"height": size, "width": size})
-    return model, AutoProcessor.from_pretrained(path).image_processor
+    with checkpoint_errors(path):
+        return model, AutoProcessor.from_pretrained(path).image_processor
 
 
 def load_sources(arguments: PrecomputeArguments, fingerprint: str) -> list:
@@ -143,4 +145,4 @@ def main(argv: list[str] | None = None) -> PrecomputeSummary:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,8 +36,9 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
 )
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer, official_siglip_path
-from transformers_dualtoken.recipe_files import parse_settings
+from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import (
     DualTokenImageDataset,
     DualTokenImageStream,
@@ -100,6 +101,9 @@ def load_model(
     """The tokenizer to train, its teacher, and the processor that is saved with it."""
     start, siglip = arguments.model_name_or_path, arguments.siglip_model_name_or_path
     is_official = start is not None and is_official_folder(start)
+    if start is not None and not is_official:
+        with checkpoint_errors(start):
+            model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
     if siglip is None and is_official:
         siglip = official_siglip_path(start)
     if siglip is None:
@@ -112,14 +116,15 @@ def load_model(
         )
     elif is_official:
         model = load_official_tokenizer(start)
-    elif (model_type := PreTrainedConfig.get_config_dict(start)[0].get("model_type")) != "dualtoken_vision_tokenizer":
+    elif model_type != "dualtoken_vision_tokenizer":
         raise ValueError(
             f"--model_name_or_path takes a DualToken vision tokenizer; {start!r} is of model type {model_type!r}. A "
             "SigLIP checkpoint, to start a new tokenizer from, is given as --siglip_model_name_or_path."
         )
     else:
         model = DualTokenVisionTokenizer.from_pretrained(start, dtype=torch.float32)
-    teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
+    with checkpoint_errors(siglip):
+        teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
     for name in ("hidden_size", "image_size", "patch_size", "num_hidden_layers"):
         ours, theirs = (getattr(config, name) for config in (model.config.vision_config, teacher.config))
         if ours != theirs:
@@ -216,4 +221,4 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

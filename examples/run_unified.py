@@ -43,7 +43,8 @@ from transformers_dualtoken import (
     DualTokenProcessor,
     DualTokenVisionTokenizer,
 )
-from transformers_dualtoken.recipe_files import parse_settings
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import (
     ChatEncoder,
     DualTokenChatDataset,
@@ -195,7 +196,8 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
         if arguments.config_overrides is not None:
             raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
         options["revision"] = arguments.model_revision
-        processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
+        with checkpoint_errors(arguments.model_name_or_path):
+            processor = AutoProcessor.from_pretrained(arguments.model_name_or_path, revision=arguments.model_revision)
         if arguments.quantization is not None:
             from transformers_dualtoken.training.unified.low_bit import load_quantized
 
@@ -235,9 +237,11 @@ def assemble(
     """A new unified model of two checkpoints."""
     vision_tokenizer = DualTokenVisionTokenizer.from_pretrained(vision_tokenizer_path)
     config = vision_tokenizer.config
+    with checkpoint_errors(language_model_path):
+        tokenizer = AutoTokenizer.from_pretrained(language_model_path)
     processor = DualTokenProcessor(
         DualTokenImageProcessorPil(size={"height": config.image_size, "width": config.image_size}),
-        AutoTokenizer.from_pretrained(language_model_path),
+        tokenizer,
         num_image_tokens=config.num_positions,
     )
     token_ids = {
@@ -419,4 +423,4 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,9 @@ import sys
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.optional_libraries import needed_libraries
+from transformers_dualtoken.recipe_files import run_script
 
 
 with needed_libraries("Training by TRL"):
@@ -42,14 +44,15 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
         sys.argv[1:] if argv is None else argv
     )
     revision = model_arguments.model_revision
-    model = AutoModelForCausalLM.from_pretrained(
-        model_arguments.model_name_or_path,
-        revision=revision,
-        dtype=model_arguments.dtype,
-        attn_implementation=model_arguments.attn_implementation,
-        # `--load_in_4bit` or `--load_in_8bit`: of the language model alone.
-        quantization_config=get_quantization_config(model_arguments),
-    )
+    with checkpoint_errors(model_arguments.model_name_or_path):
+        model = AutoModelForCausalLM.from_pretrained(
+            model_arguments.model_name_or_path,
+            revision=revision,
+            dtype=model_arguments.dtype,
+            attn_implementation=model_arguments.attn_implementation,
+            # `--load_in_4bit` or `--load_in_8bit`: of the language model alone.
+            quantization_config=get_quantization_config(model_arguments),
+        )
     dataset = load_dataset(script_arguments.dataset_name, name=script_arguments.dataset_config)
     trainer = SFTTrainer(
         model=model,
@@ -68,4 +71,4 @@ def main(argv: list[str] | None = None) -> SFTTrainer:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,7 +22,9 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import AutoModelForCausalLM, AutoProcessor
 
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.optional_libraries import needed_libraries
+from transformers_dualtoken.recipe_files import run_script
 from transformers_dualtoken.training import use_cpu_threads
 
 
@@ -167,7 +169,8 @@ def measure_models(
     for path in models:
         print(path, flush=True)
         # Of an adapter transformers finds the base model by itself.
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        with checkpoint_errors(path):
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         evaluation = FinetuningEvaluation(model, AutoProcessor.from_pretrained(path), validation, seed)
         name = Path(path).name
         results[name] = evaluation.run()
@@ -198,4 +201,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]] | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
 from transformers_dualtoken.optional_libraries import needed_libraries
+from transformers_dualtoken.recipe_files import run_script
 from transformers_dualtoken.training import use_cpu_threads
 
 
@@ -288,10 +290,15 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     print(use_cpu_threads(1), flush=True)
+    with checkpoint_errors(arguments.model):
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(arguments.model)
+    with checkpoint_errors(arguments.captions):
+        captions = AutoTokenizer.from_pretrained(arguments.captions)
     evaluation = DigitsEvaluation(
-        AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32),
-        AutoProcessor.from_pretrained(arguments.model),
-        AutoTokenizer.from_pretrained(arguments.captions),
+        model,
+        processor,
+        captions,
         validation=arguments.validation,
         seed=arguments.seed,
     )
@@ -302,4 +309,4 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

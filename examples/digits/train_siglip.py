@@ -27,6 +27,7 @@ from transformers import (
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
 from transformers_dualtoken.optional_libraries import needed_libraries
+from transformers_dualtoken.recipe_files import run_script
 from transformers_dualtoken.training import use_cpu_threads
 
 
@@ -96,6 +97,11 @@ class CaptionedImages(Dataset):
     """All pictures in memory, each with a caption that depends on the seed, the epoch and the index."""
 
     def __init__(self, data_dir: Path, processor: DualTokenVisionTokenizerProcessor, seed: int):
+        if not (data_dir / "captions.jsonl").is_file():
+            raise FileNotFoundError(
+                f"There is no captions.jsonl, which data.py writes, in the folder {str(data_dir)!r} (working directory: "
+                f"{Path.cwd()})."
+            )
         rows = [json.loads(line) for line in (data_dir / "captions.jsonl").read_text().splitlines()]
         images = [Image.open(data_dir / row["image"]) for row in rows]
         self.pixel_values = processor.image_processor(images=images, return_tensors="pt").pixel_values
@@ -163,4 +169,4 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,10 +8,12 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import yaml
 from transformers import HfArgumentParser
+
+from .optional_libraries import MissingLibraryError
 
 
 _ENDINGS = (".json", ".yaml", ".yml")
@@ -23,6 +25,17 @@ _PATHS = (
     *("config_overrides", "learning_rates", "perceptual_weights", "inception_weights", "lpips_weights"),
     *("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint"),
 )
+
+
+def run_script(main: Callable) -> None:
+    """
+    `main()` of a script. What is not there (a checkpoint, a data set, a library) is said in a sentence, without a
+    traceback, and makes the exit status 1.
+    """
+    try:
+        main()
+    except (FileNotFoundError, MissingLibraryError) as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 
 def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:

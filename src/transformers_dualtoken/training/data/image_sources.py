@@ -155,20 +155,24 @@ def _holds_images(feature) -> bool:
     return isinstance(feature, datasets.Image) or (isinstance(feature, datasets.Value) and feature.dtype in types)
 
 
+class MissingDataError(FileNotFoundError, ValueError):
+    """There is no data set of this path or name."""
+
+
 def load_from_hub(source: str, split: str, streaming: bool, is_file_name: bool, *, name=None, data_files=None):
     """A data set of the Hub. `is_file_name`: `source` can be no name of one, for it has the ending of a file of data."""
     nowhere = f"There is no file or folder at {source!r} (the working directory is {os.getcwd()!r})"
     if not HUB_NAME.fullmatch(source) or is_file_name:
-        raise ValueError(f"{nowhere}, and it is not the name of a data set on the Hub.")
+        raise MissingDataError(f"{nowhere}, and it is not the name of a data set on the Hub.")
     if source in _PACKAGED_DATASETS_MODULES and data_files is None:
-        raise ValueError(
+        raise MissingDataError(
             f"{nowhere}. {source!r} is no data set of the Hub but a reader of `datasets`, which would read the files of "
             "the working directory: give the path of the data."
         )
     try:
         return datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
-        raise ValueError(f"{nowhere}, and no data set of this name can be had from the Hub: {error}") from error
+        raise MissingDataError(f"{nowhere}, and no data set of this name can be had from the Hub: {error}") from error
 
 
 def _load_by_datasets(source: str, split: str, streaming: bool, image_column: str, keep_columns: list[str]):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import cached_file
 
+from ...checkpoint_loading import checkpoint_errors
 from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
 from ...modeling_dualtoken import DualTokenForCausalLM
 from ...optional_libraries import needed_libraries
@@ -184,17 +185,23 @@ def merge_adapter(
         dtype (`torch.dtype`, *optional*): of the written weights; the base model's by default.
 
     Raises:
+        FileNotFoundError: if there is no such adapter or base model.
         ValueError: if `output` holds files, or the adapter names no base model and none is given.
     """
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
-    config, revision = PeftConfig.from_pretrained(adapter), None
+    with checkpoint_errors(adapter):
+        try:
+            config, revision = PeftConfig.from_pretrained(adapter), None
+        except ValueError as error:  # PEFT's, where there is no adapter_config.json
+            raise OSError(error) from error
     if base is None:
         base, revision = config.base_model_name_or_path, config.revision
     if not base:
         raise ValueError(f"The adapter {adapter} names no base model; give the one that it was trained on as `base`.")
-    dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
+    with checkpoint_errors(base):
+        dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     model.to(dtype).save_pretrained(output)
