@@ -32,7 +32,7 @@ def load_lpips(net: str = "vgg", weights: str | Path | None = None) -> nn.Module
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(f"There is no file of LPIPS network weights at {str(weights)!r}.")
     # Needs torchvision, which not every installation of torch has: never imported with the package.
-    lpips = require("lpips", "LPIPS, which training does without where the perceptual term has the weight 0,")
+    lpips = require("lpips", "LPIPS (to train without it, set the weight of the perceptual term to 0)")
     with warnings.catch_warnings():
         # It calls torchvision by a name that torchvision has given up.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
