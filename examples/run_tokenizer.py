@@ -101,15 +101,15 @@ def load_model(
     """The tokenizer to train, its teacher, and the processor that is saved with it."""
     start, siglip = arguments.model_name_or_path, arguments.siglip_model_name_or_path
     is_official = start is not None and is_official_folder(start)
-    if start is not None and not is_official:
-        with checkpoint_errors(start):
-            model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
     if siglip is None and is_official:
         siglip = official_siglip_path(start)
     if siglip is None:
         raise ValueError("The frozen teacher is missing: give --siglip_model_name_or_path, a SigLIP checkpoint.")
     if start is not None and arguments.config_overrides is not None:
         raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
+    if start is not None and not is_official:
+        with checkpoint_errors(start):
+            model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
     if start is None:
         model = DualTokenVisionTokenizer.from_siglip_pretrained(
             siglip, **json_object(arguments.config_overrides, "config_overrides")

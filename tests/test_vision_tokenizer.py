@@ -529,7 +529,8 @@ def test_layers_for_other_encoders(layers, expected):
 
 
 def test_the_256_px_layout():
-    vision = SiglipVisionConfig(hidden_size=1024, num_hidden_layers=24, image_size=256, patch_size=16).to_dict()
+    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = SiglipVisionConfig(**sizes, image_size=256, patch_size=16).to_dict()
     config = DualTokenVisionTokenizerConfig(vision_config=vision, semantic_layer=23)
     assert (config.grid_size, config.decoder_latent_size, config.reconstruction_size) == (16, 16, 256)
 

@@ -310,7 +310,7 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
         "decoder_in_channels": _SIZE,
         "decoder_block_out_channels": _Numbers(_SIZE, 1, 16),
         "decoder_attention_levels": _Numbers(_Within(int, 0, 15), 0, 16, optional=True),
-        "decoder_num_res_blocks": _COUNT,
+        "decoder_num_res_blocks": _Within(int, 0, 1024),
         "decoder_norm_num_groups": _SIZE,
         "initializer_range": _Within(float, 0, 100),
     }
