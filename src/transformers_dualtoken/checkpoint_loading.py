@@ -1,5 +1,6 @@
 """What every `from_pretrained` of a DualToken model sees to: that the checkpoint is there, of its kind, and whole."""
 
+import logging
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.integrations import is_fsdp_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
+
+from .optional_libraries import require
+from .transformers_compat import is_older_than
 
 
 _TOKENIZER, _UNIFIED = "dualtoken_vision_tokenizer", "dualtoken"
@@ -81,6 +85,13 @@ class StrictConfigMixin:
         return super().from_dict(config_dict, **kwargs)
 
 
+_DOWNLOAD_KEYS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in str(record.msg)
+
+
 class StrictLoadingMixin:
     """`from_pretrained` that leaves no weights at random and takes a part out of the checkpoint of a whole."""
 
@@ -120,18 +131,37 @@ class StrictLoadingMixin:
             cls._check_whole(model, name, info)
         return model
 
-    def load_adapter(self, *args, **kwargs):
-        """As in transformers; 5.6 asks for a report of it when a model is loaded with its adapter, and makes none."""
-        info = super().load_adapter(*args, **kwargs)
-        return LoadStateDictInfo(set(), set(), set(), [], {}) if info is None else info
+    def load_adapter(self, peft_model_id=None, adapter_name=None, *args, load_config=None, **kwargs):
+        """
+        As in transformers. Up to 5.17 it leaves `modules_to_save` and trained tokens as the base model has them, and
+        reports them missing: PEFT loads the file again. Up to 5.11 it returns no report, which it asks for itself.
+        """
+        if not is_older_than("5.18") or kwargs.get("adapter_state_dict") is not None:
+            return super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
+        log = logging.getLogger("transformers.integrations.peft")
+        log.addFilter(_is_no_report)
+        try:
+            super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
+        finally:
+            log.removeFilter(_is_no_report)
+        given = {
+            **({} if load_config is None else load_config.download_kwargs),
+            **(kwargs.get("adapter_kwargs") or {}),
+        }
+        download = {key: given[key] for key in _DOWNLOAD_KEYS if given.get(key) is not None}
+        peft = require("peft", "An adapter")
+        name = peft_model_id or load_config.pretrained_model_name_or_path
+        weights = peft.utils.load_peft_weights(name, device="cpu", **download)
+        weights = {key.removeprefix("base_model.model."): tensor for key, tensor in weights.items()}
+        peft.set_peft_model_state_dict(self, weights, adapter_name or "default")
+        return LoadStateDictInfo(set(), set(), set(), [], {})
 
     @classmethod
     def _is_whole(cls, name, kwargs: dict) -> bool:
         """Whether the checkpoint is not one of this class itself: a whole that holds it, or nothing of the kind."""
-        names = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
         try:
             config_dict, _ = PreTrainedConfig.get_config_dict(
-                name, **{key: kwargs[key] for key in names if key in kwargs}
+                name, **{key: kwargs[key] for key in _DOWNLOAD_KEYS if key in kwargs}
             )
         except OSError:
             if kwargs.get("config") is None:

@@ -40,12 +40,17 @@ def check_transformers_version(installed: str = transformers.__version__) -> Non
 check_transformers_version()
 
 
+def is_older_than(version: str) -> bool:
+    """Whether the installed transformers is of a series older than `version`."""
+    return _series(transformers.__version__) < _series(version)
+
+
 def require_transformers(version: str, what: str) -> None:
     """
     Raises:
         NotImplementedError: if the installed transformers is of a series older than `version`.
     """
-    if _series(transformers.__version__) < _series(version):
+    if is_older_than(version):
         raise NotImplementedError(
             f"{what} needs transformers {version} or later, but {transformers.__version__} is installed."
         )
@@ -73,5 +78,6 @@ __all__ = [
     "OLDEST_TRANSFORMERS",
     "check_transformers_version",
     "given_cache",
+    "is_older_than",
     "require_transformers",
 ]
