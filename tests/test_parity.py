@@ -304,10 +304,10 @@ def lacking(fields, key):
         ({"vq_sem": lacking(quantizer_fields(), "restart_unused_codes")}, "'vq_sem' lacks restart_unused_codes"),
         *(({"ddconfig": lacking(decoder_fields(), key)}, f"'ddconfig' lacks {key}")
           for key in ("ch", "ch_mult", "resolution", "attn_resolutions", "num_res_blocks", "decoder_in_channels")),
-        ({"vq_pix": quantizer_fields(n_embed=[24, 24, 12])}, r"vq_pix: 'n_embed' must be the same at every depth"),
+        ({"vq_pix": quantizer_fields(n_embed=[24, 24, 12])}, r"`vq_pix.n_embed` must be the same at every depth"),
         ({"vq_pix": quantizer_fields(bottleneck_type="vq")}, "must be 'rq' or 'rq_ema', got 'vq'"),
         ({"decoder_latent_shape": [12, 10]}, r"'decoder_latent_shape' must be square, got \[12, 10\]"),
-        ({"layer_sem": 5}, "`semantic_layer` must lie between 1 and 4.*got 5"),
+        ({"layer_sem": 5}, "`layer_sem` must lie between 1 and 4.*got 5"),
     ],
 )  # fmt: skip
 def test_configurations_that_do_not_fit(tmp_path, overrides, message):
@@ -317,8 +317,10 @@ def test_configurations_that_do_not_fit(tmp_path, overrides, message):
 
 
 def test_files_that_are_missing_or_too_many(write_official, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(FileNotFoundError, match="There is no folder '.*nowhere' .working directory"):
         load_official_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        load_official_tokenizer(tmp_path)
     folder, model = write_official()
     write_folder(folder, official_fields(), official_state_dict(model), name="epoch_4.pt")
     with pytest.raises(FileNotFoundError, match="exactly one checkpoint .*found epoch_3.pt, epoch_4.pt"):
@@ -368,7 +370,7 @@ def test_convert_command_reports_errors_in_one_line(tmp_path, write_official, ca
     assert main(["convert", str(folder), str(tmp_path / "a")]) == 1
     assert "missing 'decoder.conv_in.bias'" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "b")]) == 1
-    assert "holds no config.json" in capsys.readouterr().err
+    assert "There is no folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     folder, _ = write_official()
     assert main(["convert", str(folder), str(tmp_path / "file")]) == 1

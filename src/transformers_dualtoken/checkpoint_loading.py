@@ -1,5 +1,6 @@
 """What every `from_pretrained` of a DualToken model sees to: that the checkpoint is there, of its kind, and whole."""
 
+import json
 import logging
 import os
 from contextlib import contextmanager
@@ -51,6 +52,23 @@ def checkpoint_errors(name: str | os.PathLike):
             f"There is no folder {text!r} in the working directory {Path.cwd()}, and the Hub gave no such checkpoint: "
             f"{error}"
         ) from error
+
+
+def read_json_object(path: str | os.PathLike) -> dict:
+    """
+    The settings of a JSON file.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is not JSON in UTF-8, or anything but an object.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
+    return fields
 
 
 def _is_path(name: str | os.PathLike) -> bool:
@@ -187,4 +205,4 @@ class StrictLoadingMixin:
                 )
 
 
-__all__ = ["StrictConfigMixin", "StrictLoadingMixin", "check_model_type", "checkpoint_errors"]
+__all__ = ["StrictConfigMixin", "StrictLoadingMixin", "check_model_type", "checkpoint_errors", "read_json_object"]

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ImportError, OSError, ValueError) as error:
-        print(f"dualtoken: {error}", file=sys.stderr)
+        # Libraries write some of theirs in several lines.
+        print(f"dualtoken: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -27,7 +27,7 @@ _SO400M_384 = {
 _GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
-class _Within(NamedTuple):
+class Within(NamedTuple):
     """What a number may be: an integer or any finite number, `low` and `high` included."""
 
     kind: type
@@ -41,12 +41,12 @@ class _Within(NamedTuple):
         kinds, what = ((int,), "an integer") if self.kind is int else ((int, float), "a number")
         wanted = f"`{name}` must be {what} from {self.low} to {self.high}{' or None' if self.optional else ''}"
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{wanted}, got {_shown(value)}.")
+            raise TypeError(f"{wanted}, got {shown(value)}.")
         if not self.low <= value <= self.high:
-            raise ValueError(f"{wanted}, got {_shown(value)}.")
+            raise ValueError(f"{wanted}, got {shown(value)}.")
 
 
-class _OneOf(NamedTuple):
+class OneOf(NamedTuple):
     """What a choice may be."""
 
     choices: tuple
@@ -57,14 +57,14 @@ class _OneOf(NamedTuple):
             *others, last = map(repr, self.choices)
             known_type = any(type(value) is type(choice) for choice in self.choices)
             raise (ValueError if known_type else TypeError)(
-                f"`{name}` must be {', '.join(others)} or {last}, got {_shown(value)}."
+                f"`{name}` must be {', '.join(others)} or {last}, got {shown(value)}."
             )
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """What a list of numbers may be."""
 
-    item: _Within
+    item: Within
     shortest: int
     longest: int
     optional: bool = False
@@ -73,17 +73,17 @@ class _Numbers(NamedTuple):
         if self.optional and value is None:
             return
         if not isinstance(value, (list, tuple)):
-            raise TypeError(f"`{name}` must be a list of integers, got {_shown(value)}.")
+            raise TypeError(f"`{name}` must be a list of integers, got {shown(value)}.")
         if not self.shortest <= len(value) <= self.longest:
             raise ValueError(f"`{name}` must have {self.shortest} to {self.longest} items, got {len(value)}.")
         for index, item in enumerate(value):
             self.item.check(f"{name}[{index}]", item)
 
 
-_SIZE, _SIDE, _COUNT = _Within(int, 1, 2**31 - 1), _Within(int, 1, 2**16), _Within(int, 1, 1024)
-_TOKEN_ID = _Within(int, 0, 2**31 - 1)
-_EPSILON, _FRACTION, _WEIGHT = _Within(float, 1e-30, 1), _Within(float, 0, 1), _Within(float, 0, 1e6)
-_BOOL = _OneOf((True, False))
+_SIZE, _SIDE, _COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
+_TOKEN_ID = Within(int, 0, 2**31 - 1)
+_EPSILON, _FRACTION, _WEIGHT = Within(float, 1e-30, 1), Within(float, 0, 1), Within(float, 0, 1e6)
+_BOOL = OneOf((True, False))
 # Fields of other projects' configs that sizes here are computed from.
 _TRANSFORMER_FIELDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), _SIZE),
@@ -91,13 +91,13 @@ _TRANSFORMER_FIELDS = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size"), _SIZE),
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), _EPSILON),
     "attention_dropout": _FRACTION,
-    "hidden_act": _OneOf(tuple(ACT2FN)),
-    "initializer_range": _Within(float, 0, 100),
+    "hidden_act": OneOf(tuple(ACT2FN)),
+    "initializer_range": Within(float, 0, 100),
 }
-_VISION_FIELDS = {"image_size": _SIDE, "patch_size": _SIDE, "num_channels": _Within(int, 3, 3)}
+_VISION_FIELDS = {"image_size": _SIDE, "patch_size": _SIDE, "num_channels": Within(int, 3, 3)}
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
@@ -115,14 +115,14 @@ def _check_names(config_class, names, where: str) -> None:
     fields = config_class.__dataclass_fields__
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"{where}: names of fields must be strings, got {_shown(name)}.")
+            raise TypeError(f"{where}: names of fields must be strings, got {shown(name)}.")
         if name not in fields and not hasattr(config_class, name):
             close = difflib.get_close_matches(name, fields, 1, cutoff=0.9)
             if close:
                 raise ValueError(f"{where} has no field `{name}`; did you mean `{close[0]}`?")
 
 
-def _as_config(value, config_class, name: str, defaults: dict | None = None):
+def as_config(value, config_class, name: str, defaults: dict | None = None):
     """Build a sub-config from `None` (the defaults), a dict or a ready config."""
     if isinstance(value, config_class):
         return value
@@ -134,7 +134,7 @@ def _as_config(value, config_class, name: str, defaults: dict | None = None):
         )
     model_type = value.get("model_type", config_class.model_type)
     if model_type != config_class.model_type:
-        raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {_shown(model_type)}.")
+        raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {shown(model_type)}.")
     _check_names(config_class, value, f"`{name}`")
     try:
         return config_class(**{key: item for key, item in value.items() if key != "model_type"})
@@ -168,7 +168,7 @@ class _CheckedConfig(StrictConfigMixin):
         if name in self._rules:
             self._rules[name].check(name, value)
         if name in self.sub_configs and not isinstance(value, (dict, PreTrainedConfig, type(None))):
-            raise TypeError(f"`{name}` must be a config or a dict of its fields, got {_shown(value)}.")
+            raise TypeError(f"`{name}` must be a config or a dict of its fields, got {shown(value)}.")
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:  # a field of PreTrainedConfig
@@ -184,7 +184,7 @@ class _CheckedConfig(StrictConfigMixin):
         for name, config_class in self.sub_configs.items():
             config_class = PreTrainedConfig if config_class is AutoConfig else config_class
             if not isinstance(getattr(self, name), config_class):
-                raise TypeError(f"`{name}` must be a {config_class.__name__}, got {_shown(getattr(self, name))}.")
+                raise TypeError(f"`{name}` must be a {config_class.__name__}, got {shown(getattr(self, name))}.")
 
     def save_pretrained(self, save_directory, **kwargs):
         self.check_together()
@@ -235,9 +235,9 @@ class DualTokenQuantizerConfig(_CheckedConfig, PreTrainedConfig):
         "code_dim": _SIZE,
         "num_depths": _COUNT,
         "shared_codebook": _BOOL,
-        "update_rule": _OneOf(("rq", "rq_ema")),
-        "ema_vectors": _OneOf(("own", "final")),
-        "ema_decay": _Within(float, 0, math.nextafter(1, 0)),
+        "update_rule": OneOf(("rq", "rq_ema")),
+        "ema_vectors": OneOf(("own", "final")),
+        "ema_decay": Within(float, 0, math.nextafter(1, 0)),
         "ema_eps": _EPSILON,
         "restart_unused_codes": _BOOL,
     }
@@ -305,20 +305,20 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
         "pixel_layer": _COUNT,
         "semantic_layer": _COUNT,
         "shortcut_layer": _COUNT._replace(optional=True),
-        "shortcut_weight": _Within(float, -1000, 1000),
+        "shortcut_weight": Within(float, -1000, 1000),
         "decoder_latent_size": _SIDE._replace(optional=True),
         "decoder_in_channels": _SIZE,
-        "decoder_block_out_channels": _Numbers(_SIZE, 1, 16),
-        "decoder_attention_levels": _Numbers(_Within(int, 0, 15), 0, 16, optional=True),
-        "decoder_num_res_blocks": _Within(int, 0, 1024),
+        "decoder_block_out_channels": Numbers(_SIZE, 1, 16),
+        "decoder_attention_levels": Numbers(Within(int, 0, 15), 0, 16, optional=True),
+        "decoder_num_res_blocks": Within(int, 0, 1024),
         "decoder_norm_num_groups": _SIZE,
-        "initializer_range": _Within(float, 0, 100),
+        "initializer_range": Within(float, 0, 100),
     }
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             defaults = _SO400M_384.get(name)
-            setattr(self, name, _as_config(getattr(self, name), config_class, name, defaults))
+            setattr(self, name, as_config(getattr(self, name), config_class, name, defaults))
         self.check_towers()
         if self.text_config.vocab_size == _GEMMA_VOCAB_SIZE and self.text_config.pad_token_id == 1:
             # SigLIP 2's folders say nothing and get SigLIP's default, which is the end of a text there.
@@ -464,10 +464,10 @@ class DualTokenDepthHeadConfig(_CheckedConfig, PreTrainedConfig):
         "head_dim": _SIZE,
         "intermediate_size": _SIZE,
         "input_hidden_size": _SIZE,
-        "hidden_act": _OneOf(tuple(ACT2FN)),
+        "hidden_act": OneOf(tuple(ACT2FN)),
         "rms_norm_eps": _EPSILON,
         "bias": _BOOL,
-        "initializer_range": _Within(float, 0, 100),
+        "initializer_range": Within(float, 0, 100),
     }
 
     @property
@@ -523,11 +523,11 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
 
     _rules = {
         **dict.fromkeys(("image_start_token_id", "image_token_id", "image_end_token_id"), _TOKEN_ID),
-        "visual_features": _OneOf(("codes", "projected")),
-        "depth_reduction": _OneOf(("sum", "mean")),
+        "visual_features": OneOf(("codes", "projected")),
+        "depth_reduction": OneOf(("sum", "mean")),
         **dict.fromkeys(("text_loss_weight", "pixel_loss_weight", "semantic_loss_weight"), _WEIGHT),
-        "tie_word_embeddings": _OneOf((True, False, None)),
-        "initializer_range": _Within(float, 0, 100),
+        "tie_word_embeddings": OneOf((True, False, None)),
+        "initializer_range": Within(float, 0, 100),
     }
 
     def __post_init__(self, **kwargs):
@@ -535,16 +535,16 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
             fields = dict(self.text_config)
             model_type = fields.pop("model_type", "qwen2")
             if not isinstance(model_type, str):
-                raise TypeError(f"`text_config.model_type` must be a string, got {_shown(model_type)}.")
+                raise TypeError(f"`text_config.model_type` must be a string, got {shown(model_type)}.")
             config_class = type(AutoConfig.for_model(model_type))
-            self.text_config = _as_config(fields, config_class, "text_config")
+            self.text_config = as_config(fields, config_class, "text_config")
         self.text_config = Qwen2Config() if self.text_config is None else self.text_config
         if not isinstance(self.text_config, PreTrainedConfig):
             raise TypeError(
-                f"`text_config` must be a PreTrainedConfig or a dict of its fields, got {_shown(self.text_config)}."
+                f"`text_config` must be a PreTrainedConfig or a dict of its fields, got {shown(self.text_config)}."
             )
         for name in ("vision_tokenizer_config", "depth_head_config"):
-            setattr(self, name, _as_config(getattr(self, name), self.sub_configs[name], name))
+            setattr(self, name, as_config(getattr(self, name), self.sub_configs[name], name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         # TRL reads it of every model it does not know, also where there is no remote code.

@@ -5,29 +5,89 @@ training checkpoint `*.pt` with a `state_dict`, and the configuration of the Sig
 `pretrained_model`.
 """
 
-import json
+import math
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from transformers import SiglipConfig
+from transformers import SiglipConfig, SiglipVisionConfig
+from transformers.utils import cached_file
 
-from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
+from .checkpoint_loading import check_model_type, checkpoint_errors, read_json_object
+from .configuration_dualtoken import (
+    DualTokenQuantizerConfig,
+    DualTokenVisionTokenizerConfig,
+    Numbers,
+    OneOf,
+    Within,
+    as_config,
+    shown,
+)
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 
 
 _KIND_IN_KEYS = {"pixel": "pix", "semantic": "sem"}
-_MODEL_KEYS = ("layer_recon", "layer_sem", "ddconfig", "vq_sem", "vq_pix")
-_DECODER_KEYS = ("resolution", "attn_resolutions", "ch", "ch_mult", "num_res_blocks", "decoder_in_channels")
-_QUANTIZER_KEYS = (
-    "bottleneck_type",
-    "code_shape",
-    "decay",
-    "embed_dim",
-    "n_embed",
-    "restart_unused_codes",
-    "shared_codebook",
-)
+
+
+class _Name(NamedTuple):
+    """What the name of a checkpoint may be."""
+
+    def check(self, name: str, value) -> None:
+        if not isinstance(value, str) or not value.strip() or not value.isprintable():
+            raise ValueError(f"`{name}` must be a folder or Hub id, got {shown(value)}.")
+
+
+class _Depths(NamedTuple):
+    """A number for all depths, or a list of the same number for each, which the authors' code takes as well."""
+
+    item: Within
+
+    def check(self, name: str, value) -> None:
+        for item in value if isinstance(value, list) else [value]:
+            self.item.check(name, item)
+        if isinstance(value, list) and len(set(value)) != 1:
+            raise ValueError(f"`{name}` must be the same at every depth, got {shown(value)}.")
+
+
+_SIZE, _SIDE, _COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
+_BOOL = OneOf((True, False))
+# What is read of the authors' configuration, and what it may be; null is as good as missing.
+_MODEL_RULES = {"layer_recon": _COUNT, "layer_sem": _COUNT}
+_OPTIONAL_RULES = {
+    "layer_shortcut": _COUNT,
+    "weight_shortcut": Within(float, -1000, 1000),
+    "decoder_latent_shape": Numbers(_SIDE, 2, 2),
+    "pretrained_model": _Name(),
+}
+_DECODER_RULES = {
+    "resolution": _SIDE,
+    "attn_resolutions": Numbers(_SIDE, 0, 1024),
+    "ch": _SIZE,
+    "ch_mult": Numbers(_SIZE, 1, 16),
+    "num_res_blocks": Within(int, 0, 1024),
+    "decoder_in_channels": _SIZE,
+}
+_QUANTIZER_RULES = {
+    "bottleneck_type": OneOf(("rq", "rq_ema")),
+    "code_shape": Numbers(_COUNT, 3, 3),
+    "decay": _Depths(Within(float, 0, math.nextafter(1, 0))),
+    "embed_dim": _SIZE,
+    "n_embed": _Depths(_SIZE),
+    "restart_unused_codes": _BOOL,
+    "shared_codebook": _BOOL,
+}
+_PART_RULES = {"ddconfig": _DECODER_RULES, "vq_sem": _QUANTIZER_RULES, "vq_pix": _QUANTIZER_RULES}
+# The authors' names of what can be wrong with another value only.
+_KEYS_OF_FIELDS = {
+    "pixel_layer": "layer_recon",
+    "semantic_layer": "layer_sem",
+    "shortcut_layer": "layer_shortcut",
+    "pixel_quantizer_config.code_dim": "vq_pix.embed_dim",
+    "semantic_quantizer_config.code_dim": "vq_sem.embed_dim",
+    "decoder_latent_size": "decoder_latent_shape",
+    "decoder_block_out_channels": "ddconfig.ch * ddconfig.ch_mult",
+}
 _CODEBOOK_TENSORS = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
 
 # From this project's names to the authors', applied in order.
@@ -80,21 +140,17 @@ def official_view(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfig:
-    """The configuration of a folder in the authors' format."""
+    """
+    The configuration of a folder in the authors' format.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, no `config.json` in it, or no SigLIP configuration.
+        ValueError: for a value that cannot be, or that is missing: names the file, the key, and what is accepted.
+    """
     folder = Path(folder)
     config_path = folder / "config.json"
-    if not config_path.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json in the authors' format.")
-    outer = json.loads(config_path.read_text())
-    if "rqvaesiglip" not in outer:
-        raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
-    config = outer["rqvaesiglip"]
-    _require(config, _MODEL_KEYS, f"{config_path}: 'rqvaesiglip'")
-    _require(config["ddconfig"], _DECODER_KEYS, f"{config_path}: 'ddconfig'")
-    for name in ("vq_pix", "vq_sem"):
-        _require(config[name], _QUANTIZER_KEYS, f"{config_path}: '{name}'")
-
-    siglip_config = SiglipConfig.from_pretrained(_siglip_path(folder, config))
+    config = _official_fields(folder)
+    siglip_path, towers = _siglip_towers(_siglip_path(folder, config), config_path)
     decoder = config["ddconfig"]
     levels = len(decoder["ch_mult"])
     lowest_resolution = decoder["resolution"] // 2 ** (levels - 1)
@@ -103,74 +159,138 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
         for level in range(levels)
         if lowest_resolution * 2 ** (levels - 1 - level) in decoder["attn_resolutions"]
     ]
-    grid = siglip_config.vision_config.image_size // siglip_config.vision_config.patch_size
+    vision_config = towers["vision_config"]
+    grid = vision_config.image_size // vision_config.patch_size
     latent_shape = config.get("decoder_latent_shape") or [grid, grid]
     if latent_shape[0] != latent_shape[1]:
         raise ValueError(f"{config_path}: 'decoder_latent_shape' must be square, got {latent_shape}.")
-    return DualTokenVisionTokenizerConfig(
-        vision_config=config_fields(siglip_config.vision_config),
-        text_config=config_fields(siglip_config.text_config),
-        pixel_layer=config["layer_recon"],
-        semantic_layer=config["layer_sem"],
-        shortcut_layer=config.get("layer_shortcut"),
-        shortcut_weight=0.6 if config.get("weight_shortcut") is None else config["weight_shortcut"],
-        pixel_quantizer_config=_quantizer_config(config["vq_pix"], "vq_pix"),
-        semantic_quantizer_config=_quantizer_config(config["vq_sem"], "vq_sem"),
-        decoder_latent_size=latent_shape[0],
-        decoder_in_channels=decoder["decoder_in_channels"],
-        decoder_block_out_channels=[decoder["ch"] * multiplier for multiplier in decoder["ch_mult"]],
-        decoder_attention_levels=attention_levels,
-        decoder_num_res_blocks=decoder["num_res_blocks"],
-    )
+    try:
+        return DualTokenVisionTokenizerConfig(
+            **towers,
+            pixel_layer=config["layer_recon"],
+            semantic_layer=config["layer_sem"],
+            shortcut_layer=config.get("layer_shortcut"),
+            shortcut_weight=0.6 if config.get("weight_shortcut") is None else config["weight_shortcut"],
+            pixel_quantizer_config=_quantizer_config(config["vq_pix"]),
+            semantic_quantizer_config=_quantizer_config(config["vq_sem"]),
+            decoder_latent_size=latent_shape[0],
+            decoder_in_channels=decoder["decoder_in_channels"],
+            decoder_block_out_channels=[decoder["ch"] * multiplier for multiplier in decoder["ch_mult"]],
+            decoder_attention_levels=attention_levels,
+            decoder_num_res_blocks=decoder["num_res_blocks"],
+        )
+    except (TypeError, ValueError) as error:
+        text = str(error)
+        for field, key in _KEYS_OF_FIELDS.items():
+            text = re.sub(rf"\b{field}\b", key, text)
+        raise ValueError(f"{config_path}, with {siglip_path}: {text}") from error
 
 
-def _require(config: dict, keys: tuple[str, ...], where: str) -> None:
-    missing = [key for key in keys if config.get(key) is None]
+def _official_fields(folder: str | Path) -> dict:
+    """`rqvaesiglip` of a folder in the authors' format, every key that is read of the right kind."""
+    folder = Path(folder)
+    config_path = folder / "config.json"
+    with checkpoint_errors(folder):
+        if not config_path.is_file():
+            raise FileNotFoundError(f"{folder} holds no config.json in the authors' format.")
+        outer = read_json_object(config_path)
+    if "rqvaesiglip" not in outer:
+        raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
+    config = outer["rqvaesiglip"]
+    _check_object(config, {**_MODEL_RULES, **dict.fromkeys(_PART_RULES)}, config_path, "rqvaesiglip")
+    optional = {key: rule for key, rule in _OPTIONAL_RULES.items() if config.get(key) is not None}
+    _check_object(config, optional, config_path, "rqvaesiglip")
+    for name, rules in _PART_RULES.items():
+        _check_object(config[name], rules, config_path, name)
+    return config
+
+
+def _check_object(config, rules: dict, config_path: Path, name: str) -> None:
+    """Raise a `ValueError` that names the file unless every key of `rules` is there and as its rule says, if any."""
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(config)}.")
+    missing = [key for key in rules if config.get(key) is None]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+        raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
+    for key, rule in rules.items():
+        try:
+            if rule is not None:
+                rule.check(f"{name}.{key}", config[key])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_path}: {error}") from error
 
 
 def is_official_folder(path: str | Path) -> bool:
-    """Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id."""
+    """
+    Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id.
+
+    Raises:
+        ValueError: if its `config.json` is not a JSON object.
+    """
     config_path = Path(path) / "config.json"
-    return config_path.is_file() and "rqvaesiglip" in json.loads(config_path.read_text())
+    return config_path.is_file() and "rqvaesiglip" in read_json_object(config_path)
 
 
 def official_siglip_path(folder: str | Path) -> str:
-    """Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on."""
-    folder = Path(folder)
-    return _siglip_path(folder, json.loads((folder / "config.json").read_text())["rqvaesiglip"])
+    """
+    Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`convert_official_config`].
+    """
+    return _siglip_path(Path(folder), _official_fields(folder))
 
 
 def _siglip_path(folder: Path, config: dict) -> str:
     """`pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id."""
     name = config.get("pretrained_model")
-    for candidate in (folder / str(name), folder / "siglip"):
-        if (candidate / "config.json").is_file():
-            return str(candidate)
-    if not name:
+    for candidate in (name, "siglip"):
+        if candidate is not None and (folder / candidate / "config.json").is_file():
+            return str(folder / candidate)
+    if name is None:
         raise ValueError(
             f"{folder / 'config.json'} has no 'pretrained_model', and {folder / 'siglip'} does not exist."
         )
-    return str(name)
+    return name
 
 
-def _quantizer_config(config: dict, name: str) -> DualTokenQuantizerConfig:
-    for key in ("n_embed", "decay"):
-        if isinstance(config[key], list):
-            if len(set(config[key])) != 1:
-                raise ValueError(f"{name}: '{key}' must be the same at every depth, got {config[key]}.")
-            config = {**config, key: config[key][0]}
+def _siglip_towers(name: str, config_path: Path) -> tuple[str, dict]:
+    """The file of a SigLIP configuration, and its two towers' as the vision tokenizer takes them."""
+    where = f"{config_path}: the SigLIP checkpoint, `rqvaesiglip.pretrained_model`, cannot be read"
+    try:
+        with checkpoint_errors(name):
+            path = cached_file(name, "config.json")
+            if path is None:
+                raise FileNotFoundError(f"{name} holds no config.json.")
+    except OSError as error:
+        raise FileNotFoundError(f"{where}. {error}") from error
+    try:
+        fields = read_json_object(path)
+        check_model_type(SiglipConfig, fields)
+        # What is left out has SigLIP's defaults, not the paper's.
+        towers = {name: fields.get(name) or {} for name in ("vision_config", "text_config")}
+        vision_config = as_config(towers["vision_config"], SiglipVisionConfig, "vision_config")
+        for side in ("image_size", "patch_size"):
+            _SIDE.check(f"vision_config.{side}", getattr(vision_config, side))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {path}: {error}") from error
+    return path, {**towers, "vision_config": vision_config}
+
+
+def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:
     update_rule = config["bottleneck_type"]
+    codebook_size, decay = (
+        config[key][0] if isinstance(config[key], list) else config[key] for key in ("n_embed", "decay")
+    )
     return DualTokenQuantizerConfig(
-        codebook_size=config["n_embed"],
+        codebook_size=codebook_size,
         code_dim=config["embed_dim"],
         num_depths=config["code_shape"][-1],
         shared_codebook=config["shared_codebook"],
         update_rule=update_rule,
         # In the authors' code all depths alias one residual, the final one.
         ema_vectors="final" if update_rule == "rq_ema" else "own",
-        ema_decay=config["decay"],
+        ema_decay=decay,
         restart_unused_codes=config["restart_unused_codes"],
     )
 
@@ -182,11 +302,12 @@ def convert_official_state_dict(
     The authors' `state_dict` under the names, and in the shapes, of `model`.
 
     Raises:
-        ValueError: naming every missing, unexpected or misshapen key, the copy of a shared codebook that differs, or
-            a `zero_k_bias` that is not zero.
+        ValueError: naming every missing, unexpected or misshapen key, what is no dense tensor of finite real numbers,
+            the copy of a shared codebook that differs, or a `zero_k_bias` that is not zero.
     """
     num_levels = len(model.config.decoder_block_out_channels)
-    remaining, converted, problems = dict(official), {}, []
+    converted, problems = {}, [f"the key {shown(name)} is not a string" for name in official if type(name) is not str]
+    remaining = {name: tensor for name, tensor in official.items() if type(name) is str}
     for key, tensor in model.state_dict().items():
         if ".codebook." in key:
             continue
@@ -199,23 +320,44 @@ def convert_official_state_dict(
         converted.update(_convert_codebooks(kind, remaining, model.quantizer(kind).config, problems))
     for name in list(remaining):
         if re.match(r"^(pre|post)quant_(pix|sem|shortcut)\.attn\.zero_k_bias$", name):
-            if remaining.pop(name).any():
+            tensor = remaining.pop(name)
+            fault = _fault(tensor)
+            if fault:
+                problems.append(f"'{name}' {fault}")
+            elif tensor.any():
                 problems.append(f"'{name}' is not zero, but the projections' keys have no bias")
     problems += [f"unexpected '{name}'" for name in remaining]
     if problems:
-        raise ValueError(f"The checkpoint does not fit its configuration: {'; '.join(problems)}.")
+        shown_problems = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ValueError(f"The checkpoint does not fit its configuration: {'; '.join(shown_problems)}.")
     return converted
 
 
 def _take(remaining: dict, name: str, shape: tuple, problems: list[str]) -> torch.Tensor | None:
-    """Remove a tensor from `remaining`; note a problem and return `None` if it is missing or misshapen."""
-    tensor = remaining.pop(name, None)
-    if tensor is None:
+    """Remove a tensor from `remaining`; note a problem and return `None` if it is missing or cannot be it."""
+    if name not in remaining:
         problems.append(f"missing '{name}'")
-    elif tuple(tensor.shape) != shape:
-        problems.append(f"'{name}' has shape {tuple(tensor.shape)} instead of {shape}")
-    else:
-        return tensor
+        return None
+    tensor = remaining.pop(name)
+    fault = _fault(tensor)
+    if not fault and tuple(tensor.shape) != shape:
+        fault = f"has shape {tuple(tensor.shape)} instead of {shape}"
+    if fault:
+        problems.append(f"'{name}' {fault}")
+    return None if fault else tensor
+
+
+def _fault(tensor) -> str | None:
+    """What keeps a value of a checkpoint from being a weight, as the end of a sentence."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"is of type {type(tensor).__name__}, not a tensor"
+    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_floating_point():
+        return f"must be a dense tensor of real numbers, got {tensor.dtype}, {tensor.layout}"
+    # A shape may promise more than the file holds: strides of 0, or no storage at all.
+    if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
+        return f"has shape {tuple(tensor.shape)}, but fewer values in the file"
+    if not torch.isfinite(tensor.float()).all():
+        return "has values that are not finite"
     return None
 
 
@@ -255,7 +397,8 @@ def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if the configuration, or any key or shape of the checkpoint, does not fit; the message names it.
+        ValueError: if the configuration, or any key, shape or value of the checkpoint, does not fit (the message names
+            it), or the checkpoint is damaged or holds more than tensors and plain values.
     """
     folder = Path(folder)
     config = convert_official_config(folder)
@@ -263,16 +406,46 @@ def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
     if len(checkpoints) != 1:
         found = ", ".join(path.name for path in checkpoints) or "none"
         raise FileNotFoundError(f"{folder} must hold exactly one checkpoint *.pt, found {found}.")
-    checkpoint = torch.load(checkpoints[0], map_location="cpu", weights_only=True)
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{checkpoints[0]} has no 'state_dict'.")
-    # A checkpoint of distributed training carries the wrapper's prefix on every key.
-    official = checkpoint["state_dict"]
-    if official and all(key.startswith("module.") for key in official):
-        official = {key.removeprefix("module."): tensor for key, tensor in official.items()}
+    official = _read_state_dict(checkpoints[0])
+    # Sizes out of all proportion to the file would fill the memory.
+    try:
+        with torch.device("meta"):
+            layout = DualTokenVisionTokenizer(config)
+    except RuntimeError as error:  # more bytes than 64 bits count
+        raise ValueError(f"{folder / 'config.json'}: no model can have these sizes ({error}).") from error
+    try:
+        converted = convert_official_state_dict(official, layout)
+    except ValueError as error:
+        raise ValueError(f"{checkpoints[0]}: {error}") from error
     model = DualTokenVisionTokenizer(config)
-    model.load_state_dict(convert_official_state_dict(official, model))
+    model.load_state_dict(converted)
     return model.eval()
+
+
+def _read_state_dict(path: Path) -> dict:
+    """`state_dict` of a training checkpoint, its keys without the prefix of distributed training."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever foreign bytes make the unpickler stumble on
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {found[1]}" if found else f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
+        raise ValueError(
+            f"{path} is not a whole torch checkpoint of tensors and plain values ({reason}). Other objects could run "
+            "code when they are read; if you trust the file, save its 'state_dict' anew without them."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} has no 'state_dict'.")
+    official = checkpoint["state_dict"]
+    if not isinstance(official, dict):
+        raise ValueError(f"{path}: 'state_dict' must be a dict of tensors, got {type(official).__name__}.")
+    prefix = "module."
+    if official and all(type(key) is str and key.startswith(prefix) for key in official):
+        official = {key.removeprefix(prefix): tensor for key, tensor in official.items()}
+    return official
 
 
 def load_vision_tokenizer(path: str | Path, dtype: torch.dtype = torch.float32) -> DualTokenVisionTokenizer:
