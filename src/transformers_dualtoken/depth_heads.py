@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_dualtoken import DualTokenDepthHeadConfig
-from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
+from .linear_cross_entropy import is_autocast_on, linear_cross_entropy, without_autocast
 
 
 NUM_KINDS = 2  # pixel, semantic
@@ -75,18 +76,47 @@ class DualTokenStackedRMSNorm(nn.Module):
         return weight * F.rms_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
 
 
+class _CausalAttention(torch.autograd.Function):
+    """All in float32 at least, rounded once. Autograd would keep the wide copies for the backward; here they go."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        depths, wide = query.shape[1], torch.promote_types(query.dtype, torch.float32)
+        with without_autocast(query.device.type):
+            # One mask for all, added within the product.
+            mask = torch.full((depths, depths), float("-inf"), dtype=wide, device=query.device).triu(1)
+            scores = torch.baddbmm(mask, _widen(query), _widen(key).transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+            probabilities = scores.softmax(-1)
+            ctx.save_for_backward(query, key, value, probabilities)
+            return torch.bmm(probabilities, _widen(value)).to(value.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, probabilities = ctx.saved_tensors
+        with without_autocast(query.device.type):
+            wide = _widen(grad)
+            grad_value = torch.bmm(probabilities.transpose(1, 2), wide).to(value.dtype)
+            grad_scores = torch.bmm(wide, _widen(value).transpose(1, 2))
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_scores, probabilities, -1, grad_scores.dtype)
+            grad_scores *= query.shape[-1] ** -0.5
+            grad_query = torch.bmm(grad_scores, _widen(key)).to(query.dtype)
+            grad_key = torch.bmm(grad_scores.transpose(1, 2), _widen(query)).to(key.dtype)
+            return grad_query, grad_key, grad_value
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
-    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same.
+    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same; in float32 at least within.
 
     As two products rather than torch's own attention, which is made for few long sequences: on a GPU its backward pads
-    8 depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 12 MB here) and takes at most 65,535 positions.
+    8 depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 24 MB here) and takes at most 65,535 positions.
     """
-    depths = query.shape[1]
-    # One mask for all, added within the product.
-    mask = query.new_full((depths, depths), float("-inf")).triu(1)
-    scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(-1).to(value.dtype), value)
+    return _CausalAttention.apply(query, key, value)
 
 
 class DualTokenDepthLayer(GradientCheckpointingLayer):

@@ -172,7 +172,7 @@ def _walk(hidden, weight, targets, bias, chunk_size, matmul_dtype, needs_grad):
         bias_sum = torch.empty(num_classes, dtype=dtype, device=device)
 
     # The casts below are explicit, and autocast does not accept `out=`.
-    with torch.no_grad(), _without_autocast(device.type):
+    with torch.no_grad(), without_autocast(device.type):
         for group in range(num_groups):
             group_weight = weight[group].to(matmul_dtype)
             group_bias = None if bias is None else bias[group].to(dtype)
@@ -257,7 +257,8 @@ def is_autocast_on(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
-def _without_autocast(device_type: str):
+def without_autocast(device_type: str):
+    """A context manager within which products keep the dtype they are given."""
     return torch.autocast(device_type, enabled=False) if is_autocast_on(device_type) else nullcontext()
 
 
