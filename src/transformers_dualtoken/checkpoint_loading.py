@@ -3,10 +3,12 @@
 import json
 import logging
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.integrations import is_fsdp_enabled
 from transformers.utils.loading_report import LoadStateDictInfo
@@ -31,13 +33,14 @@ _OF_LANGUAGE_MODELS = (
 @contextmanager
 def checkpoint_errors(name: str | os.PathLike):
     """
-    While a checkpoint is looked for: says in one sentence that there is none.
+    While a checkpoint is looked for and read: says in one sentence that there is none, or that its weights are damaged.
 
     Args:
         name (`str` or `os.PathLike`): a folder or a Hub id.
 
     Raises:
         FileNotFoundError: if `name` is a path and there is nothing, or neither a folder nor to be had from the Hub.
+        ValueError: if a safetensors file is cut or otherwise damaged.
     """
     text = os.fspath(name)
     is_there = os.path.exists(text)
@@ -45,6 +48,8 @@ def checkpoint_errors(name: str | os.PathLike):
         raise FileNotFoundError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")
     try:
         yield
+    except SafetensorError as error:
+        raise ValueError(f"The checkpoint {text!r} is damaged: {error}.") from error
     except OSError as error:
         if is_there:
             raise
@@ -52,6 +57,27 @@ def checkpoint_errors(name: str | os.PathLike):
             f"There is no folder {text!r} in the working directory {Path.cwd()}, and the Hub gave no such checkpoint: "
             f"{error}"
         ) from error
+
+
+@contextmanager
+def damage_errors(what: str):
+    """
+    Around a library's parser of files that may be anything: whatever it stumbles on is said in one sentence.
+
+    Args:
+        what (`str`): what is read, as the subject of a sentence.
+
+    Raises:
+        ValueError: for any error but those of the file system, of memory, and of a library that is missing.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # The first sentence, of texts that may go on for pages.
+        reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {str(error).strip()}")[0].rstrip(":. ")
+        raise ValueError(f"{what} cannot be read ({reason}).") from error
 
 
 def read_json_object(path: str | os.PathLike) -> dict:
@@ -205,4 +231,11 @@ class StrictLoadingMixin:
                 )
 
 
-__all__ = ["StrictConfigMixin", "StrictLoadingMixin", "check_model_type", "checkpoint_errors", "read_json_object"]
+__all__ = [
+    "StrictConfigMixin",
+    "StrictLoadingMixin",
+    "check_model_type",
+    "checkpoint_errors",
+    "damage_errors",
+    "read_json_object",
+]

@@ -1,6 +1,7 @@
 """The `dualtoken` command."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -9,29 +10,33 @@ def _convert(arguments: argparse.Namespace) -> None:
     # Imported here: `dualtoken --help` needs no torch.
     from transformers import AutoTokenizer
 
+    from .checkpoint_loading import damage_errors
+    from .checkpoint_writing import new_folder
     from .convert import load_official_tokenizer, official_siglip_path
     from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
     from .processing_dualtoken import DualTokenVisionTokenizerProcessor
 
-    output = Path(arguments.output_dir)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
-    model = load_official_tokenizer(arguments.folder)
-    model.save_pretrained(output)
-    size = model.config.image_size
-    processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
-    siglip = Path(official_siglip_path(arguments.folder))
-    if any((siglip / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
-        length = model.config.text_config.max_position_embeddings
-        processor = DualTokenVisionTokenizerProcessor(
-            processor, AutoTokenizer.from_pretrained(siglip), text_length=length
-        )
-    else:
-        print(
-            f"{siglip} holds no text tokenizer: the checkpoint gets an image processor only, which suffices for codes."
-        )
-    processor.save_pretrained(output)
-    print(f"Wrote {output}: {model.num_parameters():,} parameters, {size} px, {model.config.num_positions} positions.")
+    with new_folder(arguments.output_dir, arguments.folder) as folder:
+        model = load_official_tokenizer(arguments.folder)
+        size = model.config.image_size
+        processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
+        siglip = Path(official_siglip_path(arguments.folder))
+        if any((siglip / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
+            length = model.config.text_config.max_position_embeddings
+            with damage_errors(f"The text tokenizer in {siglip}"):
+                tokenizer = AutoTokenizer.from_pretrained(siglip)
+            processor = DualTokenVisionTokenizerProcessor(processor, tokenizer, text_length=length)
+        else:
+            print(
+                f"{siglip} holds no text tokenizer: the checkpoint gets an image processor only, which suffices for "
+                "codes."
+            )
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    print(
+        f"Wrote {arguments.output_dir}: {model.num_parameters():,} parameters, {size} px, "
+        f"{model.config.num_positions} positions."
+    )
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -67,10 +72,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ImportError, OSError, ValueError) as error:
-        # Libraries write some of theirs in several lines.
-        print(f"dualtoken: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _fail(error)
+    except KeyboardInterrupt:
+        return _fail("interrupted", status=130)
+    except (MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a plain RuntimeError.
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        return _fail(f"the memory of this machine does not suffice. {error}")
     return 0
+
+
+def _fail(error: object, status: int = 1) -> int:
+    # Libraries write some of theirs in several lines.
+    print(f"dualtoken: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

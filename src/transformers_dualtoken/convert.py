@@ -8,13 +8,14 @@ training checkpoint `*.pt` with a `state_dict`, and the configuration of the Sig
 import math
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
 from transformers import SiglipConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
-from .checkpoint_loading import check_model_type, checkpoint_errors, read_json_object
+from .checkpoint_loading import check_model_type, checkpoint_errors, damage_errors, read_json_object
 from .configuration_dualtoken import (
     DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
@@ -426,17 +427,16 @@ def _read_state_dict(path: Path) -> dict:
     """`state_dict` of a training checkpoint, its keys without the prefix of distributed training."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever foreign bytes make the unpickler stumble on
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {found[1]}" if found else f"{type(error).__name__}: {str(error).split(chr(10))[0]}"
-        raise ValueError(
-            f"{path} is not a whole torch checkpoint of tensors and plain values ({reason}). Other objects could run "
-            "code when they are read; if you trust the file, save its 'state_dict' anew without them."
-        ) from error
+    with damage_errors(f"{path}, which must be a whole torch checkpoint of tensors and plain values,"):
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            # Not the whole text, which advises to run what the file asks for.
+            found = re.search(r"\bGLOBAL (\S+)", str(error))
+            reason = (
+                f"it asks for {found[1]}, and such objects may run code" if found else "not tensors and plain values"
+            )
+            raise UnpicklingError(reason) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} has no 'state_dict'.")
     official = checkpoint["state_dict"]

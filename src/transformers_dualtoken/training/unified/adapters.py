@@ -3,14 +3,14 @@
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import cached_file
 
-from ...checkpoint_loading import checkpoint_errors
+from ...checkpoint_loading import checkpoint_errors, damage_errors, read_json_object
+from ...checkpoint_writing import new_folder
 from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
 from ...modeling_dualtoken import DualTokenForCausalLM
 from ...optional_libraries import needed_libraries
@@ -180,33 +180,43 @@ def merge_adapter(
 
     Args:
         adapter (`str` or `os.PathLike`): folder or Hub name of the adapter.
-        output (`str` or `os.PathLike`): a new or empty folder.
+        output (`str` or `os.PathLike`): a new or empty folder. It is written whole or not at all.
         base (`str` or `os.PathLike`, *optional*): the base model; by default the one that the adapter names.
         dtype (`torch.dtype`, *optional*): of the written weights; the base model's by default.
 
     Raises:
         FileNotFoundError: if there is no such adapter or base model.
-        ValueError: if `output` holds files, or the adapter names no base model and none is given.
+        ValueError: if `output` holds files or lies in one of the two, if the adapter names no base model and none is
+            given, or for files that are damaged.
+        OSError: if `output` cannot be written.
     """
-    output = Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise ValueError(f"{output} is not empty; a checkpoint is written to a new or empty folder only.")
-    with checkpoint_errors(adapter):
-        try:
-            config, revision = PeftConfig.from_pretrained(adapter), None
-        except ValueError as error:  # PEFT's, where there is no adapter_config.json
-            raise OSError(error) from error
-    if base is None:
-        base, revision = config.base_model_name_or_path, config.revision
-    if not base:
-        raise ValueError(f"The adapter {adapter} names no base model; give the one that it was trained on as `base`.")
-    with checkpoint_errors(base):
-        dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    model.to(dtype).save_pretrained(output)
-    for folder in (adapter, base):
-        if cached_file(folder, "processor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
-            AutoProcessor.from_pretrained(folder).save_pretrained(output)
-            break
+    with new_folder(output, adapter, *([] if base is None else [base])) as folder:
+        config, revision = _adapter_config(adapter), None
+        if base is None:
+            base, revision = config.base_model_name_or_path, config.revision
+        if not base:
+            raise ValueError(
+                f"The adapter {adapter} names no base model; give the one that it was trained on as `base`."
+            )
+        with checkpoint_errors(base):
+            dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
+        with damage_errors(f"The weights of the adapter {adapter}, for the base model {base},"):
+            model = PeftModel.from_pretrained(model, adapter)
+        model = model.merge_and_unload(safe_merge=True)
+        model.to(dtype).save_pretrained(folder)
+        for source in (adapter, base):
+            if cached_file(source, "processor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
+                with damage_errors(f"The processor of {source}"):
+                    processor = AutoProcessor.from_pretrained(source)
+                processor.save_pretrained(folder)
+                break
     return model
+
+
+def _adapter_config(adapter: str | os.PathLike) -> PeftConfig:
+    with checkpoint_errors(adapter):
+        path = cached_file(adapter, "adapter_config.json")
+    read_json_object(path)
+    with damage_errors(f"The adapter's configuration {path}"):
+        return PeftConfig.from_pretrained(adapter)
