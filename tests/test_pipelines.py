@@ -97,6 +97,26 @@ def test_text_pipelines_answer_and_name_what_draws(model, processor, digits):
         text_only("Draw a three.", generation_mode="image")
 
 
+def test_another_models_pipeline_takes_nothing_back(model, processor, digits):
+    """A model that draws while a pipeline of another runs: a tool, or a stopping criterion. A wrapped one is the same."""
+    prompt = processor.apply_chat_template(
+        DRAW, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    other = AutoModelForMultimodalLM.from_pretrained(DIGITS / "checkpoint" / "dualtoken", dtype=torch.float32)
+    drawn = []
+
+    def draw(input_ids, scores):
+        drawn.append(model.generate(**prompt, generation_mode="image", cache_implementation="dynamic"))
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+    pipe = pipeline("text-generation", model=other, tokenizer=processor.tokenizer)
+    pipe("Say it.", max_new_tokens=2, stopping_criteria=[draw])
+    assert drawn[0].pixel_codes.shape == (1, 4, 4, model.config.num_depths)
+    pipe.model = torch.compile(model)
+    with pytest.raises(ValueError, match="text-generation.*returns text"):
+        pipe._forward(pipe.preprocess("Say it."), generation_mode="image")
+
+
 def test_tables_of_names_that_pipelines_and_servers_read():
     for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
         assert getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")["dualtoken"] == "DualTokenForCausalLM"

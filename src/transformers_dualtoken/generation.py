@@ -105,7 +105,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         codes = self._pop_codes(kwargs)
         if mode == "text":
             return self._generate_text(inputs, codes, arguments)
-        plain_codes = wants_plain_codes(mode)
+        plain_codes = wants_plain_codes(self, mode)
 
         # 1. What is left for transformers' own settings, and what this mode cannot do.
         attention_mask = kwargs.pop("attention_mask", None)

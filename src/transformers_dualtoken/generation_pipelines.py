@@ -1,11 +1,14 @@
 """transformers' pipelines and server call `generate` as anybody does, but differ in what they can take back."""
 
 import sys
+from collections.abc import Iterator
+
+import torch
 
 
-def _calling_module(package: str) -> str | None:
+def _callers(package: str) -> Iterator[tuple[str, object]]:
     """
-    The nearest caller's module in a package of transformers, `None` without one.
+    The callers in a package of transformers, nearest first: the module's name, and the `self` of the method if it is one.
 
     Neither a pipeline nor the server passes anything to tell it by, so the callers' modules are looked at.
     """
@@ -13,24 +16,32 @@ def _calling_module(package: str) -> str | None:
     while frame is not None:
         parent, _, module = frame.f_globals.get("__name__", "").rpartition(".")
         if parent == package and module != "base":
-            return module
+            yield module, frame.f_locals.get("self")
         frame = frame.f_back
+
+
+def _calling_task(model) -> str | None:
+    """The task of the nearest pipeline whose model this is, maybe wrapped; others further out take back their own."""
+    for module, pipeline in _callers("transformers.pipelines"):
+        theirs = getattr(pipeline, "model", None)
+        if isinstance(theirs, torch.nn.Module) and any(part is model for part in theirs.modules()):
+            return module.replace("_", "-")
     return None
 
 
 def is_served() -> bool:
     """Whether `transformers serve` calls, which returns text alone."""
-    return _calling_module("transformers.cli.serving") is not None
+    return any(True for _ in _callers("transformers.cli.serving"))
 
 
-def wants_plain_codes(mode: str) -> bool:
+def wants_plain_codes(model, mode: str) -> bool:
     """
     Whether image mode is to return a tensor of pixel codes `(B, h, w, D)`, as the any-to-any pipeline needs it.
 
     Raises:
         ValueError: if a pipeline calls that cannot take back what `mode` returns.
     """
-    task = (_calling_module("transformers.pipelines") or "").replace("_", "-") or None
+    task = _calling_task(model)
     if task is None or (task, mode) == ("any-to-any", "image"):
         return task is not None
     returned = "text or an image" if task == "any-to-any" else "text"
