@@ -78,8 +78,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def save_models(folder: Path) -> None:
-    """`unified`; `tied`, with tied embeddings and projected features; and the parts of a new model."""
-    for name, overrides in (("unified", {}), ("tied", {"visual_features": "projected", "tie_word_embeddings": True})):
+    """`unified`; `tied`, with tied embeddings; and the parts of a new model."""
+    for name, overrides in (("unified", {}), ("tied", {"tie_word_embeddings": True})):
         model = lively_unified_model(**overrides)
         for parameter_name, parameter in model.named_parameters():
             if "vision_tokenizer" not in parameter_name and parameter.ndim > 1:
@@ -264,7 +264,6 @@ def run(engine: str, models: Path, folder: Path) -> None:
         model = DualTokenForCausalLM.from_pretrained_parts(
             models / "tokenizer",
             models / "language",
-            visual_features="projected",
             **{name: getattr(config, name) for name in names},
         )
         if not fsdp:

@@ -16,7 +16,6 @@ from transformers_dualtoken.code_sampling import DualTokenCodeSampler
 
 N, START, IMAGE, END, PAD, EOS, VOCAB = 9, 50, 51, 52, 0, 2, 60
 PICTURE = [START, *[IMAGE] * N, END]
-BOTH = pytest.mark.parametrize("visual_features", ["codes", "projected"])
 CACHES = pytest.mark.parametrize("cache", ["static", "dynamic"])
 GREEDY = {"generation_mode": "image", "image_do_sample": False}
 GREEDY_IMAGES = dict.fromkeys(("image", "interleaved"), {"image_do_sample": False})
@@ -24,13 +23,13 @@ INTERLEAVED = {"generation_mode": "interleaved", "image_do_sample": False}
 
 
 @functools.cache
-def shared_model(visual_features="codes"):
-    return lively_unified_model(visual_features=visual_features)
+def shared_model():
+    return lively_unified_model()
 
 
 @functools.cache
-def naive(visual_features="codes"):
-    return NaiveGenerator(shared_model(visual_features))
+def naive():
+    return NaiveGenerator(shared_model())
 
 
 @pytest.fixture
@@ -181,9 +180,8 @@ class TestPositions:
 
 
 class TestImage:
-    @BOTH
-    def test_greedy_is_the_argmax_chain_of_the_full_forward(self, visual_features):
-        model = shared_model(visual_features)
+    def test_greedy_is_the_argmax_chain_of_the_full_forward(self):
+        model = shared_model()
         out = model.generate(ids(5, 6, 7, START), guidance_scale=1.0, **GREEDY)
         assert out.sequences.tolist() == [[5, 6, 7, *PICTURE]]
         codes = {"pixel_codes": out.pixel_codes, "semantic_codes": out.semantic_codes}
@@ -194,22 +192,18 @@ class TestImage:
         assert all(len(kind.flatten(0, 2).unique(dim=0)) > 2 for kind in codes.values())
         assert not torch.equal(out.pixel_codes, out.semantic_codes)
 
-    @BOTH
     @CACHES
     @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
-    def test_equals_the_naive_loop(self, visual_features, scale, cache):
-        out = shared_model(visual_features).generate(
-            ids(5, 6, 7, START), guidance_scale=scale, cache_implementation=cache, **GREEDY
-        )
-        assert_codes(out, *naive(visual_features).image([5, 6, 7, START], guidance_scale=scale))
+    def test_equals_the_naive_loop(self, scale, cache):
+        out = shared_model().generate(ids(5, 6, 7, START), guidance_scale=scale, cache_implementation=cache, **GREEDY)
+        assert_codes(out, *naive().image([5, 6, 7, START], guidance_scale=scale))
 
-    @BOTH
     @CACHES
-    def test_equals_the_naive_loop_with_images_on_both_sides(self, visual_features, cache):
+    def test_equals_the_naive_loop_with_images_on_both_sides(self, cache):
         """Image to image, guided by a negative prompt that has an image of its own."""
         codes, negative = random_codes(1), random_codes(1, seed=6)
         prompt, negative_prompt = [5, *PICTURE, 6, START], [*PICTURE, 7, START]
-        out = shared_model(visual_features).generate(
+        out = shared_model().generate(
             ids(*prompt),
             **codes,
             negative_prompt_ids=ids(*negative_prompt),
@@ -218,7 +212,7 @@ class TestImage:
             cache_implementation=cache,
             **GREEDY,
         )
-        expected = naive(visual_features).image(prompt, pairs(codes), negative_prompt, pairs(negative), 2.0)
+        expected = naive().image(prompt, pairs(codes), negative_prompt, pairs(negative), 2.0)
         assert_codes(out, *expected)
 
     @pytest.mark.parametrize("mode", ["image", "interleaved"])
@@ -231,9 +225,8 @@ class TestImage:
         assert_codes(out, *NaiveGenerator(model).image([5, START], guidance_scale=2.5))
 
     @pytest.mark.parametrize("mode", ["image", "interleaved"])
-    @BOTH
-    def test_bfloat16(self, visual_features, mode):
-        model = lively_unified_model(visual_features=visual_features).to(torch.bfloat16)
+    def test_bfloat16(self, mode):
+        model = lively_unified_model().to(torch.bfloat16)
         out = model.generate(
             **pad_left([[5, START], [*PICTURE, START]]), **random_codes(1), generation_mode=mode, max_new_tokens=N + 1
         )
@@ -272,11 +265,10 @@ class TestImage:
         without = model.generate(ids(5, 6, 7, START), guidance_scale=0, **GREEDY)
         assert same_images(without, model.generate(ids(START), guidance_scale=1, **GREEDY))
 
-    @BOTH
     @pytest.mark.parametrize("scale", [1.0, 2.5])
     @CACHES
-    def test_left_padded_batch_equals_single_rows(self, visual_features, scale, cache):
-        model, codes = shared_model(visual_features), random_codes(3)
+    def test_left_padded_batch_equals_single_rows(self, scale, cache):
+        model, codes = shared_model(), random_codes(3)
         batch = model.generate(**pad_left(ROWS), **codes, guidance_scale=scale, cache_implementation=cache, **GREEDY)
         assert batch.image_owner.tolist() == [0, 1, 2]
         for index, (row, images) in enumerate(zip(ROWS, IMAGES_BEFORE)):
@@ -286,9 +278,8 @@ class TestImage:
             # `<image_start>` was added; the row's padding stays in front.
             assert batch.sequences[index].tolist()[-len(row) - N - 2 :] == [*row, *PICTURE]
 
-    @BOTH
-    def test_a_masked_prompt_is_no_prompt(self, visual_features):
-        model, prompt = shared_model(visual_features), ids(8, *PICTURE, 9, START)
+    def test_a_masked_prompt_is_no_prompt(self):
+        model, prompt = shared_model(), ids(8, *PICTURE, 9, START)
         mask = torch.zeros_like(prompt)
         mask[:, -1] = 1
         masked = model.generate(prompt, attention_mask=mask, **random_codes(1), guidance_scale=1.0, **GREEDY)
@@ -590,12 +581,11 @@ class TestSampler:
 
 
 class TestInterleaved:
-    @BOTH
     @CACHES
     @pytest.mark.parametrize("scale", [1.0, 2.5])
-    def test_rows_at_different_stages_equal_the_naive_loop(self, visual_features, scale, cache):
+    def test_rows_at_different_stages_equal_the_naive_loop(self, scale, cache):
         """An image at once, text first, an image in the prompt, two images; the free steps are the model's choice."""
-        model, codes, budget = shared_model(visual_features), random_codes(2), 30
+        model, codes, budget = shared_model(), random_codes(2), 30
         rows = [[5, 6, 7, START], [8], [9, *PICTURE, 10], [*PICTURE, START]]
         images = [slice(0, 0), slice(0, 0), slice(0, 1), slice(1, 2)]
         plans = [{}, {2: START}, {4: START, 15: 13, 17: START}, {10: 14, 11: START}]
@@ -613,7 +603,7 @@ class TestInterleaved:
         )
         pixel, semantic, owners = [], [], []
         for index, (row, plan) in enumerate(zip(rows, plans)):
-            new, new_images = naive(visual_features).interleaved(
+            new, new_images = naive().interleaved(
                 row, pairs(take(codes, images[index])), budget, scale, scores_hook=naive_force(plan, len(row))
             )
             assert out.sequences[index, length:].tolist() == new
@@ -623,12 +613,11 @@ class TestInterleaved:
         assert out.image_owner.tolist() == owners and len(owners) >= 6
         assert_codes(out, torch.stack(pixel), torch.stack(semantic))
 
-    @BOTH
     @CACHES
     @pytest.mark.parametrize("negative_rows", [1, 2])
-    def test_negative_prompts_equal_the_naive_loop(self, visual_features, negative_rows, cache):
+    def test_negative_prompts_equal_the_naive_loop(self, negative_rows, cache):
         """Images that overlap in time, then a pause of both rows, then a new image."""
-        model, negative_codes, budget = shared_model(visual_features), random_codes(1, seed=6), 36
+        model, negative_codes, budget = shared_model(), random_codes(1, seed=6), 36
         rows, plans = [[5, START], [8, 9]], [{10: 13, 17: START}, {3: START, 14: 7, 24: START}]
         negatives = [[9, *PICTURE, 10, START], [START]][:negative_rows]
         negative = pad_left(negatives)
@@ -647,7 +636,7 @@ class TestInterleaved:
         pixel, semantic = [], []
         for index, (row, plan) in enumerate(zip(rows, plans)):
             other = negatives[index % negative_rows]
-            new, images = naive(visual_features).interleaved(
+            new, images = naive().interleaved(
                 row,
                 max_new_tokens=budget,
                 guidance_scale=2.5,
@@ -660,9 +649,8 @@ class TestInterleaved:
         assert len(pixel) >= 4
         assert_codes(out, torch.stack(pixel), torch.stack(semantic))
 
-    @BOTH
-    def test_left_padded_batch_equals_single_rows(self, visual_features):
-        model, codes = shared_model(visual_features), random_codes(3)
+    def test_left_padded_batch_equals_single_rows(self):
+        model, codes = shared_model(), random_codes(3)
         rows = [row + [START] if index == 1 else row for index, row in enumerate(ROWS)]
         prompt = pad_left(rows)
         length = prompt["input_ids"].shape[1]
@@ -797,10 +785,9 @@ class TestInterleaved:
         out = model.generate(ids(5), max_new_tokens=8, logits_processor=[push(IMAGE, END)], **INTERLEAVED)
         assert not set(out.sequences[0].tolist()) & {IMAGE, END}
 
-    @BOTH
-    def test_a_conversation_continued(self, visual_features):
+    def test_a_conversation_continued(self):
         """With the codes of all its images, cut after the first new image or in the text after it."""
-        model, codes, row = shared_model(visual_features), random_codes(1), [5, *PICTURE, 6]
+        model, codes, row = shared_model(), random_codes(1), [5, *PICTURE, 6]
         plan = {2: START, 16: START}
         # No other starts: where the budget ends, they depend on it.
         arguments = {"eos_token_id": None, "suppress_tokens": [START], **INTERLEAVED}
@@ -904,19 +891,17 @@ class Recorder:
 
 
 class TestText:
-    @BOTH
-    def test_left_padded_batch_equals_single_rows(self, visual_features):
-        model, codes = shared_model(visual_features), random_codes(3)
+    def test_left_padded_batch_equals_single_rows(self):
+        model, codes = shared_model(), random_codes(3)
         batch = model.generate(**pad_left(ROWS), **codes, max_new_tokens=6, eos_token_id=None)
         for index, (row, images) in enumerate(zip(ROWS, IMAGES_BEFORE)):
             alone = model.generate(ids(*row), **take(codes, images), max_new_tokens=6, eos_token_id=None)
             assert torch.equal(alone[0, -6:], batch[index, -6:])
         assert len(batch[:, -6:].unique(dim=0)) == 3
 
-    @BOTH
     @pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}])
-    def test_caches(self, visual_features, settings):
-        model, codes = shared_model(visual_features), random_codes(3)
+    def test_caches(self, settings):
+        model, codes = shared_model(), random_codes(3)
         arguments = {**pad_left(ROWS), **codes, "max_new_tokens": 6, "eos_token_id": None}
         assert torch.equal(model.generate(**arguments, **settings), model.generate(**arguments))
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from naive.generation_loop import NaiveGenerator
 from test_generation import (
-    BOTH,
     END,
     IMAGE,
     PICTURE,
@@ -60,7 +59,6 @@ def converse(model, rows=2, budget=40, **kwargs):
 
 
 class TestStaticCache:
-    @BOTH
     @pytest.mark.parametrize(
         "settings",
         [
@@ -70,16 +68,15 @@ class TestStaticCache:
             {"pixel_top_k": 4, "image_top_p": 0.8},
         ],
     )
-    def test_draws_what_a_growing_cache_draws(self, visual_features, settings):
-        model = shared_model(visual_features)
+    def test_draws_what_a_growing_cache_draws(self, settings):
+        model = shared_model()
         static = draw(model, cache_implementation="static", **settings)
         assert same_images(static, draw(model, cache_implementation="dynamic", **settings))
         assert not same_images(static, draw(model, seed=2, **settings))
 
-    @BOTH
     @pytest.mark.parametrize("rows", [1, 2])
-    def test_interleaved(self, visual_features, rows):
-        model = shared_model(visual_features)
+    def test_interleaved(self, rows):
+        model = shared_model()
         static, dynamic = (converse(model, rows, cache_implementation=kind) for kind in ("static", "dynamic"))
         assert torch.equal(static.sequences, dynamic.sequences) and same_images(static, dynamic)
         assert len(static.pixel_codes) == 2 * rows

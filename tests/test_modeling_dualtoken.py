@@ -24,7 +24,6 @@ from transformers_dualtoken.transformers_compat import CACHE_NAME
 
 N, START, IMAGE, END = 9, 50, 51, 52
 PICTURE = [START, *[IMAGE] * N, END]
-BOTH = pytest.mark.parametrize("visual_features", ["codes", "projected"])
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
@@ -90,11 +89,10 @@ def assert_same_gradients(one: dict, other: dict, **tolerance):
 
 
 class TestLoss:
-    @BOTH
     @pytest.mark.parametrize("reduction", ["sum", "mean"])
-    def test_equals_the_naive_loss(self, visual_features, reduction):
+    def test_equals_the_naive_loss(self, reduction):
         weights = {"text_loss_weight": 0.5, "pixel_loss_weight": 2.0, "semantic_loss_weight": 3.0}
-        model = lively_unified_model(visual_features=visual_features, depth_reduction=reduction, **weights)
+        model = lively_unified_model(depth_reduction=reduction, **weights)
         batch = training_batch()
         out = model(**batch)
         expected = naive_loss(model, **batch)
@@ -194,9 +192,8 @@ class TestLoss:
 
 
 class TestGradients:
-    @BOTH
-    def test_reach_everything_but_the_tokenizer(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features).train()
+    def test_reach_everything_but_the_tokenizer(self):
+        model = lively_unified_model().train()
         before = copy.deepcopy(model.vision_tokenizer.state_dict())
         model(**training_batch()).loss.backward()
         for name, parameter in model.named_parameters():
@@ -218,9 +215,8 @@ class TestGradients:
         assert all(torch.equal(after[name], before[name]) for name in before)
         assert all(parameter.grad is None for parameter in model.vision_tokenizer.parameters())
 
-    @BOTH
-    def test_autocast_stays_near_float32(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features).train()
+    def test_autocast_stays_near_float32(self):
+        model = lively_unified_model().train()
         exact = model(**training_batch()).loss
         with torch.autocast("cpu", dtype=torch.bfloat16):
             rough = model(**training_batch()).loss
@@ -228,9 +224,8 @@ class TestGradients:
         torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
         assert all(grad.isfinite().all() for grad in gradients(model).values())
 
-    @BOTH
-    def test_gradient_checkpointing_changes_nothing(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features).train()
+    def test_gradient_checkpointing_changes_nothing(self):
+        model = lively_unified_model().train()
         batch = training_batch()
         model(**batch).loss.backward()
         plain = {name: grad.clone() for name, grad in gradients(model).items()}
@@ -242,9 +237,8 @@ class TestGradients:
 
 
 class TestForward:
-    @BOTH
-    def test_pixels_and_their_codes_are_the_same_input(self, visual_features, pixel_values):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_pixels_and_their_codes_are_the_same_input(self, pixel_values):
+        model = lively_unified_model()
         ids = torch.tensor([[5, *PICTURE, 6, *PICTURE, 2]])
         encoded = model.vision_tokenizer.encode(pixel_values)
         from_pixels = model(ids, pixel_values=pixel_values, labels=ids)
@@ -270,31 +264,12 @@ class TestForward:
         v = projector.linear_2(torch.nn.functional.gelu(projector.linear_1(x)))
         torch.testing.assert_close(model.get_image_features(**codes).pooler_output, v)
 
-    def test_projected_embeddings_go_through_the_up_projections(self):
-        model = lively_unified_model(visual_features="projected")
-        codes, tokenizer = random_codes(2), model.vision_tokenizer
-        features = [
-            getattr(tokenizer, f"{kind}_up_proj")(
-                tokenizer.quantizer(kind).embed_codes(codes[f"{kind}_codes"]).flatten(1, 2)
-            )
-            for kind in ("pixel", "semantic")
-        ]
-        expected = model.model.visual_projector(torch.cat(features, dim=-1))
-        torch.testing.assert_close(model.get_image_features(**codes).pooler_output, expected)
+    def test_projected_embeddings_are_refused(self):
+        with pytest.raises(ValueError, match="`visual_features` must be 'codes', .* got 'projected'"):
+            tiny_unified_config(visual_features="projected")
 
-    @BOTH
-    def test_positions_one_at_a_time_equal_the_whole_image(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features)
-        flat = [codes.flatten(1, 2) for codes in random_codes(2).values()]
-        whole = model.model.embed_image_codes(*flat)
-        cache, parts = [], []
-        for position in range(N):
-            parts.append(model.model.embed_image_codes(*(kind[:, position, None] for kind in flat), cache=cache))
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole, **CLOSE)
-
-    @BOTH
-    def test_left_padding_changes_nothing(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_left_padding_changes_nothing(self):
+        model = lively_unified_model()
         batch = training_batch()
         padded = model(**batch)
         for index, row in enumerate(split_rows(batch)):
@@ -303,10 +278,9 @@ class TestForward:
             alone |= {name: row[name] for name in ("pixel_codes", "semantic_codes") if name in row}
             torch.testing.assert_close(padded.logits[index, kept], model(**alone).logits[0], **CLOSE)
 
-    @BOTH
-    def test_a_masked_prefix_is_no_prefix(self, visual_features):
+    def test_a_masked_prefix_is_no_prefix(self):
         """Prompt drop: everything before `<image_start>` masked, an input image included."""
-        model = lively_unified_model(visual_features=visual_features)
+        model = lively_unified_model()
         codes = random_codes(2)
         ids = torch.tensor([[5, *PICTURE, 6, 7, *PICTURE, 2]])
         first = ids.shape[1] - len(PICTURE) - 1
@@ -337,9 +311,8 @@ class TestForward:
         assert seen[1].tolist() == [[2], [1]]
         assert seen[2] is None
 
-    @BOTH
-    def test_cached_forward_equals_the_full_one(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_cached_forward_equals_the_full_one(self):
+        model = lively_unified_model()
         ids = torch.tensor([[5, *PICTURE, 6, *PICTURE, 7, 8]])
         codes = random_codes(2)
         full = model(ids, **codes).logits
@@ -365,9 +338,8 @@ class TestForward:
         last = model(ids[:, -1:], attention_mask=mask, past_key_values=start.past_key_values)
         torch.testing.assert_close(last.logits[:, 0], full[:, -1], **CLOSE)
 
-    @BOTH
-    def test_inputs_embeds(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_inputs_embeds(self):
+        model = lively_unified_model()
         batch = training_batch()
         expected = model(**batch)
         batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids"))
@@ -419,9 +391,8 @@ class TestForward:
 
 
 class TestEmbeddings:
-    @BOTH
-    def test_resizing(self, visual_features):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_resizing(self):
+        model = lively_unified_model()
         batch = training_batch()
         before = model(**batch)
         model.resize_token_embeddings(64, mean_resizing=False)
@@ -457,16 +428,15 @@ def warnings_of_transformers(caplog):
 
 
 class TestLoading:
-    @BOTH
     @pytest.mark.parametrize(
         "auto_class",
         [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM, DualTokenForCausalLM],
     )
-    def test_bit_for_bit(self, auto_class, visual_features, tmp_path, warnings_of_transformers):
-        model = lively_unified_model(visual_features=visual_features)
+    def test_bit_for_bit(self, auto_class, tmp_path, warnings_of_transformers):
+        model = lively_unified_model()
         model.save_pretrained(tmp_path)
         loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
-        assert type(loaded) is DualTokenForCausalLM and loaded.config.visual_features == visual_features
+        assert type(loaded) is DualTokenForCausalLM
         assert not any(info.values()), info
         assert not [record.message for record in warnings_of_transformers.records]
         state, loaded_state = model.state_dict(), loaded.state_dict()
@@ -549,11 +519,9 @@ class TestFromParts:
         assert not any(parameter.requires_grad for parameter in model.vision_tokenizer.parameters())
         assert not model.vision_tokenizer.training
 
-    @BOTH
-    def test_from_objects(self, parts, visual_features):
-        model = DualTokenForCausalLM.from_pretrained_parts(*parts, **self.IDS, visual_features=visual_features)
+    def test_from_objects(self, parts):
+        model = DualTokenForCausalLM.from_pretrained_parts(*parts, **self.IDS)
         self.check(model, *parts)
-        assert model.config.visual_features == visual_features
         # Copies: training the one leaves the other alone.
         assert model.generation_config is not parts[1].generation_config
         assert model.lm_head.weight is not parts[1].lm_head.weight
@@ -607,15 +575,14 @@ class TestFromParts:
             assert [config._attn_implementation for config in configs] == [expected] * 3
             assert tower.encoder.layers[0].self_attn.config._attn_implementation == "sdpa"
 
-    @BOTH
     @pytest.mark.parametrize("trained", [True, False])
     @torch.no_grad()
-    def test_image_positions_are_as_large_as_text(self, parts, visual_features, trained):
+    def test_image_positions_are_as_large_as_text(self, parts, trained):
         for kind in ("pixel", "semantic"):
             codebook = parts[0].quantizer(kind).codebook
             codebook.embeddings.mul_(30)
             codebook.cluster_size.uniform_(1, 5) if trained else codebook.cluster_size.zero_()
-        model = DualTokenForCausalLM.from_pretrained_parts(*parts, **self.IDS, visual_features=visual_features)
+        model = DualTokenForCausalLM.from_pretrained_parts(*parts, **self.IDS)
         images = model.get_image_features(**random_codes(8)).pooler_output
         text = model.get_input_embeddings().weight
         assert 0.5 < float(images.square().mean().sqrt() / text.square().mean().sqrt()) < 2

@@ -168,11 +168,6 @@ class TestLoops:
         assert not torch.equal(codes, loop.generate(**self.PROMPTS))
 
 
-def test_loops_embed_codes_only():
-    with pytest.raises(ValueError, match="projected"):
-        generation.VilaULoop(lively_unified_model(visual_features="projected"))
-
-
 class TestOperationCounter:
     def count(self, function):
         with torch.no_grad(), operations.OperationCounter() as counter:

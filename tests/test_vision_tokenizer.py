@@ -268,21 +268,6 @@ def test_up_projection_is_causal_and_the_down_projection_is_not(tokenizer, kind)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_up_projection_step_by_step_equals_the_whole(tokenizer, kind):
-    projection = getattr(tokenizer, f"{kind}_up_proj")
-    x = torch.randn(2, 9, 8)
-    cache, steps = None, []
-    for position in range(9):
-        step, cache = projection.step(x[:, position : position + 1], cache)
-        steps.append(step)
-        assert cache[0].shape == cache[1].shape == (2, 4, position + 1, 8)
-    torch.testing.assert_close(torch.cat(steps, dim=1), projection(x), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="one at a time; got 2"):
-        projection.step(x[:, :2], cache)
-
-
-@torch.no_grad()
 def test_projection_formula(tokenizer):
     """The attention projection against loops over heads and positions, with the paper's symbols."""
     for projection, width, causal in ((tokenizer.pixel_down_proj, 32, False), (tokenizer.pixel_up_proj, 8, True)):

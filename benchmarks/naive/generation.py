@@ -30,10 +30,6 @@ class _EagerLoop:
     """
 
     def __init__(self, model, guidance_scale: float = 3.0, do_sample: bool = True):
-        if model.config.visual_features != "codes":
-            raise ValueError(
-                f"The naive loops embed codes only, got a model with visual_features={model.config.visual_features!r}."
-            )
         self.model, self.config = model, model.config
         self.language_model, self.projector = model.model.language_model, model.model.visual_projector
         self.guidance_scale = None if guidance_scale == 1 else guidance_scale

@@ -489,8 +489,6 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
         depth_head_config ([`DualTokenDepthHeadConfig`] or `dict`): shared by both heads.
         image_start_token_id, image_token_id, image_end_token_id (`int`): default to the ids of Qwen2.5's
             `<|vision_start|>`, `<|image_pad|>` and `<|vision_end|>`.
-        visual_features (`str`, defaults to `"codes"`): what a position's embedding is made from. `"codes"`: the two
-            sums of code vectors (paper). `"projected"`: the same after the tokenizer's causal up-projections.
         depth_reduction (`str`, defaults to `"sum"`): how a position's cross-entropies over the depths are joined:
             `"sum"` (paper) or `"mean"`.
         text_loss_weight, pixel_loss_weight, semantic_loss_weight (`float`, default to 1.0).
@@ -513,7 +511,6 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
     image_start_token_id: int = 151652
     image_token_id: int = 151655
     image_end_token_id: int = 151653
-    visual_features: str = "codes"
     depth_reduction: str = "sum"
     text_loss_weight: float | int = 1.0
     pixel_loss_weight: float | int = 1.0
@@ -523,7 +520,6 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
 
     _rules = {
         **dict.fromkeys(("image_start_token_id", "image_token_id", "image_end_token_id"), _TOKEN_ID),
-        "visual_features": OneOf(("codes", "projected")),
         "depth_reduction": OneOf(("sum", "mean")),
         **dict.fromkeys(("text_loss_weight", "pixel_loss_weight", "semantic_loss_weight"), _WEIGHT),
         "tie_word_embeddings": OneOf((True, False, None)),
@@ -547,6 +543,9 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
             setattr(self, name, as_config(getattr(self, name), self.sub_configs[name], name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        features = kwargs.pop("visual_features", "codes")
+        if features != "codes":
+            raise ValueError(f"`visual_features` must be 'codes', the only kind there is, got {shown(features)}.")
         # TRL reads it of every model it does not know, also where there is no remote code.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)

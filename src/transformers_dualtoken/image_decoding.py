@@ -57,14 +57,10 @@ class ImageDecoder:
         if self.noise is not None:
             self.noise.values = memory.place("noise", self.noise.values)
         sampler.score_sums = memory.place("score_sums", sampler.score_sums)
-        # State of the tokenizer's up-projections within the current images, for `visual_features="projected"`.
-        self.projection_cache: list = []
-        self.is_static = isinstance(context, StaticContext) and config.visual_features == "codes"
+        self.is_static = isinstance(context, StaticContext)
         if compile_options is not None and not self.is_static:
             raise ValueError(
-                "`compile_config` compiles a step of fixed shape: it needs a static cache and "
-                f"`visual_features='codes'`, got a {'static' if isinstance(context, StaticContext) else 'dynamic'} one "
-                f"and {config.visual_features!r}."
+                "`compile_config` compiles a step of fixed shape: it needs a static cache, got a dynamic one."
             )
         self.compile_options = compile_options
         codes = torch.zeros(config.num_positions, 2, context.rows, config.num_depths, dtype=torch.long, device=device)
@@ -137,7 +133,7 @@ class ImageDecoder:
         for position in range(num_positions):
             codes.append(self.sample(rows))
             if feed_last or position < num_positions - 1:
-                self.context.feed(self.model.model.embed_image_codes(*codes[-1].unsqueeze(2), self.projection_cache))
+                self.context.feed(self.model.model.embed_image_codes(*codes[-1].unsqueeze(2)))
             if on_position is not None:
                 on_position()
         return torch.stack(codes, dim=2)

@@ -24,11 +24,9 @@ class _Row:
     # Positions drawn of the current image.
     num_drawn: int = 0
     finished: bool = False
-    # State of the tokenizer's up-projections within the current image.
-    projection_cache: list = field(default_factory=list)
 
     def begin_image(self) -> None:
-        self.in_image, self.num_drawn, self.projection_cache = True, 0, []
+        self.in_image, self.num_drawn = True, 0
         self.images.append([])
 
     def take(self, codes: torch.LongTensor) -> None:
@@ -102,11 +100,9 @@ class InterleavedLoop:
         return [i for i, row in enumerate(self.rows) if row.in_image and row.num_drawn < self.num_positions]
 
     def _nothing_to_decide(self) -> bool:
-        # With projected features every row has a state of its own, which grows: a step of no fixed shape.
         others = [row for row in self.rows if not row.finished and not row.in_image]
         at_the_end = [row for row in self.rows if row.in_image and row.num_drawn == self.num_positions]
-        is_fixed = self.model.config.visual_features == "codes"
-        return is_fixed and not others and not at_the_end and any(row.in_image for row in self.rows)
+        return not others and not at_the_end and any(row.in_image for row in self.rows)
 
     def _draw_on(self, pace) -> None:
         """Draw as many positions as every row that draws has left."""
@@ -175,14 +171,8 @@ class InterleavedLoop:
     def _embeds(self, next_ids: torch.LongTensor, drawing: list[int], codes: torch.LongTensor | None) -> torch.Tensor:
         """What is fed next, `(B, 1, H)`: of rows that draw, the position they have drawn."""
         embeds = self.model.get_input_embeddings()(next_ids[:, None])
-        embed_image_codes = self.model.model.embed_image_codes
-        if self.model.config.visual_features == "codes" and drawing:
-            embeds[drawing] = embed_image_codes(*codes[:, drawing].unsqueeze(2)).to(embeds.dtype)
-            return embeds
-        # Rows stand at different positions of their images: each has its own state.
-        for index in drawing:
-            cache = self.rows[index].projection_cache
-            embeds[index] = embed_image_codes(*codes[:, index, None, None], cache=cache)[0].to(embeds.dtype)
+        if drawing:
+            embeds[drawing] = self.model.model.embed_image_codes(*codes[:, drawing].unsqueeze(2)).to(embeds.dtype)
         return embeds
 
 

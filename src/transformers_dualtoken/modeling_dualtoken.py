@@ -196,9 +196,9 @@ class DualTokenModel(DualTokenPreTrainedModel):
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
         self.vision_tokenizer = DualTokenVisionTokenizer._from_config(config.vision_tokenizer_config)
-        tokenizer_config = config.vision_tokenizer_config
-        width = config.code_dim if config.visual_features == "codes" else tokenizer_config.vision_config.hidden_size
-        self.visual_projector = DualTokenVisualProjector(len(CODE_KINDS) * width, config.text_config.hidden_size)
+        self.visual_projector = DualTokenVisualProjector(
+            len(CODE_KINDS) * config.code_dim, config.text_config.hidden_size
+        )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
         self._freeze_vision_tokenizer()
@@ -247,36 +247,10 @@ class DualTokenModel(DualTokenPreTrainedModel):
             ]
         )
 
-    def embed_image_codes(
-        self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor, cache: list | None = None
-    ) -> torch.Tensor:
-        """
-        Embeddings `(images, n, H)` of the codes `(images, n, D)` of n consecutive positions.
-
-        Args:
-            pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, n, D)`): from the first position on, or
-                with `cache` one further position (n = 1).
-            cache (`list`, *optional*): state of the tokenizer's causal up-projections between calls, changed in
-                place; start with an empty list. Only `visual_features="projected"` has such a state.
-        """
-        features = self._visual_features(pixel_codes, semantic_codes, cache)
-        return self.visual_projector(torch.cat(features, dim=-1).to(self.visual_projector.linear_1.weight.dtype))
-
-    def _visual_features(
-        self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor, cache: list | None = None
-    ) -> list[torch.Tensor]:
-        """What the projector is given, of each kind `(images, n, C)`, or as wide as the tokenizer's encoder."""
-        features = list(self.code_embeds(pixel_codes, semantic_codes).sum(-2))
-        if self.config.visual_features == "projected":
-            states = cache or [None, None]
-            with torch.no_grad():
-                for index, kind in enumerate(CODE_KINDS):
-                    projection = getattr(self.vision_tokenizer, f"{kind}_up_proj")
-                    inputs = features[index].to(projection.proj.weight.dtype)
-                    features[index], states[index] = projection.step(inputs, states[index])
-            if cache is not None:
-                cache[:] = states
-        return features
+    def embed_image_codes(self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor) -> torch.Tensor:
+        """Embeddings `(..., H)` of positions from their codes `(..., D)`: both sums of code vectors, projected."""
+        features = torch.cat(list(self.code_embeds(pixel_codes, semantic_codes).sum(-2)), dim=-1)
+        return self.visual_projector(features.to(self.visual_projector.linear_1.weight.dtype))
 
     @can_return_tuple
     def get_image_features(
@@ -570,8 +544,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             language_model.generation_config.to_dict()
         )
         model.generation_config = model._complete_generation_config()
-        up_projections = [getattr(model.vision_tokenizer, f"{kind}_up_proj") for kind in CODE_KINDS]
-        scaled_by = [model.model.visual_projector, model.get_input_embeddings(), *up_projections]
+        scaled_by = [model.model.visual_projector, model.get_input_embeddings()]
         with gathered(parameter for module in scaled_by for parameter in module.parameters()):
             model._scale_visual_projector()
         return model.eval()
@@ -606,7 +579,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             weights = self.vision_tokenizer.quantizer(kind).codebook.cluster_size + 1e-6
             drawn = torch.multinomial(weights.expand(num_depths, -1), 4 * num_positions, replacement=True)
             codes.append(drawn.t().unflatten(0, (4, num_positions)))
-        scales = [kind.float().square().mean().sqrt() for kind in self.model._visual_features(*codes)]
+        scales = [kind.float().square().mean().sqrt() for kind in self.model.code_embeds(*codes).sum(-2)]
         columns = torch.stack(scales).clamp(min=1e-6).repeat_interleave(fan_in // len(CODE_KINDS))
         projector.linear_1.weight.div_(columns.to(projector.linear_1.weight))
         text_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()

@@ -100,7 +100,7 @@ class DualTokenProjectionAttention(nn.Module):
     Multi-head attention that changes the width: heads are averaged on the way down and concatenated on the way up.
 
     The number of heads is the wide side divided by the narrow side, so each head is as wide as a code vector. Down it
-    is bidirectional; up it is causal, so that features of a partly generated image are final.
+    is bidirectional, up it is causal.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -114,24 +114,20 @@ class DualTokenProjectionAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(wide))
         self.out_proj = nn.Linear(out_features, out_features)
 
-    def forward(self, hidden_states: torch.Tensor, cache: tuple | None = None) -> tuple[torch.Tensor, tuple]:
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, in_features)` -> `(B, N, out_features)`."""
         batch, length, _ = hidden_states.shape
         heads = (batch, length, self.num_heads, self.head_dim)
         query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
         query = (query + self.q_bias).view(heads).transpose(1, 2)
         key = key.view(heads).transpose(1, 2)
         value = (value + self.v_bias).view(heads).transpose(1, 2)
-        if cache is not None:
-            key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
-        is_causal = not self.is_down and length > 1
-        if is_causal and cache is not None:
-            raise ValueError(f"With a cache, positions come one at a time; got {length}.")
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        context = F.scaled_dot_product_attention(query, key, value, is_causal=not self.is_down)
         if self.is_down:
             context = context.mean(dim=1)
         else:
             context = context.transpose(1, 2).flatten(2)
-        return self.out_proj(context), (key, value)
+        return self.out_proj(context)
 
 
 class DualTokenGatedMlp(nn.Module):
@@ -166,17 +162,8 @@ class DualTokenAttentionProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, N, in_features)` -> `(B, N, out_features)`."""
-        return self.step(hidden_states, None)[0]
-
-    def step(self, hidden_states: torch.Tensor, cache: tuple | None) -> tuple[torch.Tensor, tuple]:
-        """
-        The up-projection of the next position: `(B, 1, in_features)` -> `(B, 1, out_features)` and the grown cache.
-
-        `cache` holds the keys and values `(B, heads, n, head_dim)` of the n positions before; `None` at the start.
-        """
-        attention, cache = self.attn(self.norm1(hidden_states), cache)
-        hidden_states = self.proj(self.norm3(hidden_states)) + attention
-        return hidden_states + self.mlp(self.norm2(hidden_states)), cache
+        hidden_states = self.proj(self.norm3(hidden_states)) + self.attn(self.norm1(hidden_states))
+        return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
 class DualTokenPostQuantizerBlock(nn.Module):

@@ -152,11 +152,6 @@ class TrainingFlops:
         projector = _Gradient(flows=False)
         per_position = sum(projector.side_by_side([layer]) for layer in _children(_active(base.visual_projector)))
         self.per_image = config.num_positions * per_position
-        if config.visual_features == "projected":
-            self.per_image += sum(
-                self._projection(getattr(base.vision_tokenizer, f"{kind}_up_proj"), config.num_positions)
-                for kind in CODE_KINDS
-            )
         self.per_encoded_image = self._encoder(base.vision_tokenizer)
         embedding = _Gradient(projector.flows)
         for module in _active_modules(base.language_model.get_input_embeddings()):
@@ -232,9 +227,8 @@ class TrainingFlops:
 
     @staticmethod
     def _projection(projection: nn.Module, positions: int) -> int:
-        """One of the tokenizer's projections of an image, forward; down it is bidirectional, up it is causal."""
-        attention = projection.attn
-        pairs = positions**2 if attention.is_down else positions * (positions + 1) // 2
+        """One of the tokenizer's projections down, of an image, forward."""
+        attention, pairs = projection.attn, positions**2
         return 2 * positions * _linear_size(projection) + 2 * 2 * pairs * attention.num_heads * attention.head_dim
 
     def __call__(self, counts: StepCounts) -> int:
