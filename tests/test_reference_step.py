@@ -8,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official_format import official_fields, official_state_dict, quantizer_fields, random_model, write_folder
+from reference_step import reference_step
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionModel
 
 from transformers_dualtoken import DualTokenVisionTokenizer, load_official_tokenizer
 from transformers_dualtoken.convert import convert_official_config, official_key, official_view
-from transformers_dualtoken.training import PatchDiscriminator, reference_step
+from transformers_dualtoken.training import PatchDiscriminator
 
 
 BESIDE_THE_REPOSITORY = Path(__file__).parents[2] / "shared" / "reference" / "tokenizer_small"

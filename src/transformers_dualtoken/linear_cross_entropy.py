@@ -5,22 +5,15 @@ image, twice that with their gradient. Here the logits exist one chunk of rows a
 scalar, so the chain rule can only multiply the gradient by one number per group: the gradient is computed in the
 forward, while the chunk is at hand, and the backward multiplies by that number. Nothing is approximated, and nothing
 is computed twice.
-
-With `DUALTOKEN_LIGER=1` in the environment, liger-kernel's fused kernel takes over the text vocabulary on a GPU; see
-`_liger_function`.
 """
 
 import math
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .optional_libraries import require
 
 
 # A chunk's float32 logits: small beside any classifier's gradient, large enough that the matrix products stay as fast
@@ -83,9 +76,6 @@ def linear_cross_entropy(
     and the chunks are added in float32; for bfloat16 weights that takes a float32 scratch copy of one group's weight,
     when there are several chunks. In float16 the probabilities would underflow, as no loss scale has reached them
     yet, so that its products run in float32.
-
-    For a single group on a GPU, liger-kernel computes the same if the environment has `DUALTOKEN_LIGER=1`, unless
-    `chunk_size` is given, or a dtype or a missing gradient is in its way. Its backward may run once only.
     """
     single = hidden.dim() == 2 and weight.dim() == 2
     if single:
@@ -94,11 +84,6 @@ def linear_cross_entropy(
     matmul_dtype = _matmul_dtype(hidden, weight)
     _check(hidden, weight, targets, bias, chunk_size, single)
 
-    if chunk_size is None and _liger_serves(hidden, weight, bias, matmul_dtype):
-        loss_sums, num_correct = _liger_loss(hidden, weight, targets, bias)
-        if not single:
-            loss_sums, num_correct = loss_sums.unsqueeze(0), num_correct.unsqueeze(0)
-        return LinearCrossEntropyOutput(loss_sums=loss_sums, num_correct=num_correct)
     if chunk_size is None:
         chunk_size = _default_chunk_size(hidden.shape[1], weight.shape[1])
     arguments = (hidden, weight, targets, bias, chunk_size, matmul_dtype)
@@ -273,54 +258,6 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
             "Cast one of them, or run under `torch.autocast`."
         )
     return _buffer_dtype(dtype)
-
-
-@cache
-def _liger_function(device_type: str):
-    """
-    Liger's linear cross-entropy for tensors on such a device, or `None`.
-
-    Its kernel makes the loss and the gradient of a chunk's logits in one pass where PyTorch takes ten. Through a group
-    dimension it would have to be called once for every depth, and wait for the device each time.
-    """
-    if device_type != "cuda" or os.environ.get("DUALTOKEN_LIGER") != "1":
-        return None
-    return require("liger_kernel.transformers.functional", "DUALTOKEN_LIGER=1").liger_fused_linear_cross_entropy
-
-
-def _liger_serves(hidden: Tensor, weight: Tensor, bias: Tensor | None, matmul_dtype: torch.dtype) -> bool:
-    if _liger_function(hidden.device.type) is None:
-        return False
-    # Under autocast it would cast the whole weight again for every chunk; no rows divide by zero in it; and where the
-    # hidden states want no gradient, it makes none for the weight either, without a word.
-    one_dtype = all(x is None or x.dtype == matmul_dtype for x in (hidden, weight, bias))
-    wants_weight = any(x is not None and x.requires_grad for x in (weight, bias))
-    return (
-        len(hidden) == 1
-        and hidden.shape[1] > 0
-        and one_dtype
-        and matmul_dtype in (torch.bfloat16, torch.float32)
-        and (hidden.requires_grad or not wants_weight or not torch.is_grad_enabled())
-    )
-
-
-def _liger_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss sum and the number of right answers of one group, both of shape ()."""
-    (_, num_rows, width), num_classes = hidden.shape, weight.shape[1]
-    # Its own chunks are as small as `hidden`, 32 rows of 2048 at Qwen2.5's vocabulary, and every chunk reads and writes
-    # the whole weight gradient.
-    chunk_rows = _default_chunk_size(num_rows, num_classes)
-    output = _liger_function(hidden.device.type)(
-        hidden[0],
-        weight[0],
-        targets[0],
-        bias=None if bias is None else bias[0],
-        reduction="sum",
-        accum_dtype=torch.float32,
-        return_predicted_tokens=True,
-        chunk_mem_const=math.ceil(chunk_rows * num_classes / (num_rows * width)),
-    )
-    return output.loss, (output.predicted_tokens == targets[0]).sum()
 
 
 def _default_chunk_size(num_rows: int, num_classes: int) -> int:

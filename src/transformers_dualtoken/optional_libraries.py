@@ -20,7 +20,6 @@ EXTRAS = {
     "scipy": "demo",
     "skimage": "demo",
     "sklearn": "demo",
-    "liger_kernel": "kernels",
     "triton": "kernels",
     "bitsandbytes": "quantization",
     "torchao": "quantization",

@@ -34,7 +34,6 @@ with needed_libraries("`transformers_dualtoken.training`"):
     from .vision_tokenizer.discriminator import PatchDiscriminator
     from .vision_tokenizer.perceptual import load_lpips
     from .vision_tokenizer.recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
-    from .vision_tokenizer.reference_step import reference_step
     from .vision_tokenizer.trainer import DualTokenVisionTokenizerTrainer
 
 
@@ -68,7 +67,6 @@ __all__ = [
     "load_lpips",
     "precompute_codes",
     "read_prompts",
-    "reference_step",
     "set_trainable",
     "tokenizer_fingerprint",
     "use_cpu_threads",

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import SiglipVisionModel, TrainerCallback, TrainingArguments
 
-from ...convert import load_official_tokenizer, official_key, official_view
-from .recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
-from .trainer import DualTokenVisionTokenizerTrainer
+from transformers_dualtoken.convert import load_official_tokenizer, official_key, official_view
+from transformers_dualtoken.training.vision_tokenizer.recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
+from transformers_dualtoken.training.vision_tokenizer.trainer import DualTokenVisionTokenizerTrainer
 
 
 _FEATURE_TERMS = ("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine")
