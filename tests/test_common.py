@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,28 +150,71 @@ CONFIGS = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_odd_values_of_config_fields(name):
-    """Right, or one sentence: at construction, and when a field is set."""
+    """Right, or one sentence: when a field is set, and at construction for what may be set."""
     config_class, fields = CONFIGS[name]
-    built = config_class(**{key: item for key, item in fields().items() if key != "model_type"})
+    given = {key: item for key, item in fields().items() if key != "model_type"}
+    built = config_class(**given)
+
+    def refused(field, value, take) -> bool:
+        try:
+            take()
+        except (TypeError, ValueError) as error:
+            assert "\n" not in str(error) and "`" in str(error), (field, value, error)
+            return True
+        assert value not in (10**30, "", float("inf")) and value == value, (field, value)
+        return False
+
     for field in (*config_class._rules, *config_class.sub_configs):
         for value in ODD:
-            given = {**fields(), field: value}
-            given.pop("model_type", None)
-            for at_construction in (True, False):
-                try:
-                    if at_construction:
-                        config_class(**given)
-                    else:
-                        setattr(built, field, value)
-                except (TypeError, ValueError) as error:
-                    assert "\n" not in str(error) and "`" in str(error), (field, value, error)
-                else:
-                    assert value not in (10**30, "", float("inf")) and value == value, (field, value)
+            if not refused(field, value, partial(setattr, built, field, value)):
+                refused(field, value, partial(config_class, **{**given, field: value}))
+
+
+@pytest.mark.parametrize("field, value", [("dtype", "3"), ("num_labels", None), ("hidden_size", "3")])
+@pytest.mark.parametrize("part", ["text_config", "vision_config", None])
+def test_odd_values_of_transformers_own_fields(part, field, value):
+    """It raises an AttributeError of the first and a TypeError without a name of the second."""
+    build = tiny_unified_config if part == "text_config" else tiny_tokenizer_config
+    if part is None:
+        build, given, name = tiny_unified_config, {field: value}, field
+        if field == "hidden_size":
+            build, given = DualTokenDepthHeadConfig, {field: value}
+    else:
+        given, name = {part: {field: value}}, f"{part}.{field}"
+    with pytest.raises((TypeError, ValueError), match=f"^`{name}` (cannot|must) be .*{value}[^\n]*$"):
+        build(**given)
+
+
+def test_the_field_that_is_at_fault_is_named():
+    """And not one that is refused only when it comes alone, as these layer types do."""
+    fields = tiny_unified_config().text_config.to_dict()
+    assert fields["layer_types"] == ["full_attention"] * 2
+    with pytest.raises(TypeError, match="^`text_config.num_labels` cannot be None: "):
+        tiny_unified_config(text_config={**fields, "num_labels": None})
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"pad_token_id": -1}, "`text_config.pad_token_id` must be an integer from 0 to 59 or None, got -1"),
+        ({"bos_token_id": 60}, "`text_config.bos_token_id` must be an integer from 0 to 59 or None, got 60"),
+        ({"eos_token_id": [2, 60]}, "`text_config.eos_token_id` must be an integer from 0 to 59 or None, got 60"),
+        ({"use_sliding_window": True, "sliding_window": -1}, "`text_config.sliding_window` must be an integer from 1"),
+        ({"num_hidden_layers": 10**12}, "`text_config.num_hidden_layers` must be an integer from 1 to 1024"),
+        ({"model_type": "qwen20"}, "`text_config.model_type` must be a model type of transformers, got 'qwen20'"),
+    ],
+)
+def test_a_language_model_that_would_go_wrong_later_is_refused(fields, message):
+    of_language_model = tiny_unified_config().text_config.to_dict()
+    assert tiny_unified_config(text_config={**of_language_model, "eos_token_id": [2, 59], "pad_token_id": None})
+    of_language_model.pop("layer_types")
+    with pytest.raises(ValueError, match=message):
+        tiny_unified_config(text_config={**of_language_model, **fields})
 
 
 @pytest.mark.parametrize("field", ["ema_eps", "ema_decay"])
 def test_a_quantizers_nan_is_refused(field):
-    with pytest.raises(ValueError, match=f"`{field}` must be a number from .*got nan"):
+    with pytest.raises(ValueError, match=f"`{field}` must be a number .*got nan"):
         DualTokenQuantizerConfig(**{field: float("nan")})
 
 

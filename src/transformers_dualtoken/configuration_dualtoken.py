@@ -5,12 +5,13 @@ encoder layer 6 with a shortcut from layer 4, semantic codes from layer 26, two 
 residual codes of each kind at every one of the 27 x 27 positions.
 """
 
+import dataclasses
 import difflib
 import math
 from typing import NamedTuple
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
@@ -28,21 +29,25 @@ _GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
 class Within(NamedTuple):
-    """What a number may be: an integer or any finite number, `low` and `high` included."""
+    """What a number may be: an integer or any finite number, `low` included, `high` as well unless it is a bound."""
 
     kind: type
     low: float
     high: float
     optional: bool = False
+    below: bool = False
 
     def check(self, name: str, value) -> None:
         if self.optional and value is None:
             return
         kinds, what = ((int,), "an integer") if self.kind is int else ((int, float), "a number")
-        wanted = f"`{name}` must be {what} from {self.low} to {self.high}{' or None' if self.optional else ''}"
+        range_text = (
+            f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
+        )
+        wanted = f"`{name}` must be {what} {range_text}{' or None' if self.optional else ''}"
         if isinstance(value, bool) or not isinstance(value, kinds):
             raise TypeError(f"{wanted}, got {shown(value)}.")
-        if not self.low <= value <= self.high:
+        if not self.low <= value <= self.high or self.below and value == self.high:
             raise ValueError(f"{wanted}, got {shown(value)}.")
 
 
@@ -84,11 +89,11 @@ _SIZE, _SIDE, _COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(
 _TOKEN_ID = Within(int, 0, 2**31 - 1)
 _EPSILON, _FRACTION, _WEIGHT = Within(float, 1e-30, 1), Within(float, 0, 1), Within(float, 0, 1e6)
 _BOOL = OneOf((True, False))
-# Fields of other projects' configs that sizes here are computed from.
+# Fields of other projects' configs that sizes here are computed from, or whose odd values would go unnoticed.
 _TRANSFORMER_FIELDS = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), _SIZE),
     "num_hidden_layers": _COUNT,
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size"), _SIZE),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size", "sliding_window"), _SIZE),
     **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), _EPSILON),
     "attention_dropout": _FRACTION,
     "hidden_act": OneOf(tuple(ACT2FN)),
@@ -102,12 +107,26 @@ def shown(value) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _plain_error(error: Exception, where: str) -> Exception:
-    """An error of a config that `@strict` has wrapped, in one sentence."""
+def _plain_error(error: Exception, what: str) -> Exception:
+    """
+    What transformers raises of a field, in one sentence that begins with `what`: `@strict` wraps it in an error of its
+    own, and unchecked fields end in whatever their first use raises.
+    """
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     kind = TypeError if isinstance(error, TypeError) else ValueError
-    return kind(f"`{where}`: {' '.join(str(error).split())}")
+    return kind(f"{what}: {' '.join(str(error).split())}")
+
+
+def _refused_field(error: Exception, config_class, fields: dict, where: str = "") -> str | None:
+    """The field that on its own gives the same error, and its value, as the beginning of a sentence."""
+    for name, value in fields.items():
+        try:
+            config_class(**{name: value})
+        except Exception as own_error:
+            if type(own_error) is type(error) and str(own_error) == str(error):
+                return f"`{where}{name}` cannot be {shown(value)}"
+    return None
 
 
 def _check_names(config_class, names, where: str) -> None:
@@ -136,18 +155,27 @@ def as_config(value, config_class, name: str, defaults: dict | None = None):
     if model_type != config_class.model_type:
         raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {shown(model_type)}.")
     _check_names(config_class, value, f"`{name}`")
+    fields = {key: item for key, item in value.items() if key != "model_type"}
+    known = issubclass(config_class, _CheckedConfig)
+    if not known:  # before transformers builds lists of so many layers
+        _check_fields(name, fields, _TRANSFORMER_FIELDS)
     try:
-        return config_class(**{key: item for key, item in value.items() if key != "model_type"})
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise _plain_error(error, name) from error
+        return config_class(**fields)
+    except Exception as error:
+        # Configs of this package name the field themselves.
+        what = None if known else _refused_field(error, config_class, fields, f"{name}.")
+        raise _plain_error(error, what or f"`{name}`") from error
 
 
-def _check_transformer(config, name: str, fields: dict) -> None:
+def _check_fields(name: str, fields: dict, rules: dict) -> None:
+    for field, rule in rules.items():
+        if field in fields and (fields[field] is not None or field in ("hidden_size", "vocab_size")):
+            rule.check(f"{name}.{field}", fields[field])
+
+
+def _check_transformer(config, name: str, rules: dict) -> None:
     """The sizes of a transformer whose config is of transformers."""
-    for field, rule in fields.items():
-        value = getattr(config, field, None)
-        if value is not None or field in ("hidden_size", "vocab_size") and hasattr(config, field):
-            rule.check(f"{name}.{field}", value)
+    _check_fields(name, {field: getattr(config, field) for field in rules if hasattr(config, field)}, rules)
     heads = getattr(config, "num_attention_heads", None)
     if heads and getattr(config, "head_dim", None) is None and config.hidden_size % heads:
         raise ValueError(
@@ -172,11 +200,16 @@ class _CheckedConfig(StrictConfigMixin):
         try:
             super().__setattr__(name, value)
         except StrictDataclassError as error:  # a field of PreTrainedConfig
-            raise _plain_error(error, name) from error
+            raise _plain_error(error, f"`{name}` cannot be {shown(value)}") from error
 
     def __post_init__(self, **kwargs):
         _check_names(type(self), kwargs, type(self).__name__)
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except Exception as error:
+            given = {field.name: getattr(self, field.name) for field in dataclasses.fields(PreTrainedConfig)}
+            what = _refused_field(error, PreTrainedConfig, {**given, **kwargs})
+            raise _plain_error(error, what or f"`{type(self).__name__}`") from error
         self.check_together()
 
     def check_together(self) -> None:
@@ -237,7 +270,7 @@ class DualTokenQuantizerConfig(_CheckedConfig, PreTrainedConfig):
         "shared_codebook": _BOOL,
         "update_rule": OneOf(("rq", "rq_ema")),
         "ema_vectors": OneOf(("own", "final")),
-        "ema_decay": Within(float, 0, math.nextafter(1, 0)),
+        "ema_decay": Within(float, 0, 1, below=True),
         "ema_eps": _EPSILON,
         "restart_unused_codes": _BOOL,
     }
@@ -532,8 +565,11 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
             model_type = fields.pop("model_type", "qwen2")
             if not isinstance(model_type, str):
                 raise TypeError(f"`text_config.model_type` must be a string, got {shown(model_type)}.")
-            config_class = type(AutoConfig.for_model(model_type))
-            self.text_config = as_config(fields, config_class, "text_config")
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"`text_config.model_type` must be a model type of transformers, got {shown(model_type)}."
+                )
+            self.text_config = as_config(fields, CONFIG_MAPPING[model_type], "text_config")
         self.text_config = Qwen2Config() if self.text_config is None else self.text_config
         if not isinstance(self.text_config, PreTrainedConfig):
             raise TypeError(
@@ -592,11 +628,16 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
         ids = self.special_image_token_ids
         if len(set(ids)) != 3:
             raise ValueError(f"The three image token ids must differ, got {ids}.")
-        if not all(0 <= token_id < self.text_config.vocab_size for token_id in ids):
+        vocab_size = self.text_config.vocab_size
+        if not all(0 <= token_id < vocab_size for token_id in ids):
             raise ValueError(
-                f"The image token ids must lie in the language model's vocabulary of {self.text_config.vocab_size}, "
+                f"The image token ids must lie in the language model's vocabulary of {vocab_size}, "
                 f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
             )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self.text_config, name, None)
+            for token_id in value if isinstance(value, list) else [value]:
+                Within(int, 0, vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
 
     def check_quantizers_agree(self):
         tokenizer = self.vision_tokenizer_config
