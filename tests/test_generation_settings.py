@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_generation import GREEDY, ids, push, shared_model
 from tiny_models import lively_unified_model
-from transformers import BatchEncoding, CompileConfig, GenerationConfig
+from transformers import BatchEncoding, CompileConfig, GenerationConfig, WatermarkingConfig
 
 from transformers_dualtoken import generation, generation_settings
 from transformers_dualtoken.generation_scores import ScoreCheck
@@ -72,6 +72,8 @@ def warnings_of():
             {"generation_mode": "interleaved", "max_new_tokens": 40.0},
             "`max_new_tokens` must be a whole number from 1, got 40",
         ),
+        ({"decoder_start_token_id": "x"}, "`decoder_start_token_id` must be an id or a list of ids, got 'x'"),
+        ({"sequence_bias": [1]}, r"`sequence_bias` must be a dict of tuples of ids and numbers, or .*, got \[1\]"),
         (
             {"generation_mode": "interleaved", "streamer": print},
             "`streamer` must be an object with the methods `put` and `end`",
@@ -81,6 +83,46 @@ def warnings_of():
 def test_wrong_kinds_are_named(model, options, message):
     with pytest.raises(TypeError, match=message):
         model.generate(ids(5), **{**GREEDY, **options})
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "interleaved"])
+@pytest.mark.parametrize(
+    "watermark", [{"a": 1}, {1: 2}, {"bias": "x"}, {"greenlist_ratio": "x"}, WatermarkingConfig(context_width=1.5)]
+)
+def test_watermark_is_of_transformers_kinds(model, mode, watermark):
+    with pytest.raises(TypeError, match="`watermarking_config` must be .* a dict of its `greenlist_ratio`, `bias`"):
+        model.generate(ids(5), generation_mode=mode, watermarking_config=watermark)
+
+
+def test_right_watermarks_and_biases_are_taken(model):
+    text = {"generation_mode": "interleaved", "max_new_tokens": 3}
+    for watermark in ({}, {"bias": 1, "seeding_scheme": "selfhash"}, WatermarkingConfig(greenlist_ratio=0.5)):
+        assert model.generate(ids(5), watermarking_config=watermark, **text).sequences.shape[1] <= 4
+    for bias in ({(7,): 1e9}, [[[7], 1e9]]):
+        assert model.generate(ids(5), sequence_bias=bias, **text).sequences.tolist() == [[5, 7, 7, 7]]
+
+
+def test_drafts_of_the_first_layers_are_refused(model):
+    with pytest.raises(ValueError, match="`assistant_early_exit` drafts .*`prompt_lookup_num_tokens`"):
+        model.generate(ids(5), max_new_tokens=2, assistant_early_exit=1)
+
+
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+@pytest.mark.parametrize("forced", [60, [2, 60]])
+def test_forced_id_is_of_the_vocabulary(model, mode, forced):
+    with pytest.raises(ValueError, match="`forced_eos_token_id` must be of the vocabulary of 60 ids, got"):
+        model.generate(ids(5), max_new_tokens=3, generation_mode=mode, forced_eos_token_id=forced)
+
+
+@pytest.mark.parametrize("name", ["image_temperature", "image_top_k", "guidance_scale", "temperature"])
+def test_numbers_beyond_floats_are_named(model, name):
+    try:
+        GenerationArguments(GenerationConfig(), None, {"generation_mode": "image", name: -(10**400)})
+    except ValueError as error:
+        assert f"`{name}` must be" in str(error)
+    else:
+        # Any finite number.
+        assert name == "temperature"
 
 
 @pytest.mark.parametrize("scale", ["3", [3.0], torch.tensor([1.0, 3.0]), True, float("nan"), -1])
@@ -244,8 +286,10 @@ class TestWhereSettingsStand:
         with pytest.raises(ValueError, match="does not take num_beams"):
             self.draw(model, generation_mode="interleaved")
 
-    def test_every_field_of_transformers_is_known(self):
+    def test_every_field_of_transformers_is_known(self, monkeypatch):
         """A new one is refused until somebody has looked at it; these are what is known not to be refused."""
+        # By what they are, not by the kind of value.
+        monkeypatch.setattr(generation_settings, "_KINDS", {})
         own = GenerationConfig()
         taken = {"interleaved": set(), "image": set()}
         for name in own.to_dict():

@@ -208,6 +208,9 @@ class DualTokenGenerationMixin(GenerationMixin):
         if generation_config.guidance_scale not in (None, 1):
             generation_config = copy.copy(generation_config)
             generation_config.guidance_scale = 1.0
+        forced, size = generation_config.forced_eos_token_id, self.config.get_text_config().vocab_size
+        if forced is not None and (torch.as_tensor(forced) >= size).any():
+            raise ValueError(f"`forced_eos_token_id` must be of the vocabulary of {size} ids, got {forced}.")
         given = list(logits_processor or [])
         checks = [part for part in given if isinstance(part, ScoreCheck)]
         for check in checks:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, WatermarkingConfig
 from transformers.utils import logging
 
 
@@ -64,15 +64,34 @@ def _is_generators(value) -> bool:
     return len(generators) > 0 and all(isinstance(generator, torch.Generator) for generator in generators)
 
 
+def _is_watermark(value) -> bool:
+    """Of the kinds that transformers' `WatermarkingConfig` compares and computes with; other classes look themselves."""
+    if isinstance(value, WatermarkingConfig):
+        value = value.to_dict()
+    if not isinstance(value, dict):
+        return hasattr(value, "validate")
+    is_kind = {
+        **dict.fromkeys(("greenlist_ratio", "bias"), _is_number),
+        **dict.fromkeys(("hashing_key", "context_width"), _is_whole),
+        "seeding_scheme": lambda scheme: isinstance(scheme, str),
+    }
+    return all(name in is_kind and is_kind[name](part) for name, part in value.items())
+
+
+def _is_sequence_bias(value) -> bool:
+    if isinstance(value, dict):
+        return True
+    return isinstance(value, list) and all(isinstance(part, (list, tuple)) and len(part) == 2 for part in value)
+
+
 def _one_of(choices: tuple[str, ...]) -> _Kind:
     return _Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str), lambda v: v in choices)
 
 
-_FINITE = _Kind("a finite number", _is_number, math.isfinite)
+# By comparison: a whole number may be too large for a float.
+_FINITE = _Kind("a finite number", _is_number, lambda value: abs(value) < math.inf)
 _POSITIVE = _Kind("a finite number above 0", _is_number, lambda value: 0 < value < math.inf)
-_TOP_K = _Kind(
-    "a whole number from 0 (0 keeps all codes)", _is_number, lambda value: value >= 0 and float(value).is_integer()
-)
+_TOP_K = _Kind("a whole number from 0 (0 keeps all codes)", _is_number, lambda value: value >= 0 and value % 1 == 0)
 _TOP_P = _Kind("a number above 0 and up to 1 (1 keeps all codes)", _is_number, lambda value: 0 < value <= 1)
 _SWITCH = _Kind("True or False", lambda value: isinstance(value, bool))
 _SCALE = _Kind("a number from 0 (1.0: no guidance)", _is_number, lambda value: 0 <= value < math.inf)
@@ -213,23 +232,30 @@ _KINDS = {
     ),
     **dict.fromkeys(("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size"), _FROM_ZERO),
     **dict.fromkeys(("encoder_no_repeat_ngram_size", "prompt_lookup_num_tokens"), _FROM_ZERO),
+    **dict.fromkeys(("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"), _FROM_ZERO),
+    "num_assistant_tokens": _COUNT,
     **dict.fromkeys(("temperature", "top_p", "min_p", "top_h", "typical_p", "repetition_penalty"), _FINITE),
     **dict.fromkeys(("encoder_repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff"), _FINITE),
     **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values", "use_cache"), _SWITCH),
     **dict.fromkeys(("disable_compile", "return_dict_in_generate", "synced_gpus"), _SWITCH),
     **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _SWITCH),
-    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), _TOKEN_IDS),
+    **dict.fromkeys(("token_healing", "is_assistant", "low_memory", "use_mtp"), _SWITCH),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "decoder_start_token_id"), _TOKEN_IDS),
     **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), _Kind("an id", _is_id)),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _LIST_OF_IDS),
     **dict.fromkeys(("attention_mask", "pixel_values", "inputs_embeds", "position_ids"), _TENSOR),
     **dict.fromkeys(("penalty_alpha", "diversity_penalty", "max_time", "assistant_confidence_threshold"), _FINITE),
+    "assistant_ensemble_weight": _FINITE,
     **dict.fromkeys(("past_key_values", "cache"), _Kind("a cache", lambda value: hasattr(value, "get_seq_length"))),
     "early_stopping": _Kind("True, False or 'never'", lambda value: isinstance(value, (bool, str))),
     "prefix_allowed_tokens_fn": _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable),
     "cache_implementation": _Kind("the name of a kind of cache", lambda value: isinstance(value, str)),
     "watermarking_config": _Kind(
-        "a watermarking config or a dict", lambda v: isinstance(v, dict) or hasattr(v, "validate")
+        "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
+        "`context_width`",
+        _is_watermark,
     ),
+    "sequence_bias": _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias),
     "exponential_decay_length_penalty": _Kind(
         "a pair of a number of tokens and a factor",
         lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)),
@@ -310,6 +336,11 @@ class GenerationArguments:
             generation_config, kwargs = None, {**given, **kwargs}
         self.generation_config, self.kwargs = generation_config, kwargs
         if self.mode == "text":
+            if self.value("assistant_early_exit") is not None:
+                raise ValueError(
+                    "`assistant_early_exit` drafts with the first layers of the model, which this one cannot do: pass an "
+                    "`assistant_model`, or `prompt_lookup_num_tokens`."
+                )
             # Guidance is of images, but may be said once for all modes.
             off = {"generation_mode", "guidance_scale", *([] if self.inputs.progress_bar else ["progress_bar"])}
             for name in {**settings, **inputs}.keys() - off:
