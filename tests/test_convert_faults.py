@@ -8,6 +8,8 @@ import pytest
 import torch
 from official_format import decoder_fields, quantizer_fields, write_golden_folder
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_models import lively_unified_model
 
 from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.checkpoint_writing import new_folder
@@ -256,3 +258,64 @@ def test_a_new_folder_has_the_usual_permissions(tmp_path):
     (tmp_path / "usual").mkdir()
     assert (tmp_path / "a" / "b").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "a" / "b") == ["file"]
+
+
+# --- merge ---
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    adapters = pytest.importorskip("transformers_dualtoken.training.unified.adapters")
+    folder = tmp_path_factory.mktemp("parts")
+    model = lively_unified_model()
+    model.save_pretrained(folder / "base")
+    adapters.add_lora(model).save_pretrained(folder / "adapter")
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def change_json(**values):
+    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_tensor(part, change):
+    def write(path):
+        tensors = load_file(path)
+        key = next(key for key in sorted(tensors) if part in key)
+        value = change(tensors.pop(key))
+        save_file(tensors if value is None else {**tensors, key: value}, path, metadata={"format": "pt"})
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("adapter/adapter_config.json", cut, "adapter_config.json is not JSON"),
+        ("adapter/adapter_config.json", lambda path: path.write_text("[]"), "must hold a JSON object, got list"),
+        ("adapter/adapter_config.json", change_json(base_model_name_or_path=7), "names no base model"),
+        ("adapter/adapter_config.json", change_json(peft_type="x"), "The adapter's configuration"),
+        ("adapter/adapter_model.safetensors", cut, "SafetensorError"),
+        ("adapter/adapter_model.safetensors", os.remove, "holds no adapter_model.safetensors"),
+        ("adapter/adapter_model.safetensors", change_tensor("lora_A", lambda tensor: None), "missing adapter keys"),
+        ("adapter/adapter_model.safetensors", change_tensor("lora_A", lambda tensor: tensor[:1].clone()), "size mismatch"),
+        ("adapter/adapter_model.safetensors", change_tensor("lora_A", lambda tensor: tensor / 0), "not finite"),
+        ("adapter/adapter_model.safetensors", change_tensor("visual_projector", lambda tensor: tensor / 0), "not finite"),
+        ("base/config.json", lambda path: path.write_text("[]"), "must hold a JSON object, got list"),
+        ("base/config.json", change_json(vision_tokenizer_config={"vision_config": {"hidden_act": 3.5}}), "hidden_act"),
+        ("base/generation_config.json", cut, "generation_config.json is not JSON"),
+        ("base/model.safetensors", cut, "is damaged"),
+        ("base/model.safetensors", change_tensor("proj.bias", lambda tensor: tensor[:1].clone()), "of other shapes"),
+    ],
+)  # fmt: skip
+def test_merge_of_damaged_files(parts, tmp_path, capsys, name, change, message):
+    folder = shutil.copytree(parts, tmp_path / "parts")
+    change_json(base_model_name_or_path=str(folder / "base"))(folder / "adapter" / "adapter_config.json")
+    change(folder / name)
+    assert main(["merge", str(folder / "adapter"), str(tmp_path / "new" / "output")]) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dualtoken: ")]
+    assert len(errors) == 1 and message in errors[0] and str(folder) in errors[0], errors
+    assert not (tmp_path / "new").exists()

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def checkpoint_errors(name: str | os.PathLike):
 
     Raises:
         FileNotFoundError: if `name` is a path and there is nothing, or neither a folder nor to be had from the Hub.
-        ValueError: if a safetensors file is cut or otherwise damaged.
+        ValueError: if a safetensors file is cut or otherwise damaged, or its tensors have other shapes than the model.
     """
     text = os.fspath(name)
     is_there = os.path.exists(text)
@@ -50,6 +49,13 @@ def checkpoint_errors(name: str | os.PathLike):
         yield
     except SafetensorError as error:
         raise ValueError(f"The checkpoint {text!r} is damaged: {error}.") from error
+    except RuntimeError as error:
+        if "the above report" not in str(error):
+            raise
+        raise ValueError(
+            f"The checkpoint {text!r} has weights of other shapes than its configuration says; the report above lists "
+            "them."
+        ) from error
     except OSError as error:
         if is_there:
             raise
@@ -76,7 +82,7 @@ def damage_errors(what: str):
         raise
     except Exception as error:
         # The first sentence, of texts that may go on for pages.
-        reason = re.split(r"\.\s|\n", f"{type(error).__name__}: {str(error).strip()}")[0].rstrip(":. ")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}".split(". ")[0][:500].rstrip(":. ")
         raise ValueError(f"{what} cannot be read ({reason}).") from error
 
 

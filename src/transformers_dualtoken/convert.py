@@ -12,7 +12,7 @@ from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from transformers import SiglipConfig, SiglipVisionConfig
+from transformers import PreTrainedConfig, SiglipConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
 from .checkpoint_loading import check_model_type, checkpoint_errors, damage_errors, read_json_object
@@ -269,13 +269,25 @@ def _siglip_towers(name: str, config_path: Path) -> tuple[str, dict]:
         fields = read_json_object(path)
         check_model_type(SiglipConfig, fields)
         # What is left out has SigLIP's defaults, not the paper's.
-        towers = {name: fields.get(name) or {} for name in ("vision_config", "text_config")}
+        towers = {name: _architecture(fields.get(name) or {}) for name in ("vision_config", "text_config")}
         vision_config = as_config(towers["vision_config"], SiglipVisionConfig, "vision_config")
         for side in ("image_size", "patch_size"):
             _SIDE.check(f"vision_config.{side}", getattr(vision_config, side))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {path}: {error}") from error
     return path, {**towers, "vision_config": vision_config}
+
+
+def _architecture(fields):
+    """A tower's fields without those that any config has (labels, dtype, plans of parallelism), which no weight needs."""
+    if not isinstance(fields, dict):
+        return fields
+    general = PreTrainedConfig.__dataclass_fields__
+    return {
+        name: value
+        for name, value in fields.items()
+        if name == "model_type" or name not in general and not hasattr(PreTrainedConfig, name)
+    }
 
 
 def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
@@ -187,24 +188,41 @@ def merge_adapter(
     Raises:
         FileNotFoundError: if there is no such adapter or base model.
         ValueError: if `output` holds files or lies in one of the two, if the adapter names no base model and none is
-            given, or for files that are damaged.
+            given, for files that are damaged, an adapter that does not fit, or values that are not finite.
         OSError: if `output` cannot be written.
     """
     with new_folder(output, adapter, *([] if base is None else [base])) as folder:
         config, revision = _adapter_config(adapter), None
         if base is None:
             base, revision = config.base_model_name_or_path, config.revision
-        if not base:
+        if not base or not isinstance(base, (str, os.PathLike)):
             raise ValueError(
                 f"The adapter {adapter} names no base model; give the one that it was trained on as `base`."
             )
         with checkpoint_errors(base):
-            dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
+            for name in ("config.json", "generation_config.json"):
+                path = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+                if path is not None:
+                    read_json_object(path)
+            with damage_errors(f"The configuration of the base model {base}"):
+                dtype = dtype or AutoConfig.from_pretrained(base, revision=revision).dtype or torch.float32
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, revision=revision)
-        with damage_errors(f"The weights of the adapter {adapter}, for the base model {base},"):
+        with damage_errors(f"The weights of the adapter {adapter}, for the base model {base},"), catch_warnings():
+            # Or they would be left as new ones are.
+            filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, adapter)
-        model = model.merge_and_unload(safe_merge=True)
-        model.to(dtype).save_pretrained(folder)
+        model = model.merge_and_unload().to(dtype)
+        wrong = [
+            name
+            for name, tensor in model.state_dict().items()
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+        ]
+        if wrong:
+            raise ValueError(
+                f"The base model {base} and the adapter {adapter} have a sum that is not finite in {dtype}: "
+                f"{', '.join(wrong[:5])}."
+            )
+        model.save_pretrained(folder)
         for source in (adapter, base):
             if cached_file(source, "processor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
                 with damage_errors(f"The processor of {source}"):
@@ -217,6 +235,9 @@ def merge_adapter(
 def _adapter_config(adapter: str | os.PathLike) -> PeftConfig:
     with checkpoint_errors(adapter):
         path = cached_file(adapter, "adapter_config.json")
+        names = ("adapter_model.safetensors", "adapter_model.bin")
+        if all(cached_file(adapter, name, _raise_exceptions_for_missing_entries=False) is None for name in names):
+            raise FileNotFoundError(f"The adapter {adapter} holds no {names[0]}.")
     read_json_object(path)
     with damage_errors(f"The adapter's configuration {path}"):
         return PeftConfig.from_pretrained(adapter)
