@@ -1,6 +1,7 @@
 """The GPU that a benchmark runs on: clocks, memory and what the machine can do at best."""
 
 import gc
+import math
 import statistics
 import time
 import warnings
@@ -14,6 +15,7 @@ class Device:
     def __init__(self, small: bool):
         self.is_gpu = not small
         self.device = torch.device("cuda" if self.is_gpu else "cpu")
+        self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
         self.name = torch.cuda.get_device_name() if self.is_gpu else "CPU"
 
     def synchronize(self):
@@ -21,6 +23,7 @@ class Device:
             torch.cuda.synchronize()
 
     def free(self):
+        torch._dynamo.reset()
         gc.collect()
         if self.is_gpu:
             torch.cuda.empty_cache()
@@ -35,6 +38,28 @@ class Device:
             self.synchronize()
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+    def seconds_in_a_row(self, function, budget: float = 2.0) -> float:
+        """
+        Median seconds of a call among others without a wait between them, after three to warm up: as many as fit
+        `budget` seconds, 5 to 50.
+        """
+        if not self.is_gpu:
+            budget = 0.0
+        for _ in range(3):
+            start = time.perf_counter()
+            function()
+            self.synchronize()
+        calls = min(50, max(5, round(budget / (time.perf_counter() - start))))
+        if not self.is_gpu:
+            return self.seconds(function, calls, math.inf)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+        events[0].record()
+        for event in events[1:]:
+            function()
+            event.record()
+        torch.cuda.synchronize()
+        return statistics.median(first.elapsed_time(last) for first, last in zip(events, events[1:])) / 1e3
 
     def peak_gib(self, function) -> float | None:
         """The most memory that is held at once while `function()` runs, weights included."""

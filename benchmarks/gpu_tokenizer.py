@@ -17,12 +17,9 @@ image decoder, and only encoding is measured. The package need not be installed:
 """
 
 import argparse
-import gc
 import json
-import statistics
 import sys
 import time
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -30,6 +27,7 @@ import torch
 import transformers
 from bench_tokenizer import KINDS, latents_of, make_tokenizer, random_codes, random_images
 from common import relative_error
+from gpu_device import Device
 from torch.utils.flop_counter import FlopCounterMode
 
 from transformers_dualtoken import DualTokenVisionTokenizer, code_search, quantization
@@ -60,79 +58,6 @@ def parse_args():
     if args.small:
         args.images, args.modes = 2, ["eager", "aot_eager"]
     return args
-
-
-class Device:
-    """The GPU, or for a trial the CPU, which measures no memory."""
-
-    def __init__(self, small: bool):
-        self.is_gpu = not small
-        self.device = torch.device("cuda" if self.is_gpu else "cpu")
-        self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
-        self.name = torch.cuda.get_device_name() if self.is_gpu else "CPU"
-
-    def seconds(self, function, budget=2.0):
-        """Median seconds of a call, after three to warm up: as many as fit `budget` seconds, 5 to 50."""
-        if not self.is_gpu:
-            budget = 0.0
-        for _ in range(3):
-            start = time.perf_counter()
-            function()
-            self.synchronize()
-        times = min(50, max(5, round(budget / (time.perf_counter() - start))))
-        if not self.is_gpu:
-            seconds = []
-            for _ in range(times):
-                start = time.perf_counter()
-                function()
-                seconds.append(time.perf_counter() - start)
-            return statistics.median(seconds)
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-        events[0].record()
-        for event in events[1:]:
-            function()
-            event.record()
-        torch.cuda.synchronize()
-        return statistics.median(first.elapsed_time(last) for first, last in zip(events, events[1:])) / 1e3
-
-    def synchronize(self):
-        if self.is_gpu:
-            torch.cuda.synchronize()
-
-    def peak_gib(self, function):
-        """Peak of the memory in use during a call, weights included."""
-        if not self.is_gpu:
-            return None
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() / 2**30
-
-    def product_flops(self):
-        """FLOPs a second of one large product: what the matrix units reach at best."""
-        size = 8192 if self.is_gpu else 256
-        left, right = torch.randn(2, size, size, dtype=self.dtype, device=self.device)
-        return 2 * size**3 / self.seconds(lambda: left @ right)
-
-    def copied_bytes(self):
-        """Bytes read and written a second by a copy."""
-        source = torch.empty(1 << (30 if self.is_gpu else 20), dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        return 2 * source.numel() / self.seconds(lambda: target.copy_(source))
-
-    def waits(self, function):
-        """How often a call waits for the GPU."""
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            function()
-        torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
-
-    def free(self):
-        torch._dynamo.reset()
-        gc.collect()
-        if self.is_gpu:
-            torch.cuda.empty_cache()
 
 
 def psnr(image, reference):
@@ -228,7 +153,7 @@ class Report:
     def __init__(self, args, device: Device, flops):
         self.args, self.device, self.flops = args, device, flops
         self.results, self.notes, self.goals = [], [], {}
-        self.product, self.copy = device.product_flops(), device.copied_bytes()
+        self.product, self.copy = device.product_flops(), device.copy_bandwidth()
         dtype = str(device.dtype).removeprefix("torch.")
         print(f"{device.name}, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}")
         print(f"{args.images} images; a large product runs at {self.product / 1e12:.1f} TFLOP/s, ", end="")
@@ -304,15 +229,17 @@ class Report:
 
 def measure_search(steps, device: Device, report: Report):
     steps.check_search()
-    report.add("search of both kinds", "eager", device.seconds(steps.search), device.peak_gib(steps.search))
+    report.add("search of both kinds", "eager", device.seconds_in_a_row(steps.search), device.peak_gib(steps.search))
     width = steps.model.config.pixel_quantizer_config.code_dim
     is_fused = device.is_gpu and code_search.find_fused_search(steps.latents["pixel"].device, width) is not None
     report.note(f"The search of this device {'is one kernel' if is_fused else 'runs in blocks'}.")
     with mock.patch.object(quantization, "nearest_codes", code_search.blocked_nearest_codes):
-        report.add("the same in blocks", "eager", device.seconds(steps.search), device.peak_gib(steps.search))
+        report.add("the same in blocks", "eager", device.seconds_in_a_row(steps.search), device.peak_gib(steps.search))
         if device.is_gpu:
             torch.set_float32_matmul_precision("highest")
-            report.note(f"The search in blocks takes {1e3 * device.seconds(steps.search):.2f} ms without TF32.")
+            report.note(
+                f"The search in blocks takes {1e3 * device.seconds_in_a_row(steps.search):.2f} ms without TF32."
+            )
             torch.set_float32_matmul_precision("high")
 
 
@@ -330,10 +257,10 @@ def measure_step(step, mode, steps, device: Device, report: Report, references):
     if mode == "eager":
         references[step] = output
         if device.is_gpu:
-            report.note(f"{step}: waits for the GPU {device.waits(function)} times, to look at its input.")
+            report.note(f"{step}: waits for the GPU {device.count_waits(function)} times, to look at its input.")
     else:
         report.note(f"{step}, {mode}: {steps.compare(step, output, references[step])}.")
-    report.add(step, mode, device.seconds(function), device.peak_gib(function))
+    report.add(step, mode, device.seconds_in_a_row(function), device.peak_gib(function))
 
 
 @torch.no_grad()
