@@ -545,7 +545,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         )
         model.generation_config = model._complete_generation_config()
         scaled_by = [model.model.visual_projector, model.get_input_embeddings()]
-        with gathered(parameter for module in scaled_by for parameter in module.parameters()):
+        with gathered((parameter for module in scaled_by for parameter in module.parameters()), written=True):
             model._scale_visual_projector()
         return model.eval()
 

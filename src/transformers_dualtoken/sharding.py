@@ -33,18 +33,20 @@ def any_rank(condition: bool, device: torch.device) -> bool:
     return bool(flag)
 
 
-def gathered(parameters: Iterable[nn.Parameter]) -> AbstractContextManager:
+def gathered(parameters: Iterable[torch.Tensor], written: bool = False) -> AbstractContextManager:
     """
-    Context in which parameters are whole under ZeRO-3 too, and may be written: all ranks get what rank 0 wrote.
+    Context in which parameters are whole under ZeRO-3 too. Every rank must enter it.
 
-    Every rank must enter it.
+    Args:
+        parameters (iterable of `torch.Tensor`): those that ZeRO-3 has not split are as they are.
+        written (`bool`, defaults to `False`): afterwards all ranks get what rank 0 wrote to them.
     """
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
         return nullcontext()
     # Of code from the Hub, every import outside of a `try` counts as a requirement.
     deepspeed = require("deepspeed", "Gathering weights that ZeRO-3 has split")
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
         raise ValueError(f"The weights to copy do not fit the model: {', '.join(different[:5])} are in one only.")
     for name, value in sources.items():
         # One at a time: only one is whole on every rank.
-        with gathered([value, targets[name]]):
+        with gathered([value, targets[name]], written=True):
             if value.shape != targets[name].shape:
                 raise ValueError(
                     f"The weight {name} to copy has the shape {tuple(value.shape)}, the model's has the shape "

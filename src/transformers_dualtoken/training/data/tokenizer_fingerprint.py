@@ -6,7 +6,7 @@ import json
 import torch
 
 from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
-from ...optional_libraries import require
+from ...sharding import gathered
 
 
 _CONFIG_FIELDS = ("pixel_layer", "semantic_layer", "shortcut_layer")
@@ -62,10 +62,7 @@ def _deciding_tensors(vision_tokenizer: DualTokenVisionTokenizer) -> dict[str, t
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU, gathered where ZeRO-3 keeps a part of it on every rank."""
-    if not hasattr(tensor, "ds_id"):
-        return tensor.detach().cpu()
-    deepspeed = require("deepspeed", "Gathering weights that ZeRO-3 has split")
-    with deepspeed.zero.GatheredParameters([tensor]):
+    with gathered([tensor]):
         return tensor.detach().cpu().clone()
 
 

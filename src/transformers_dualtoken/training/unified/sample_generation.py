@@ -11,13 +11,12 @@ import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
 from transformers import TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...chat_dualtoken import image_parts, normalize_chats
 from ...generation import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
-from ...optional_libraries import require
 from ...processing_dualtoken import DualTokenProcessor
+from ...sharding import gathered
 from ..vision_tokenizer.reconstruction_grid import send_to_trackers
 
 
@@ -294,14 +293,9 @@ def _gathered(wrapped: torch.nn.Module, model: torch.nn.Module):
     depth by depth, and the model's own layers are called without its forward.
     """
     units = []
-    if is_deepspeed_zero3_enabled():
-        deepspeed = require("deepspeed", "Gathering weights that ZeRO-3 has split")
-        context = deepspeed.zero.GatheredParameters(list(model.depth_heads.parameters()))
-    else:
-        context = contextlib.nullcontext()
-        if hasattr(wrapped, "unshard"):
-            units = [wrapped, *(module for module in model.depth_heads.modules() if hasattr(module, "unshard"))]
-    with context:
+    if hasattr(wrapped, "unshard"):  # FSDP2
+        units = [wrapped, *(module for module in model.depth_heads.modules() if hasattr(module, "unshard"))]
+    with gathered(model.depth_heads.parameters()):
         for unit in units:
             unit.unshard()
         try:
