@@ -1,6 +1,7 @@
 """`from_pretrained` on checkpoints that are not there, of another kind, or not whole."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,30 @@ def test_base_model_of_a_whole_one(folders):
     )
     for key, value in base.state_dict().items():
         assert torch.equal(value, whole.model.state_dict()[key])
+
+
+@pytest.mark.parametrize("loader", [DualTokenForCausalLM, DualTokenModel, DualTokenVisionTokenizer])
+def test_tensors_too_many(folders, loader, tmp_path):
+    """A part's list of what it leaves aside once hid them, of the whole and of its other parts."""
+    surplus = {
+        DualTokenForCausalLM: {"depth_heads.layers.9.weight", "lm_head.scale", "model.language_model.layers.9.weight"},
+        DualTokenModel: {"model.language_model.layers.9.weight", "model.vision_tokenizer.extra"},
+        DualTokenVisionTokenizer: {"model.vision_tokenizer.extra"},
+    }[loader]
+    folder = copy_of(
+        folders["unified"], tmp_path / "more", lambda t: t.update({key: torch.ones(2) for key in surplus})
+    )
+    unexpected = loader.from_pretrained(folder, output_loading_info=True)[1]["unexpected_keys"]
+    prefix = "model.vision_tokenizer." if loader is DualTokenVisionTokenizer else ""
+    assert set(unexpected) == {key.removeprefix(prefix) for key in surplus}
+
+
+def test_what_other_engines_leave_out(folders):
+    """vLLM builds the model without heads, brings a text head itself, and loads nothing that these patterns match."""
+    patterns = AutoModel.from_pretrained(folders["unified"])._keys_to_ignore_on_load_unexpected
+    names = DualTokenForCausalLM.from_pretrained(folders["unified"]).state_dict()
+    left_out = {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+    assert left_out == {name for name in names if name.startswith("depth_heads.")}
 
 
 @pytest.mark.parametrize(

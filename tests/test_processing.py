@@ -1,5 +1,8 @@
 """Chats, prompts and images for the unified model; captions and images for the vision tokenizer."""
 
+import inspect
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,10 @@ from transformers.pipelines.image_text_to_text import Chat, ImageTextToTextPipel
 
 from transformers_dualtoken.configuration_dualtoken import DualTokenConfig, DualTokenVisionTokenizerConfig
 from transformers_dualtoken.image_processing_dualtoken import DualTokenImageProcessor
-from transformers_dualtoken.image_processing_pil_dualtoken import DualTokenImageProcessorPil
+from transformers_dualtoken.image_processing_pil_dualtoken import (
+    DualTokenImageProcessorKwargs,
+    DualTokenImageProcessorPil,
+)
 from transformers_dualtoken.processing_dualtoken import DualTokenProcessor, DualTokenVisionTokenizerProcessor
 
 
@@ -472,6 +478,15 @@ def test_processor_settings_reach_the_image_processor(processor):
     assert (out.pixel_values[0, :, 0] == -1).all() and (out.pixel_values[0, :, 4] == 1).all()
     out = processor(text=IMAGE, images=picture(255), images_kwargs={"size": {"height": 6, "width": 6}})
     assert np.asarray(out["pixel_values"]).shape == (1, 3, 6, 6)
+
+
+@pytest.mark.parametrize("processor_class", [DualTokenProcessor, DualTokenVisionTokenizerProcessor])
+def test_settings_are_found_in_the_signature(processor_class):
+    """vLLM reads them there; without, it takes the first class of the file whose name fits."""
+    annotation = inspect.signature(processor_class.__call__).parameters["kwargs"].annotation
+    settings = get_type_hints(get_args(annotation)[0])
+    assert settings["images_kwargs"] is DualTokenImageProcessorKwargs
+    assert "padding" in get_type_hints(settings["text_kwargs"])
 
 
 def test_pipeline_inputs(processor):

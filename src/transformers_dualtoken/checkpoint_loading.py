@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,6 +148,9 @@ class StrictLoadingMixin:
 
     # Prefixes of this model's tensors in the checkpoint of a model that holds it, as a regular expression.
     _prefix_in_whole: str | None = None
+    # Tensors of the whole that this model has no place for, as a regular expression. Not transformers'
+    # `_keys_to_ignore_on_load_unexpected`: a model that holds this one would inherit that, and drop its own.
+    _left_in_whole: str | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info: bool = False, **kwargs):
@@ -180,6 +184,12 @@ class StrictLoadingMixin:
         if not (is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) > 0):
             cls._check_whole(model, name, info)
         return model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: LoadStateDictInfo) -> None:
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if self._left_in_whole is not None:
+            keys = loading_info.unexpected_keys
+            loading_info.unexpected_keys = {key for key in keys if not re.search(self._left_in_whole, key)}
 
     def load_adapter(self, peft_model_id=None, adapter_name=None, *args, load_config=None, **kwargs):
         """

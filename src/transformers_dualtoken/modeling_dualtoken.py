@@ -190,8 +190,10 @@ class DualTokenPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
 class DualTokenModel(DualTokenPreTrainedModel):
     """Vision tokenizer, visual projector and language model, without heads."""
 
-    # In the checkpoint of a whole model, `AutoModel` leaves the heads aside.
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^depth_heads\."]
+    # In the checkpoint of a whole model, `AutoModel` leaves the heads aside. vLLM builds this class and brings the text
+    # head itself: what is named here it does not load.
+    _left_in_whole = r"^lm_head\."
+    _keys_to_ignore_on_load_unexpected = [r"^depth_heads\."]
 
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
@@ -476,6 +478,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             config.code_dim,
         )
         self.post_init()
+        # transformers hands a part's up to the whole, which has what the part leaves aside.
+        self._keys_to_ignore_on_load_unexpected = None
         self.model._freeze_vision_tokenizer()
 
     @classmethod

@@ -207,10 +207,7 @@ class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedMode
     _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
     # In the checkpoint of a unified model, or of one without heads.
     _prefix_in_whole = r"^(model\.)?vision_tokenizer\."
-    _keys_to_ignore_on_load_unexpected = [
-        r"^(model\.)?(language_model|visual_projector)\.",
-        r"^(lm_head|depth_heads)\.",
-    ]
+    _left_in_whole = r"^((model\.)?(language_model|visual_projector)|lm_head|depth_heads)\."
     # The codebooks' EMA needs float32 whatever dtype the checkpoint is loaded in.
     _keep_in_fp32_modules_strict = ["codebook"]
 

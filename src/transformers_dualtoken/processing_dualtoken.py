@@ -3,7 +3,7 @@
 from typing import Any
 
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_dualtoken import (
@@ -192,7 +192,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         audio=None,
         placeholders_only: bool = False,
         negative_prompt: str | list[str] | None = None,
-        **kwargs,
+        **kwargs: Unpack[DualTokenProcessorKwargs],
     ) -> BatchFeature:
         r"""
         Prepare rendered prompts and images. Special tokens in `text` count as such: for the text of a user take
@@ -550,7 +550,9 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
     def model_input_names(self) -> list[str]:
         return ["input_ids", *self.image_processor.model_input_names]
 
-    def __call__(self, images=None, text=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images=None, text=None, **kwargs: Unpack[DualTokenVisionTokenizerProcessorKwargs]
+    ) -> BatchFeature:
         r"""
         Args:
             images (*optional*): PIL images, arrays, tensors, paths or URLs: one or a list.
