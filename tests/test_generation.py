@@ -704,6 +704,24 @@ class TestInterleaved:
         with pytest.raises(ValueError, match="takes 10 tokens, but `max_new_tokens` is 9"):
             model.generate(ids(5, START), max_new_tokens=N, **INTERLEAVED)
 
+    @pytest.mark.parametrize(
+        "config, keywords, own, length",
+        [
+            (None, {"max_length": 9}, {"max_new_tokens": 4}, 9),
+            ({"max_length": 9}, {}, {"max_new_tokens": 4}, 9),
+            ({"max_new_tokens": 4}, {"max_length": 9}, {"max_new_tokens": 3}, 9),
+            ({"max_length": 9}, {"max_new_tokens": 4}, {}, 6),
+            (None, {"max_length": 9, "max_new_tokens": 4}, {}, 6),
+            ({"max_new_tokens": 4}, {"max_new_tokens": None}, {"max_length": 9}, 9),
+            (None, {}, {"max_new_tokens": 4, "max_length": 9}, 6),
+        ],
+    )
+    def test_lengths_count_by_where_they_stand(self, monkeypatch, model, config, keywords, own, length):
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(pad_token_id=PAD, **own))
+        for given in (config, config and GenerationConfig(**config)):
+            out = model.generate(ids(5, 6), given, suppress_tokens=[START, EOS], **keywords, **INTERLEAVED)
+            assert out.sequences.shape == (1, length)
+
     @pytest.mark.parametrize("max_length", [20, 21])
     def test_a_value_equal_to_a_default_is_given(self, model, max_length):
         for arguments in ({"max_length": max_length}, {"generation_config": GenerationConfig(max_length=max_length)}):

@@ -102,6 +102,12 @@ def test_right_watermarks_and_biases_are_taken(model):
         assert model.generate(ids(5), sequence_bias=bias, **text).sequences.tolist() == [[5, 7, 7, 7]]
 
 
+@pytest.mark.parametrize("eos", [7, [2, 7], (2, 7), torch.tensor(7), torch.tensor([2, 7])])
+def test_any_form_of_the_ends(model, eos):
+    arguments = {"generation_mode": "interleaved", "max_new_tokens": 3, "logits_processor": [push(7)]}
+    assert model.generate(ids(5), eos_token_id=eos, **arguments).sequences.tolist() == [[5, 7]]
+
+
 def test_drafts_of_the_first_layers_are_refused(model):
     with pytest.raises(ValueError, match="`assistant_early_exit` drafts .*`prompt_lookup_num_tokens`"):
         model.generate(ids(5), max_new_tokens=2, assistant_early_exit=1)
@@ -188,6 +194,17 @@ def test_text_that_should_be_an_image_says_so(model, warnings_of):
     assert messages == []
     model.generate(ids(5, model.config.image_start_token_id), max_new_tokens=1)
     assert len(messages) == 1 and "ends in `<image_start>`" in messages[0] and "generation_mode='image'" in messages[0]
+
+
+def test_a_negative_prompt_without_guidance_is_passed_over_aloud(model, warnings_of):
+    messages = warnings_of(generation)
+    arguments = {"negative_prompt_ids": ids(7, model.config.image_start_token_id), **GREEDY}
+    model.generate(ids(5), **arguments, guidance_scale=3.0)
+    assert messages == []
+    model.generate(ids(5), **GREEDY, guidance_scale=1.0)
+    assert messages == []
+    model.generate(ids(5), **arguments, guidance_scale=1.0)
+    assert messages == ["`guidance_scale=1.0` is no guidance and passes over the negative prompt."]
 
 
 def test_what_cannot_be_compiled_is_named_by_what_was_given(model):

@@ -115,8 +115,6 @@ class DualTokenGenerationMixin(GenerationMixin):
         num_return_sequences = arguments.value("num_return_sequences", 1)
         kwargs.pop("num_return_sequences", None)
         generation_config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
-        if isinstance(generation_config.eos_token_id, (torch.Tensor, tuple)):
-            generation_config.eos_token_id = torch.as_tensor(generation_config.eos_token_id).flatten().tolist()
         without_effect = {"return_dict", "synced_gpus", "trust_remote_code"}
         arguments.refuse([name for name, value in left.items() if value is not None and name not in without_effect])
         if inputs is None:
@@ -140,6 +138,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         negative_prompt = self._negative_prompt(prompt, arguments.inputs, generation_config)
         if guidance.scale != 1:
             guidance.prompt = negative_prompt
+        elif arguments.inputs.negative_prompt_ids is not None:
+            logger.warning_once("`guidance_scale=1.0` is no guidance and passes over the negative prompt.")
 
         # 3. The loop.
         sampler = DualTokenCodeSampler.from_settings(arguments.settings, arguments.inputs.generator)
@@ -181,8 +181,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             # where the image would begin.
             start = self.config.image_start_token_id
             generation_config = copy.deepcopy(generation_config or self.generation_config)
-            eos = generation_config.eos_token_id
-            generation_config.eos_token_id = [*(eos if isinstance(eos, list) else [] if eos is None else [eos]), start]
+            generation_config.eos_token_id = [*_eos_ids(generation_config), start]
             generation_config.suppress_tokens = [
                 i for i in generation_config.suppress_tokens or [] if i != start
             ] or None
@@ -352,8 +351,8 @@ class DualTokenGenerationMixin(GenerationMixin):
                 raise ValueError(f"Prompts must be padded on the left, but `{name}` hides the last token of a row.")
             return attention_mask.to(input_ids)
         mask = torch.ones_like(input_ids)
-        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
-        if pad is not None and pad not in (eos if isinstance(eos, list) else [eos]):
+        pad = generation_config.pad_token_id
+        if pad is not None and pad not in _eos_ids(generation_config):
             # As transformers does: only padding in front of a prompt.
             mask = (input_ids != pad).long().cummax(-1).values
         return mask
@@ -404,9 +403,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         return torch.stack([book.expand(most, -1, -1) for book in books])
 
     def _pad_token_id(self, generation_config) -> int:
-        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
-        eos = eos[0] if isinstance(eos, list) and eos else None if isinstance(eos, list) else eos
-        pad = int((0 if eos is None else eos) if pad is None else pad)
+        pad = generation_config.pad_token_id
+        pad = int(next(iter(_eos_ids(generation_config)), 0) if pad is None else pad)
         if not 0 <= pad < self.config.get_text_config().vocab_size:
             raise ValueError(
                 f"Rows that have ended are filled with `pad_token_id`, or else `eos_token_id`, which must be of the "
@@ -514,7 +512,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         logits_processor,
         streamer,
     ) -> DualTokenGenerateOutput:
-        num_positions, eos = self.config.num_positions, generation_config.eos_token_id
+        num_positions = self.config.num_positions
         budget = generation_config.max_length - prompt.input_ids.shape[1]
         if streamer is not None and rows > 1:
             raise ValueError(f"A streamer takes one row, got {rows}.")
@@ -555,7 +553,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             processors,
             bar,
             choose_text=functools.partial(self._choose_text, check, generation_config.do_sample, sampler.generator),
-            eos_ids=set(eos if isinstance(eos, list) else [] if eos is None else [eos]),
+            eos_ids=set(_eos_ids(generation_config)),
             pad_id=pad_id,
             progress=progress,
             streamer=streamer,
@@ -575,11 +573,11 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _interleaved_budget(self, prompt: Prompt, arguments: GenerationArguments) -> int:
         """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
-        new, length, prompt_length = *map(arguments.value, ("max_new_tokens", "max_length")), prompt.input_ids.shape[1]
-        if new is not None:
-            return new
+        (name, length), prompt_length = arguments.length(), prompt.input_ids.shape[1]
         if length is None:
             return 2 * (self.config.num_positions + 2) + _TEXT_ROOM
+        if name == "max_new_tokens":
+            return length
         if length <= prompt_length:
             raise ValueError(
                 f"`max_length` counts the prompt, whose {prompt_length} tokens leave no room below {length}: pass "
@@ -616,6 +614,12 @@ class DualTokenGenerationMixin(GenerationMixin):
             chosen = chosen.squeeze(-1).to(scores.device)
         check.raise_if_empty()
         return chosen
+
+
+def _eos_ids(generation_config) -> list[int]:
+    """The end-of-sequence ids, which may be given as one id, as several, as a tensor of them, or not at all."""
+    eos = generation_config.eos_token_id
+    return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
 
 
 def _check_mask(attention_mask, input_ids: torch.LongTensor, name: str) -> None:

@@ -322,6 +322,7 @@ class GenerationArguments:
             )
         given = _fields(generation_config)
         self._own = _fields(own)
+        self._places = (_fields(kwargs), given, self._own)
         self.settings = DualTokenImageGenerationConfig.resolve(settings, given, self._own)
         self.mode = self.settings.generation_mode
         given = {name: value for name, value in given.items() if name not in DualTokenImageGenerationConfig.names()}
@@ -356,6 +357,18 @@ class GenerationArguments:
         # `None` of a keyword unsets what the model's own says.
         value = self._given[name] if name in self._given else self._own.get(name)
         return default if value is None else value
+
+    def length(self) -> tuple[str | None, int | None]:
+        """
+        `"max_new_tokens"` or `"max_length"`, and its value, from the place that counts most; `None` twice if neither is.
+
+        At one place the new tokens count before the length.
+        """
+        for place in self._places:
+            for name in ("max_new_tokens", "max_length"):
+                if name in place and self.value(name) is not None:
+                    return name, place[name]
+        return None, None
 
     def _check_other_settings(self, config_fields: dict) -> None:
         """What the mode does not do: refused, or named in a warning where it changes nothing in the images."""
