@@ -15,10 +15,11 @@ Captions, of which an image may have several:
     python examples/eval_tokenizer.py --model_name_or_path path/to/tokenizer --dataset path/to/flickr8k --split test \\
         --caption_column captions --metrics retrieval --output_dir evaluation
 
-Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from one JSON or YAML file, given
-as the only argument (examples/run_tokenizer.py says how its paths are read). Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics`
-asks for them. PSNR, SSIM, retrieval and the codebooks need the extra `train` or `demo`; rFID and zero-shot classification
-`eval`, LPIPS `perceptual`, both with a torchvision that belongs to the installed torch.
+Several GPUs: the same after `torchrun --nproc_per_node 8`. Settings may also come from a JSON or YAML file, given
+as the first argument; options after it count before the file's (examples/run_tokenizer.py says how its paths are read).
+Metrics whose library or weights are missing are left out, with the reason in metrics.json, unless `--metrics` asks for
+them. PSNR, SSIM, retrieval and the codebooks need the extra `train` or `demo`; rFID and zero-shot classification `eval`,
+LPIPS `perceptual`, both with a torchvision that belongs to the installed torch.
 
 Written are metrics.json, report.md, reconstructions.png, codebook_usage.png and model_card_metadata.yaml.
 """

@@ -13,7 +13,7 @@ several. `--dataset_format` and `--dataset_options` say more of a single one:
 
 Several GPUs: the same after `torchrun --nproc_per_node 8`; the result is the same, whatever their number. A run that
 was stopped goes on after its last whole shards when started again with the same command. Settings may also come from
-one JSON or YAML file, given as the only argument.
+a JSON or YAML file, given as the first argument; options after it count before the file's.
 
 The folder holds parquet shards and, once it is finished, dualtoken_codes.json. It is given to examples/run_unified.py as
 a data set, and is refused with another tokenizer than this one: `--dtype` and `--bf16` must be those of the training.

@@ -9,9 +9,9 @@ the extra `perceptual`):
 
 Without LPIPS and adversary: `--loss_weights '{"perceptual": 0, "generator": 0}'`. The other stages: `--stage 0`, then
 `--stage 1`, `--stage 2` with `--model_name_or_path` of the stage before. Several GPUs: the same after
-`torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from one JSON or YAML file, given as the
-only argument, whose relative paths are looked for beside it and then in the working directory; examples/configs/ holds
-the paper's.
+`torchrun --nproc_per_node 8`, or after `accelerate launch`. Settings may also come from a JSON or YAML file, given as the
+first argument; options after it count before the file's. Relative paths in it are looked for beside it and then in the
+working directory. examples/configs/ holds the paper's.
 
 Images: a folder, parquet files, webdataset shards, or a data set of the Hub; with `--streaming` they are read while
 training. A run that was stopped goes on from its last checkpoint when started again with the same command; SIGTERM makes

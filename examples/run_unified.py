@@ -14,8 +14,8 @@ on one GPU also with a 4-bit language model (`--quantization 4`):
 
 Several GPUs: the same after `torchrun --nproc_per_node 8`, with `--deepspeed examples/deepspeed/zero3.json` where the
 model does not fit, or after `accelerate launch --config_file examples/accelerate/fsdp2.yaml`. Settings may also come
-from one JSON or YAML file, given as the only argument, whose relative paths are looked for beside it and then in the
-working directory. A run that was stopped goes on from its last whole checkpoint
+from a JSON or YAML file, given as the first argument; options after it count before the file's. Relative paths in it
+are looked for beside it and then in the working directory. A run that was stopped goes on from its last whole checkpoint
 when started again with the same command; SIGTERM makes it save one after the step at hand and exit with status 0.
 
 `--train_dataset` is a file, folder, pattern or Hub data set of chat messages, LLaVA conversations, image-caption pairs,

@@ -13,7 +13,7 @@ from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
-from transformers_dualtoken.recipe_files import parse_settings
+from transformers_dualtoken.recipe_files import SettingsError, parse_settings, run_script
 from transformers_dualtoken.training.data.chat_sources import _check_keys
 
 
@@ -241,3 +241,47 @@ def test_numbers_of_a_recipe_are_of_their_field(tmp_path):
     path = recipe(tmp_path, ".yaml", train_dataset="a", rate="1e-3", steps=1e3, limit="7")
     (settings,) = parse_settings((Settings,), [path])
     assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 7) and type(settings.steps) is int
+
+
+def test_options_after_a_recipe_count_before_its_own(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("")
+    path = recipe(
+        tmp_path, ".yaml", train_dataset="a", eval_dataset="a", rate=0.5, steps=3, streaming=True, parts=["x"]
+    )
+    monkeypatch.chdir(tmp_path)
+    given = ["--rate", "2", "--train_dataset", "b", "--parts", "y", "z", "--streaming", "false"]
+    (settings,) = parse_settings((Settings,), [path, *given])
+    assert (settings.rate, settings.train_dataset, settings.parts, settings.streaming) == (2.0, "b", ["y", "z"], False)
+    assert (settings.steps, settings.eval_dataset, settings.limit) == (3, str(tmp_path / "a"), None)
+    # What the recipe lacks or has wrong may come from the options.
+    (settings,) = parse_settings((Settings,), [recipe(tmp_path, rate="fast"), "--train_dataset", "b", "--rate", "1"])
+    assert settings.train_dataset == "b" and settings.rate == 1
+    with pytest.raises(SettingsError, match="lacks train_dataset"):
+        parse_settings((Settings,), [recipe(tmp_path), "--rate", "1"])
+    for before in ([], [path]):
+        with pytest.raises(SettingsError, match="options that do not exist: --trian 1"):
+            parse_settings((Settings,), [*before, "--train_dataset", "b", "--trian", "1"])
+
+
+def test_options_after_a_recipe_of_the_repository(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    script = importlib.import_module("run_unified")
+    types = (script.ModelArguments, script.DataArguments, script.DualTokenTrainingArguments)
+    path = EXAMPLES / "digits/finetune.json"
+    kept = json.loads(path.read_text())
+    argv = [str(path), "--output_dir", str(tmp_path), "--max_steps", "3", "--lr_scheduler_kwargs", '{"a": 0.5}']
+    model, data, training = parse_settings(types, argv)
+    assert training.output_dir == str(tmp_path) and training.max_steps == 3
+    assert training.lr_scheduler_kwargs == {"a": 0.5}
+    assert Path(model.model_name_or_path) == path.parent / kept["model_name_or_path"] and data.precompute_codes
+    assert training.per_device_train_batch_size == kept["per_device_train_batch_size"]
+
+
+def test_scripts_say_wrong_settings_in_a_sentence(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES / "digits"))
+    script = importlib.import_module("train_siglip")
+    monkeypatch.setattr("sys.argv", ["train_siglip.py", "--data_dir", "data", "--max_step", "3", "--unknown"])
+    with pytest.raises(
+        SystemExit, match="^train_siglip.py: The command line has options that do not exist: --unknown.$"
+    ):
+        run_script(script.main)

@@ -18,7 +18,6 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import (
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     SiglipConfig,
     SiglipModel,
@@ -27,7 +26,7 @@ from transformers import (
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
 from transformers_dualtoken.optional_libraries import needed_libraries
-from transformers_dualtoken.recipe_files import run_script
+from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import use_cpu_threads
 
 
@@ -145,8 +144,7 @@ class SiglipTrainer(Trainer):
 
 
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
-    parser = HfArgumentParser((SiglipArguments, SiglipTrainingArguments))
-    arguments, training_arguments = parser.parse_args_into_dataclasses(argv)
+    arguments, training_arguments = parse_settings((SiglipArguments, SiglipTrainingArguments), argv)
     print(use_cpu_threads(1), flush=True)
     torch.manual_seed(training_arguments.seed)
     tokenizer = build_tokenizer()

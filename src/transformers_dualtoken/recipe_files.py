@@ -1,5 +1,6 @@
-"""Settings of a script from its command line, or from one recipe: a JSON or YAML file given as the only argument."""
+"""Settings of a script from its command line, which may begin with a recipe: a JSON or YAML file of settings."""
 
+import argparse
 import dataclasses
 import glob
 import json
@@ -27,20 +28,24 @@ _PATHS = (
 )
 
 
+class SettingsError(ValueError):
+    """Settings of the command line or of a recipe that are unknown, missing or not as they must be."""
+
+
 def run_script(main: Callable) -> None:
     """
-    `main()` of a script. What is not there (a checkpoint, a data set, a library) is said in a sentence, without a
-    traceback, and makes the exit status 1.
+    `main()` of a script. Wrong settings, and what is not there (a checkpoint, a data set, a library), are said in a
+    sentence, without a traceback, and make the exit status 1.
     """
     try:
         main()
-    except (FileNotFoundError, MissingLibraryError) as error:
+    except (FileNotFoundError, MissingLibraryError, SettingsError) as error:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 
 def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tuple:
     """
-    Instances of the dataclasses, from the command line or a recipe.
+    Instances of the dataclasses, from the command line: options, or a recipe and then options that count before it.
 
     Relative paths that a recipe reads from are looked for beside the recipe, and then in the working directory; names
     of the Hub and what is in neither stay as they are. On the command line, and of what is written (`output_dir`),
@@ -51,50 +56,73 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
         argv (`list[str]`, *optional*): by default the command line's.
 
     Raises:
-        ValueError: for a recipe that cannot be read or is no object, fields that are unknown, missing or of another
-            type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to nothing.
+        SettingsError: a `ValueError`, for a recipe that cannot be read or is no object, fields that are unknown,
+            missing or of another type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to
+            nothing.
+        SystemExit: for options without or with another kind of value, as of `argparse`.
     """
     parser = HfArgumentParser(dataclass_types)
     argv = sys.argv[1:] if argv is None else argv
-    if len(argv) == 1 and argv[0].endswith(_ENDINGS):
-        return parser.parse_dict(_read_recipe(argv[0], parser.dataclass_types))
-    return parser.parse_args_into_dataclasses(argv)
+    if argv and argv[0].endswith(_ENDINGS):
+        return parser.parse_dict(_read_recipe(argv[0], parser.dataclass_types, _given(parser, argv[1:])))
+    *settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    _check_unknown(unknown)
+    return tuple(settings)
 
 
-def _read_recipe(path: str, dataclass_types) -> dict:
+def _given(parser: HfArgumentParser, argv: list[str]) -> dict:
+    """The options that are there, without the others' defaults."""
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    options, unknown = parser.parse_known_args(argv)
+    _check_unknown(unknown)
+    return vars(options)
+
+
+def _check_unknown(options: list[str]) -> None:
+    if options:
+        raise SettingsError(f"The command line has options that do not exist: {' '.join(options)}.")
+
+
+def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
+    """The recipe's settings as their fields' types, those that are `given` in place of its own."""
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(
+        raise SettingsError(
             f"The recipe {path!r} cannot be read ({error}); the working directory is {os.getcwd()!r}."
         ) from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe {path!r} must be an object of settings, got {type(recipe).__name__}.")
+        raise SettingsError(f"The recipe {path!r} must be an object of settings, got {type(recipe).__name__}.")
     fields, hints = {}, {}
     for dataclass_type in dataclass_types:
         fields |= {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
         hints |= typing.get_type_hints(dataclass_type)
     unknown = sorted(str(name) for name in recipe if name not in fields)
     if unknown:
-        raise ValueError(f"The recipe {path!r} has settings that do not exist: {', '.join(unknown)}.")
+        raise SettingsError(f"The recipe {path!r} has settings that do not exist: {', '.join(unknown)}.")
     missing = [
         name
         for name, field in fields.items()
-        if name not in recipe and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if name not in {**recipe, **given}
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"The recipe {path!r} lacks {', '.join(missing)}.")
+        raise SettingsError(f"The recipe {path!r} lacks {', '.join(missing)}.")
     settings = {}
     for name, value in recipe.items():
+        if name in given:
+            continue
         try:
             settings[name] = _converted(value, hints[name])
         except (TypeError, ValueError):
             kind = getattr(hints[name], "__name__", str(hints[name])) if isinstance(hints[name], type) else hints[name]
-            raise ValueError(f"`{name}` of the recipe {path!r} must be {kind}, got {value!r:.200}.") from None
+            raise SettingsError(f"`{name}` of the recipe {path!r} must be {kind}, got {value!r:.200}.") from None
         if name in _PATHS:
             settings[name] = _located(settings[name], path, name)
-    return settings
+    return {**settings, **given}
 
 
 def _converted(value, hint):
@@ -150,7 +178,7 @@ def _located(value, recipe: str, name: str):
     beside = os.path.join(os.path.dirname(recipe), path)
     found = next((place for place in (beside, path) if os.path.exists(place) or _matches(place)), None)
     if found is None and value.startswith(("./", "../", "~")):
-        raise ValueError(
+        raise SettingsError(
             f"`{name}` of the recipe {recipe!r} is {value!r}, and there is nothing at {os.path.abspath(beside)!r} nor at "
             f"{os.path.abspath(path)!r}."
         )
@@ -161,4 +189,4 @@ def _matches(pattern: str) -> bool:
     return glob.has_magic(pattern) and next(glob.iglob(pattern, recursive=True), None) is not None
 
 
-__all__ = ["parse_settings"]
+__all__ = ["SettingsError", "parse_settings", "run_script"]
