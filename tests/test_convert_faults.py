@@ -152,6 +152,7 @@ KEY = "decoder.conv_out.bias"
         (torch.ones(3, dtype=torch.int64), "must be a dense tensor of real numbers, got torch.int64"),
         (torch.ones(3, dtype=torch.complex64), "got torch.complex64"),
         (torch.ones(3).to_sparse(), "got torch.float32, torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(3)]), "must be a dense tensor"),
         (torch.ones(3, device="meta"), "fewer values in the file"),
         (torch.ones(1).expand(3), "fewer values in the file"),
         (torch.tensor([0, float("nan"), 0]), "has values that are not finite"),
@@ -163,6 +164,13 @@ def test_values_that_are_no_weights(folder, refused, value, message):
     change_weights(folder, lambda state: state.update({KEY: value, 7: torch.ones(1)}))
     error = refused(folder)
     assert f"'{KEY}' " in error and message in error and "the key 7 is not a string" in error
+
+
+def test_one_copy_of_a_shared_codebook_in_another_dtype(folder):
+    """As a checkpoint is that was made small: equal values are the same codebook."""
+    key = "quantizer_pix.codebooks.1.weight"
+    change_weights(folder, lambda state: state.update({key: state[key].to(torch.float8_e4m3fn)}))
+    load_official_tokenizer(folder)
 
 
 def test_checkpoints_that_are_cut_or_hostile(folder, refused):

@@ -337,7 +337,7 @@ def convert_official_state_dict(
             fault = _fault(tensor)
             if fault:
                 problems.append(f"'{name}' {fault}")
-            elif tensor.any():
+            elif tensor.float().any():
                 problems.append(f"'{name}' is not zero, but the projections' keys have no bias")
     problems += [f"unexpected '{name}'" for name in remaining]
     if problems:
@@ -347,7 +347,7 @@ def convert_official_state_dict(
 
 
 def _take(remaining: dict, name: str, shape: tuple, problems: list[str]) -> torch.Tensor | None:
-    """Remove a tensor from `remaining`; note a problem and return `None` if it is missing or cannot be it."""
+    """Remove a tensor from `remaining`, in float32; note a problem and return `None` if it is missing or cannot be it."""
     if name not in remaining:
         problems.append(f"missing '{name}'")
         return None
@@ -357,14 +357,15 @@ def _take(remaining: dict, name: str, shape: tuple, problems: list[str]) -> torc
         fault = f"has shape {tuple(tensor.shape)} instead of {shape}"
     if fault:
         problems.append(f"'{name}' {fault}")
-    return None if fault else tensor
+    return None if fault else tensor.float()
 
 
 def _fault(tensor) -> str | None:
     """What keeps a value of a checkpoint from being a weight, as the end of a sentence."""
     if not isinstance(tensor, torch.Tensor):
         return f"is of type {type(tensor).__name__}, not a tensor"
-    if tensor.layout != torch.strided or tensor.is_quantized or not tensor.is_floating_point():
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+    if not is_dense or not tensor.is_floating_point():
         return f"must be a dense tensor of real numbers, got {tensor.dtype}, {tensor.layout}"
     # A shape may promise more than the file holds: strides of 0, or no storage at all.
     if tensor.is_meta or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size():
@@ -394,7 +395,7 @@ def _convert_codebooks(
                 if not torch.equal(tensor, depths[0])
             ]
             depths = depths[:1]
-        converted[f"{kind}_quantizer.codebook.{our_name}"] = torch.stack(depths)[:, : config.codebook_size].float()
+        converted[f"{kind}_quantizer.codebook.{our_name}"] = torch.stack(depths)[:, : config.codebook_size]
     return converted
 
 
