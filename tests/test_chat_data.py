@@ -234,6 +234,13 @@ def test_a_template_that_writes_tools_and_reasoning_gets_them(processor):
     messages = [{"role": "assistant", "content": "b", "reasoning_content": "hm"}]
     encoded = ChatEncoder(processor).encode({"messages": messages, "tools": [{"name": "c"}]})
     assert processor.decode(encoded.input_ids) == "assistant:hmb[{'name': 'c'}]"
+    # Tool calls without content say something.
+    processor.chat_template = (
+        "{% generation %}{{ messages[0]['content'] ~ messages[0]['tool_calls'] }}{% endgeneration %}"
+    )
+    messages = [{"role": "assistant", "content": None, "tool_calls": [1]}]
+    encoded = ChatEncoder(processor).encode({"messages": messages})
+    assert processor.decode(encoded.input_ids[encoded.is_target]) == "1]"  # nothing predicts the first token
     # Without a range for each answer it is not known which is meant.
     processor.chat_template = "{% generation %}{{ messages[0]['content'] }}{% endgeneration %}"
     messages = [{**say("assistant", "a"), "content": "a", "weight": 0}, {"role": "assistant", "content": "b"}]

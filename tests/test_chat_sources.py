@@ -442,6 +442,19 @@ def test_what_stands_beside_a_llava_turn_is_kept(tmp_path):
     assert example["messages"][0] == {"role": "user", "content": "a"} and example["tools"] == [{"name": "d"}]
 
 
+def test_a_system_column_is_the_first_message(tmp_path):
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    system = {"role": "system", "content": "Be short."}
+    for name, row in (("conversations", turns), ("messages", messages)):
+        (example,) = examples(write(tmp_path / f"{name}.jsonl", [{name: row, "system": "Be short."}]))
+        assert example["messages"] == [system, *messages]
+        (example,) = examples(write(tmp_path / f"{name}.jsonl", [{name: row, "system": ""}]))
+        assert example["messages"] == messages
+    refused(write(tmp_path / "c.jsonl", [{"messages": [system, *messages], "system": "x"}]), "a system prompt twice")
+    refused(write(tmp_path / "d.jsonl", [{"messages": messages, "system": ["x"]}]), "'system' must be a string")
+
+
 def test_llava_roles_and_turns_are_checked(tmp_path):
     refused(
         write(tmp_path / "a.jsonl", [{"conversations": [{"from": "robot", "value": "x"}]}]), "'from' of human, gpt"

@@ -213,6 +213,7 @@ def test_recipes_of_the_repository_find_what_lies_beside_them(tmp_path, monkeypa
         ({"train_dataset": "a", "steps": "many"}, "`steps` .* must be int, got 'many'"),
         ({"train_dataset": "a", "steps": 1.5}, "`steps` .* must be int, got 1.5"),
         ({"train_dataset": "a", "steps": True}, "`steps` .* must be int, got True"),
+        ({"train_dataset": "a", "rate": 10**400}, "`rate` .* must be float, got 1000"),
         ({"train_dataset": "a", "rate": float("nan")}, "`rate` .* must be float, got nan"),
         ({"train_dataset": "a", "streaming": "false"}, "`streaming` .* must be bool, got 'false'"),
         ({"train_dataset": "a", "parts": "heads"}, "`parts` .* must be list.*, got 'heads'"),
@@ -237,10 +238,29 @@ def test_recipes_that_are_none(tmp_path, text, match):
         parse_settings((Settings,), ["gone.yaml"])
 
 
+@pytest.mark.parametrize(
+    ("ending", "text"), [(".json", '{"steps": 1, "steps": 2}'), (".yaml", "steps: 1\nsteps: 2\n")]
+)
+def test_a_setting_stands_once_in_a_recipe(tmp_path, ending, text):
+    path = tmp_path / f"a{ending}"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match="cannot be read .it has steps more than once"):
+        parse_settings((Settings,), [str(path), "--train_dataset", "a"])
+
+
+def test_merged_keys_of_yaml_may_be_replaced(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train_dataset: a\ndataset_options:\n  x: &base {p: 1, q: 2}\n  y:\n    <<: *base\n    p: 3\n")
+    (settings,) = parse_settings((Settings,), [str(path)])
+    assert settings.dataset_options["y"] == {"p": 3, "q": 2}
+
+
 def test_numbers_of_a_recipe_are_of_their_field(tmp_path):
-    path = recipe(tmp_path, ".yaml", train_dataset="a", rate="1e-3", steps=1e3, limit="7")
+    path = recipe(tmp_path, ".yaml", train_dataset="a", rate="1e-3", steps=1e3, limit="9007199254740993")
     (settings,) = parse_settings((Settings,), [path])
-    assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 7) and type(settings.steps) is int
+    assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 9007199254740993) and type(
+        settings.steps
+    ) is int
 
 
 def test_options_after_a_recipe_count_before_its_own(tmp_path, monkeypatch):

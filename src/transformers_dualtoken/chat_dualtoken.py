@@ -110,6 +110,16 @@ def _normalize_message(message, chat_template: str | None) -> dict:
     return message
 
 
+def keys_beside_content(message: Mapping) -> list[str]:
+    """The keys by which a message says something beside its content: tool calls, reasoning and the like."""
+    return [
+        key
+        for key, value in message.items()
+        if key not in ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
+        and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
+    ]
+
+
 def _check_written(message: dict, chat_template: str) -> None:
     """Raise unless the template writes all that a message says."""
     role = message["role"]
@@ -117,10 +127,8 @@ def _check_written(message: dict, chat_template: str) -> None:
         raise ValueError(f"A message has the role {role!r:.200}; the roles are {', '.join(ROLES)}.")
     lost = [
         str(key)
-        for key, value in message.items()
-        if key not in ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
-        and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
-        and (str(key) in _PART_KEYS or chat_template == CHAT_TEMPLATE or not writes(chat_template, str(key)))
+        for key in keys_beside_content(message)
+        if str(key) in _PART_KEYS or chat_template == CHAT_TEMPLATE or not writes(chat_template, str(key))
     ]
     if lost:
         raise ValueError(

@@ -1,10 +1,12 @@
 """Settings of a script from its command line, which may begin with a recipe: a JSON or YAML file of settings."""
 
 import argparse
+import contextlib
 import dataclasses
 import glob
 import json
 import math
+import operator
 import os
 import sys
 import types
@@ -84,11 +86,31 @@ def _check_unknown(options: list[str]) -> None:
         raise SettingsError(f"The command line has options that do not exist: {' '.join(options)}.")
 
 
+def _without_duplicates(pairs: list[tuple]) -> dict:
+    names = [name for name, _ in pairs]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"it has {', '.join(twice)} more than once")
+    return dict(pairs)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which a key stands once; PyYAML takes the last."""
+
+    def construct_mapping(self, node, deep=False):
+        # Before keys merged by "<<" join, which own ones may replace.
+        _without_duplicates([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        return super().construct_mapping(node, deep)
+
+
 def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
     """The recipe's settings as their fields' types, those that are `given` in place of its own."""
     try:
         with open(path, encoding="utf-8") as file:
-            recipe = json.load(file) if path.endswith(".json") else yaml.safe_load(file)
+            if path.endswith(".json"):
+                recipe = json.load(file, object_pairs_hook=_without_duplicates)
+            else:
+                recipe = yaml.load(file, _UniqueKeyLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SettingsError(
             f"The recipe {path!r} cannot be read ({error}); the working directory is {os.getcwd()!r}."
@@ -117,7 +139,7 @@ def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
             continue
         try:
             settings[name] = _converted(value, hints[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             kind = getattr(hints[name], "__name__", str(hints[name])) if isinstance(hints[name], type) else hints[name]
             raise SettingsError(f"`{name}` of the recipe {path!r} must be {kind}, got {value!r:.200}.") from None
         if name in _PATHS:
@@ -137,7 +159,7 @@ def _converted(value, hint):
         for kind in order:
             try:
                 return _converted(value, kind)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
         raise TypeError
     if hint is typing.Any:
@@ -154,6 +176,9 @@ def _converted(value, hint):
     if hint in (int, float):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise TypeError
+        if hint is int:
+            with contextlib.suppress(TypeError, ValueError):  # such as 3.0 or "1e3"
+                return int(value) if isinstance(value, str) else operator.index(value)
         number = float(value)
         if not math.isfinite(number) or (hint is int and number != int(number)):
             raise ValueError

@@ -7,7 +7,16 @@ import jinja2
 import numpy as np
 import torch
 
-from ...chat_dualtoken import CODE_KEYS, check_text, image_parts, is_learned, normalize_chats, part_image, stack_codes
+from ...chat_dualtoken import (
+    CODE_KEYS,
+    check_text,
+    image_parts,
+    is_learned,
+    keys_beside_content,
+    normalize_chats,
+    part_image,
+    stack_codes,
+)
 from ...image_reading import UnreadableImageError, image_name, read_image
 from ...processing_dualtoken import DualTokenProcessor
 from .chat_source import BadSampleError
@@ -126,7 +135,8 @@ class ChatEncoder:
             raise BadSampleError(f"its chat cannot be rendered ({error})") from error
         for number, message in enumerate(messages):
             parts = message["content"]
-            if is_learned(message) and not any(isinstance(part, str) or part.get("text") != "" for part in parts):
+            is_empty = not any(isinstance(part, str) or part.get("text") != "" for part in parts)
+            if is_learned(message) and is_empty and not keys_beside_content(message):
                 raise BadSampleError(f"the assistant says nothing in message {number}, and that would be learned")
         return EncodedExample(
             np.array(encoded["input_ids"][0], dtype=np.int32),

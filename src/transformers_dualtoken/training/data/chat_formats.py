@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,7 +65,7 @@ def convert_messages(record: Mapping, folder: str | None) -> dict:
         if not all(isinstance(part, (list, tuple)) for part in parts):
             raise BadSampleError("its prompt and completion must be lists of messages")
         messages = [*parts[0], *parts[1]]
-    chat = _normalized(_rows(messages))
+    chat = _normalized(_with_system(record, _rows(messages)))
     _fill_images([message["content"] for message in chat], _images_of(record), folder)
     return {"messages": chat, **_tools_of(record)}
 
@@ -84,9 +84,21 @@ def convert_llava(record: Mapping, folder: str | None) -> dict:
             )
         beside = {key: value for key, value in turn.items() if key not in ("from", "value")}
         messages.append({**beside, "role": _LLAVA_ROLES[role], "content": _split_at_images(turn["value"])})
-    chat = _normalized(messages)
+    chat = _normalized(_with_system(record, messages))
     _fill_images([message["content"] for message in chat], _images_of(record), folder, _LLAVA_IMAGE)
     return {"messages": chat, **_tools_of(record)}
+
+
+def _with_system(record: Mapping, messages) -> Sequence:
+    """The messages behind the column `system`, as ShareGPT's records have it, where it holds a system prompt."""
+    system = record.get("system")
+    if system is None or system == "":
+        return messages
+    if not isinstance(system, str):
+        raise BadSampleError(f"its 'system' must be a string, got {system!r:.100}")
+    if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages or []):
+        raise BadSampleError("it has a system prompt twice, in its column 'system' and in its messages")
+    return [{"role": "system", "content": system}, *(messages or [])]
 
 
 def _tools_of(record: Mapping) -> dict[str, list]:
