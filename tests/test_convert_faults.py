@@ -76,6 +76,7 @@ INFINITY = float("inf")
         ("", "decoder_latent_shape", "12", "`rqvaesiglip.decoder_latent_shape` must be a list"),
         ("", "pretrained_model", ["siglip"], "`rqvaesiglip.pretrained_model` must be a folder or Hub id"),
         ("", "pretrained_model", "a\nb", "`rqvaesiglip.pretrained_model` must be a folder or Hub id"),
+        ("", "pretrained_model", "a" * 5000, "must be a folder or Hub id, got 'aaa"),
         ("", "ddconfig", [1], "'ddconfig' must be an object, got [1]"),
         ("", "vq_sem", "rq", "'vq_sem' must be an object, got 'rq'"),
         ("ddconfig", "ch_mult", [], "`ddconfig.ch_mult` must have 1 to 16 items, got 0"),

@@ -35,7 +35,7 @@ class _Name(NamedTuple):
     """What the name of a checkpoint may be."""
 
     def check(self, name: str, value) -> None:
-        if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 4096:
             raise ValueError(f"`{name}` must be a folder or Hub id, got {shown(value)}.")
 
 
