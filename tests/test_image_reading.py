@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.parse
 import zlib
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -261,6 +262,13 @@ def test_bounds_reach_a_chat(processor, folder):
         processor.apply_chat_template(messages, tokenize=True, max_image_pixels=10)
     with pytest.raises(UnreadableImageError, match="source 'local' are not read here"):
         processor(images=str(folder / "a.png"), image_sources=["data"])
+    # One source needs no list; its name is not taken apart either.
+    for call in (processor.apply_chat_template, partial(processor.apply_chat_template, tokenize=True)):
+        assert call([say("user", {"type": "image", "image": PNG})], image_sources="data")
+    with pytest.raises(UnreadableImageError, match="source 'local' are not read here; allowed are data"):
+        processor.apply_chat_template(messages, tokenize=True, image_sources="data")
+    with pytest.raises(ValueError, match="`image_sources` must be one or a list of data, .* got 'dat'"):
+        processor(images=PNG, image_sources="dat")
     own = build_tiny_processor()
     own.image_processor.image_sources = ("data",)
     own.save_pretrained(folder / "saved")

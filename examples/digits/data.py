@@ -145,3 +145,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     write_data(arguments.output_dir, arguments.variants, arguments.validation, arguments.seed)
+    print(
+        f"Wrote {arguments.output_dir}: images in train/ and test/, their captions in captions.jsonl, conversations in "
+        "chat.jsonl."
+    )

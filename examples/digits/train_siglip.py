@@ -7,6 +7,7 @@ At real scale this step is a download: any SigLIP or SigLIP 2 checkpoint of fixe
 """
 
 import json
+import logging
 import random
 import sys
 from dataclasses import dataclass, field
@@ -146,6 +147,10 @@ class SiglipTrainer(Trainer):
 def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     arguments, training_arguments = parse_settings((SiglipArguments, SiglipTrainingArguments), argv)
     print(use_cpu_threads(1), flush=True)
+    # A config that is shown is compared with SigLIP's default one, whose own token ids lie outside its vocabulary.
+    logging.getLogger("transformers.configuration_utils").addFilter(
+        lambda record: "token_id must be" not in record.getMessage() or "got 4940" not in record.getMessage()
+    )
     torch.manual_seed(training_arguments.seed)
     tokenizer = build_tokenizer()
     processor = DualTokenVisionTokenizerProcessor(

@@ -48,7 +48,7 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
         one on both sides.
     fill_color (`int` or `list[int]`, *optional*, defaults to `(127, 127, 127)`):
         Colour of the padding under `resize_mode="pad"`: red, green and blue in 0..255, or one number for a grey.
-    image_sources (`list[str]`, *optional*, defaults to `("data", "local", "url")`):
+    image_sources (`str` or `list[str]`, *optional*, defaults to `("data", "local", "url")`):
         What images are read from, besides those in memory: `"data"` (bytes, base64 text, `data:` URLs), `"local"`
         (paths and `file://` URLs), `"url"` (http and https), `"fsspec"` (other URLs). Where strangers write the
         messages, `("data",)`: a path would show them files of this machine, a URL calls into its network.
@@ -60,7 +60,7 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
 
     resize_mode: str | None
     fill_color: int | list[int] | tuple[int, ...] | None
-    image_sources: list[str] | tuple[str, ...] | None
+    image_sources: str | list[str] | tuple[str, ...] | None
     max_image_pixels: int | None
     max_image_bytes: int | None
 

@@ -57,7 +57,7 @@ class ImageBounds:
     What may be read, and how much of it. The defaults are those of inference.
 
     Args:
-        sources (`tuple[str, ...]`): of [`IMAGE_SOURCES`]. Images in memory (PIL, arrays, tensors) are always read.
+        sources (`str` or `tuple[str, ...]`): of [`IMAGE_SOURCES`]. Images in memory (PIL, arrays, tensors) are always read.
         max_pixels (`int`, *optional*): of an image. `None`: as many as Pillow decodes (`PIL.Image.MAX_IMAGE_PIXELS`).
         max_bytes (`int`, *optional*): of a download. `None`: any number.
 
@@ -70,9 +70,12 @@ class ImageBounds:
     max_bytes: int | None = MAX_DOWNLOADED_BYTES
 
     def __post_init__(self):
-        is_list = isinstance(self.sources, (list, tuple))
-        if not is_list or not all(source in IMAGE_SOURCES for source in self.sources):
-            raise ValueError(f"`image_sources` must be a list of {', '.join(IMAGE_SOURCES)}, got {self.sources!r}.")
+        sources = (self.sources,) if isinstance(self.sources, str) else self.sources
+        if not isinstance(sources, (list, tuple)) or not all(source in IMAGE_SOURCES for source in sources):
+            raise ValueError(
+                f"`image_sources` must be one or a list of {', '.join(IMAGE_SOURCES)}, got {self.sources!r}."
+            )
+        object.__setattr__(self, "sources", tuple(sources))
         for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
             if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
                 raise ValueError(f"`{name}` must be a whole number from 1 on, or None for no limit, got {limit!r}.")

@@ -33,8 +33,12 @@ class MissingLibraryError(ImportError):
 
     def __init__(self, purpose: str, library: str, reason: object = None):
         self.reason = reason
-        text = f"{purpose} needs {library}: pip install 'transformers-dualtoken[{EXTRAS[library]}]'"
-        if EXTRAS[library] in ("eval", "perceptual"):
+        extra = EXTRAS[library]
+        text = (
+            f"{purpose} needs {library}: pip install 'transformers-dualtoken[{extra}]', or in a clone of the repository "
+            f"pip install -c constraints.txt '.[{extra}]'"
+        )
+        if extra in ("eval", "perceptual"):
             text += ", with a torchvision that belongs to the installed torch"
         super().__init__(f"{text}." if reason is None else f"{text} ({reason}).", name=library)
 

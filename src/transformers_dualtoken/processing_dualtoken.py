@@ -338,8 +338,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         r"""
         Render one conversation or a batch of them; with `tokenize=True` prepare the model's inputs.
 
-        A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant`, `tool` or one that the
-        template names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image",
+        A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant` or one that a template of
+        one's own names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image",
         "image": ...}` with whatever [`locate_image`] takes (the keys `url`, `path`, `base64` and `bytes` and OpenAI's
         `image_url` parts work as well), in any role; or `{"type": "image",
         "pixel_codes": ..., "semantic_codes": ...}` with codes (H, W, D).
@@ -363,7 +363,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             processor_kwargs (`dict`): settings of the tokenizer and the image processor (`padding`, `max_length`,
                 `resize_mode`, ...), and `images` for image parts without data. They are also taken from `**kwargs`;
                 what the template mentions goes to the template. **A message may name any file and any URL** unless
-                `image_sources=["data"]` is among them.
+                `image_sources="data"` is among them.
 
         Returns:
             `str` or `list[str]`, or with `tokenize=True` a [`BatchFeature`] of `input_ids`, `attention_mask`, and

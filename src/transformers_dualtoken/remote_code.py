@@ -46,6 +46,10 @@ def save_remote_code(folder: str | os.PathLike) -> list[str]:
         ValueError: if that is not of one of this package's models.
     """
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"The folder {str(folder)!r} holds no saved checkpoint: it has no config.json (working directory: {Path.cwd()})."
+        )
     config = _read(folder / "config.json")
     auto_map = _AUTO_MAPS.get(config.get("model_type"))
     if auto_map is None:
