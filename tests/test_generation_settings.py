@@ -273,6 +273,8 @@ class TestWhereSettingsStand:
         saved = json.loads((tmp_path / "generation_config.json").read_text())
         assert saved["image_top_k"] == 1 and saved["guidance_scale"] == 1.5
         assert saved["suppress_tokens"] == [50, 51, 52]
+        # What vLLM reads of it: an answer ends where an image would begin, and not with an image-start for ever.
+        assert saved["eos_token_id"] == [2, 50]
         loaded = DualTokenForCausalLM.from_pretrained(tmp_path)
         assert torch.equal(self.draw(loaded), self.draw(shared_model(), **ODD))
         # Images and interleaved answers are free of what keeps other engines' text clean; a caller's own tokens are not.
@@ -280,6 +282,7 @@ class TestWhereSettingsStand:
         for arguments in ({}, {"generation_config": loaded.generation_config}, {"suppress_tokens": [7]}):
             assert len(loaded.generate(ids(5), **interleaved, **arguments).pixel_codes) == 1
         assert len(loaded.generate(ids(5), **interleaved, suppress_tokens=[50, 51, 52]).pixel_codes) == 0
+        assert len(loaded.generate(ids(5), **interleaved, eos_token_id=[2, 50]).pixel_codes) == 0
         loaded.generation_config.suppress_tokens += [7]
         interleaved |= {"logits_processor": [push(50, 7)], "max_new_tokens": 12}
         assert 7 not in loaded.generate(ids(5), **interleaved).sequences

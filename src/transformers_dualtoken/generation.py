@@ -149,6 +149,10 @@ class DualTokenGenerationMixin(GenerationMixin):
             return output.pixel_codes if plain_codes else output
         generation_config.max_length = prompt.input_ids.shape[1] + self._interleaved_budget(prompt, arguments)
         generation_config.suppress_tokens = self._suppressed_by_the_caller(generation_config, kwargs)
+        if generation_config.eos_token_id is not None and kwargs.get("eos_token_id") is None:
+            # A checkpoint says it for engines that return text alone; a keyword is the caller's.
+            start, ends = self.config.image_start_token_id, _eos_ids(generation_config)
+            generation_config.eos_token_id = [token for token in ends if token != start]
         return self._generate_interleaved(
             prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
         )
@@ -181,7 +185,7 @@ class DualTokenGenerationMixin(GenerationMixin):
             # where the image would begin.
             start = self.config.image_start_token_id
             generation_config = copy.deepcopy(generation_config or self.generation_config)
-            generation_config.eos_token_id = [*_eos_ids(generation_config), start]
+            generation_config.eos_token_id = self._ends_and_image_start(generation_config)
             generation_config.suppress_tokens = [
                 i for i in generation_config.suppress_tokens or [] if i != start
             ] or None
@@ -584,6 +588,11 @@ class DualTokenGenerationMixin(GenerationMixin):
                 "`max_new_tokens`."
             )
         return length - prompt_length
+
+    def _ends_and_image_start(self, generation_config) -> list[int]:
+        """The ids that end a text, and `<image_start>`, for engines that return text alone."""
+        ids, start = _eos_ids(generation_config), self.config.image_start_token_id
+        return ids if start in ids else [*ids, start]
 
     def _suppressed_by_the_caller(self, generation_config, kwargs: dict) -> list[int] | None:
         """

@@ -125,7 +125,7 @@ class InterleavedLoop:
             for index, token in zip(writing, self._write(writing)):
                 tokens[index] = token
                 self.rows[index].finished = token in self.eos_ids
-                if token == self.start_id:
+                if token == self.start_id and not self.rows[index].finished:
                     starts.append(index)
                     self.rows[index].begin_image()
         next_ids = torch.tensor(tokens, device=self.sequences.device)

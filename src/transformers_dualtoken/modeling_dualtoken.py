@@ -556,8 +556,11 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     def _complete_generation_config(self) -> GenerationConfig:
         """A copy of the generation config with what a checkpoint's must say."""
         config = copy.deepcopy(self.generation_config)
-        # Out of the text of other engines, which know of generation no more than its config says.
+        # Out of the text of other engines, which know of generation no more than its config says. Some (vLLM) read of
+        # it only what ends an answer: there it ends where an image would begin, instead of beginning it for ever.
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.special_image_token_ids})
+        if config.eos_token_id is not None:
+            config.eos_token_id = self._ends_and_image_start(config)
         # Transformers saves this mark of a config that it made itself, and drops image settings where it reads it.
         config._from_model_config = None
         return config
