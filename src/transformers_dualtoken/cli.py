@@ -4,6 +4,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from textwrap import shorten
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(error: object, status: int = 1) -> int:
-    # Libraries write some of theirs in several lines.
-    print(f"dualtoken: {' '.join(str(error).split())}", file=sys.stderr)
+    # Libraries write some of theirs in several lines, with values of any length.
+    print(f"dualtoken: {shorten(str(error), 4000, placeholder=' ...')}", file=sys.stderr)
     return status
 
 

@@ -282,7 +282,7 @@ def _architecture(fields):
     """A tower's fields without those that any config has (labels, dtype, plans of parallelism), which no weight needs."""
     if not isinstance(fields, dict):
         return fields
-    general = PreTrainedConfig.__dataclass_fields__
+    general = {*PreTrainedConfig.__dataclass_fields__, "quantization_config"}
     return {
         name: value
         for name, value in fields.items()
