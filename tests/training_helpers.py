@@ -215,6 +215,7 @@ def check_sigterm_at_random(command, tmp_path, last_step, ranks=1, times=3):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def finish(process) -> str:
@@ -235,7 +236,10 @@ def check_sigterm_at_random(command, tmp_path, last_step, ranks=1, times=3):
         trained = process.pid
         if ranks > 1:  # of a launcher's children only one
             trained = draw.choice(psutil.Process(process.pid).children()).pid
-        os.kill(trained, signal.SIGTERM)
+        if ranks == 1 and number == 0:  # with the workers
+            os.killpg(trained, signal.SIGTERM)
+        else:
+            os.kill(trained, signal.SIGTERM)
         output = "".join(lines) + finish(process)
         assert "SIGTERM: stopped after step" in output, output[-3000:]
         assert "SIGTERM" not in finish(start(folder))

@@ -1,5 +1,6 @@
 """What the two trainers share: streams, checkpoints that are whole or none, and the logged terms of the loss."""
 
+import contextlib
 import json
 import time
 from collections import defaultdict
@@ -11,10 +12,14 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .data.sample_stream import SampleStream, StreamProgress
 from .preemption import SaveOnSigterm, TrainingStopped
+from .training_arguments import use_cpu_threads
 
+
+logger = logging.get_logger(__name__)
 
 _COUNTED = ("num_skipped", "num_cut")
 
@@ -55,8 +60,13 @@ class DualTokenBaseTrainer(Trainer):
     A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it)
     and `"num_cut"` (how many were cut), whose sums since the beginning are logged, and a stream's `"stream_position"`.
 
-    A SIGTERM to any rank ends [`train`] after the step at hand: a checkpoint is saved, and [`TrainingStopped`], a
-    `SystemExit` with status 0, is raised. Resumed from it, training ends in the bits of one that was left alone.
+    A SIGTERM to any rank ends [`train`] after the step at hand: an evaluation that is due then is run, a checkpoint is
+    saved (whole, also with `save_only_model`), and [`TrainingStopped`], a `SystemExit` with status 0, is raised. Resumed
+    from it, training ends in the bits of one that was left alone; but with `load_best_model_at_end` that checkpoint may
+    be the best one, and callbacks such as early stopping count anew without `restore_callback_states_from_checkpoint`.
+    A SIGTERM after the last step is passed on to the handler from before training, or is a warning.
+
+    `cpu_threads` of the training arguments holds from the making of the trainer on ([`use_cpu_threads`]).
 
     Raises:
         ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
@@ -76,6 +86,8 @@ class DualTokenBaseTrainer(Trainer):
                 f"DataParallel does not work for DualToken, and one process sees {self.args.n_gpu} GPUs. Start with "
                 "`torchrun --nproc_per_node N`, or show it one by CUDA_VISIBLE_DEVICES=0."
             )
+        if getattr(self.args, "cpu_threads", None) is not None:
+            logger.info(use_cpu_threads(self.args.cpu_threads))
         self.add_callback(DatasetEpochCallback())
         self._save_on_sigterm = SaveOnSigterm()
         self.add_callback(self._save_on_sigterm)
@@ -104,7 +116,7 @@ class DualTokenBaseTrainer(Trainer):
             self.check_ranks_agree(self.train_dataset)
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
-        return DataLoader(
+        loader = DataLoader(
             self.train_dataset,
             batch_size=self.args.train_batch_size,
             collate_fn=self.data_collator,
@@ -114,6 +126,14 @@ class DualTokenBaseTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
             drop_last=True,
         )
+        return self.spare_workers(loader)
+
+    def _get_dataloader(self, *args, **kwargs) -> DataLoader:
+        return self.spare_workers(super()._get_dataloader(*args, **kwargs))
+
+    def spare_workers(self, loader: DataLoader) -> DataLoader:
+        """Let a SIGTERM to the whole group of processes not end the workers of a loader, before a checkpoint is saved."""
+        return self._save_on_sigterm.spare_workers(loader)
 
     def check_ranks_agree(self, dataset) -> None:
         """Raise unless all ranks have the same samples: they would else wait for each other for ever."""
@@ -151,7 +171,7 @@ class DualTokenBaseTrainer(Trainer):
     # Checkpoints
 
     def train(self, *args, **kwargs):
-        with self._save_on_sigterm.listening():
+        with self._save_on_sigterm.listening(self.args.ddp_timeout):
             try:
                 return super().train(*args, **kwargs)
             except TrainingStopped:
@@ -169,7 +189,21 @@ class DualTokenBaseTrainer(Trainer):
             # One of an earlier run may lie there, whose state would make a half-written one pass for whole.
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        with self._whole_checkpoint() if self._save_on_sigterm.is_stopping else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    @contextlib.contextmanager
+    def _whole_checkpoint(self):
+        """Training goes on from the checkpoint of a SIGTERM, also with `save_only_model`."""
+        before, self.args.save_only_model = self.args.save_only_model, False
+        try:
+            yield
+        finally:
+            self.args.save_only_model = before
+
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        # What it returns is whether to save, with `save_strategy="best"`.
+        return super()._determine_best_metric(metrics, trial) or self._save_on_sigterm.is_stopping
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

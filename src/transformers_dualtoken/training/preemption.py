@@ -1,14 +1,23 @@
 """Training that is told to end (SIGTERM, as of a cluster that takes a machine back): save whole, then exit."""
 
 import contextlib
+import ctypes
+import functools
+import multiprocessing
 import os
 import signal
 import threading
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingStopped(SystemExit):
@@ -30,31 +39,58 @@ class SaveOnSigterm(TrainerCallback):
 
     Between two steps, not within one as transformers' `enable_jit_checkpoint`: a forward of the vision tokenizer has
     moved the codebooks already, and its batch would move them again after a resume. An evaluation that is due at that
-    step is left out, since a cluster waits for seconds only; after the last step training ends as usual.
+    step comes before the checkpoint, as always: the learning rate or the end of training may hang on it, and nothing
+    makes up for it. After the last step training ends as usual, with a warning.
     """
 
     def __init__(self):
         self.is_asked = self.is_stopping = False
         self._group = None
+        # Seen by the workers of the data loaders, too.
+        self._is_listening = multiprocessing.RawValue(ctypes.c_bool, False)
+
+    def spare_workers(self, loader: DataLoader) -> DataLoader:
+        """The same loader, whose workers heed no SIGTERM during training: a cluster may signal a whole group."""
+        # accelerate's loaders wrap the one that starts the workers.
+        started = getattr(loader, "base_dataloader", loader)
+        started.worker_init_fn = functools.partial(
+            _init_worker, is_training=self._is_listening, init=started.worker_init_fn
+        )
+        return loader
 
     @contextlib.contextmanager
-    def listening(self):
-        """Within this context SIGTERM is heeded; on all ranks together. Python lets the main thread only do so."""
+    def listening(self, timeout: float):
+        """
+        Within this context SIGTERM is heeded; on all ranks together, which wait for each other for `timeout` seconds.
+        Python lets the main thread only do so.
+        """
         self.is_asked = self.is_stopping = False
         is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # Between hosts: the ranks' flags never wait for a GPU.
-        self._group = dist.new_group(backend="gloo") if is_distributed else None
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if is_distributed else None
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask) if is_main else None
+        self._is_listening.value = is_main
+        is_restored = False
         try:
             yield
         finally:
+            self._is_listening.value = False
             # Unless transformers' own handler has put another in its place at the end of training.
             if is_main and signal.getsignal(signal.SIGTERM) == self._ask:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+                is_restored = True
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
+        # Nothing was raised, so training was at its end.
+        if self.is_asked:
+            logger.warning(
+                "SIGTERM came when no step of training was left: training has ended as usual, and the program goes on."
+            )
+            # Not the default, which would end the program before it has saved what was trained.
+            if is_restored and callable(before):
+                signal.raise_signal(signal.SIGTERM)
 
     def _ask(self, signum, frame) -> None:
         self.is_asked = True
@@ -69,11 +105,14 @@ class SaveOnSigterm(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._any_rank_is_asked():
             control.should_log = control.should_save = True
-            control.should_evaluate = False
+            # The end of an epoch, which a run that is resumed after it does not come by.
+            is_due = args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
+            control.should_evaluate |= is_due and state.epoch % 1 == 0
             self.is_stopping = state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
-        if not self.is_stopping:
+        # The evaluation may have ended training.
+        if not self.is_stopping or control.should_training_stop:
             return
         checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero:
@@ -85,3 +124,19 @@ class SaveOnSigterm(TrainerCallback):
         # Not by `should_training_stop`: at its end the Trainer loads the best checkpoint, and with `save_total_limit=1`
         # deletes all others, this one too.
         raise TrainingStopped(checkpoint)
+
+
+def _init_worker(worker_id: int, is_training, init) -> None:
+    """
+    First of all that a worker does. Not `SIG_IGN`: at its end the main process ends its workers by SIGTERM and waits
+    for them.
+    """
+
+    def heed(signum, frame):
+        if not is_training.value:
+            # As PyTorch's own handler: another status would count as a failure of the worker.
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, heed)
+    if init is not None:
+        init(worker_id)

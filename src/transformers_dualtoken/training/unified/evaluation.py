@@ -151,7 +151,7 @@ class UnifiedEvaluationMixin:
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         dataloader.num_counted_batches = num_counted
-        return dataloader
+        return self.spare_workers(dataloader)
 
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         return self.get_eval_dataloader(test_dataset)

@@ -387,13 +387,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         if not hasattr(eval_dataset, "__len__"):
             raise ValueError(f"The evaluation set must have a length, got {type(eval_dataset).__name__}.")
-        return DataLoader(
+        loader = DataLoader(
             Subset(eval_dataset, range(self.args.process_index, len(eval_dataset), self.args.world_size)),
             batch_size=self.args.eval_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
         )
+        return self.spare_workers(loader)
 
     def _choose_grid_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The first of the evaluation set or else of the training set, or those at hand if neither has an order."""
