@@ -173,6 +173,14 @@ def test_a_part_holds_one_image(processor):
     for value in ([PICTURE, PICTURE], np.stack([PIXELS, PIXELS]), []):
         with pytest.raises(ValueError, match="must hold one image"):
             processor.apply_chat_template([say("user", {"type": "image", "image": value})], tokenize=True)
+    expected = processor.image_processor(PICTURE, return_tensors="pt").pixel_values
+    encoder = ChatEncoder(processor, prompt_drop_probability=0)
+    for value in ([PICTURE], PIXELS[None], [{"bytes": PNG}]):
+        messages = [say("user", "What?"), say("assistant", {"type": "image", "image": value})]
+        inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+        assert torch.equal(inputs["pixel_values"], expected)
+        for example in ({"messages": messages}, convert_messages({"messages": messages}, None)):
+            assert torch.equal(encoder.sample(encoder.encode(example), "")["pixel_values"], expected)
 
 
 REFUSED = {

@@ -181,8 +181,14 @@ def _normalize_part(part) -> dict:
     if part.get("type") == "image_url" and "image_url" in part:
         url = part["image_url"]
         part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
-    if part.get("type") == "image" and len(flatten_images(part_image(part))) != 1:
-        raise ValueError("An image part of a message must hold one image, got a list or a batch of them.")
+    if part.get("type") == "image":
+        images = flatten_images(part_image(part))
+        if len(images) != 1:
+            raise ValueError(
+                f"An image part of a message must hold one image, got a list or a batch of {len(images)}."
+            )
+        if "image" in part:  # a list or a batch of one is that one, for all who read the part
+            part["image"] = images[0]
     if part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)):
         return part
     raise ValueError(
