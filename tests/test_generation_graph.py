@@ -1,6 +1,7 @@
 """What a captured step is: kept from call to call while it holds, one capture at a time, no look at the device."""
 
 import contextlib
+import functools
 import gc
 import threading
 import time
@@ -348,6 +349,19 @@ class Copies(TorchDispatchMode):
         return result
 
 
+def test_a_compiled_step_is_compiled_after_warming_up():
+    runs, buffer = [], torch.zeros(3)
+
+    def backend(graph, inputs):
+        return lambda *args: (runs.append(None), graph.forward(*args))[1]
+
+    step = functools.partial(torch.compile(lambda x: x.add_(1), backend=backend), buffer)
+    generation_graph.warm_up(step, [buffer], buffer.device)
+    assert len(runs) == 1 and not buffer.any()
+    step()
+    assert len(runs) == 2 and (buffer == 1).all()
+
+
 def traced_nodes(function, *inputs):
     """What the compiler sees of a function."""
     graphs = []
@@ -356,8 +370,7 @@ def traced_nodes(function, *inputs):
         graphs.append(graph)
         return graph.forward
 
-    # Below a dispatch mode, which refuses host waits in another test, torch compiles nothing, and takes note for good
-    # that it leaves the frames alone that it has met there: this one too.
+    # Whatever torch has noted of this function in other tests.
     torch._dynamo.reset()
     torch.compile(function, backend=backend, fullgraph=True)(*inputs)
     return graphs[0].graph.nodes

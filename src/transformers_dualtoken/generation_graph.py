@@ -156,7 +156,9 @@ def warm_up(step: Callable[[], None], changed: list[torch.Tensor], device: torch
     try:
         step()
         restore()
-        with RefuseHostWaits(device):
+        # Below a dispatch mode torch compiles nothing, and would take note that it leaves the step's frames alone: a
+        # compiled step would be captured uncompiled.
+        with RefuseHostWaits(device), torch.compiler.set_stance("force_eager"):
             step()
     finally:
         restore()
