@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_models import tiny_tokenizer_config, tiny_unified_config
 from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import transformers_dualtoken
 from transformers_dualtoken import DualTokenConfig, DualTokenForCausalLM, DualTokenVisionTokenizer, save_remote_code
@@ -61,6 +62,9 @@ def test_auto_map_and_files(tmp_path):
     for auto_class, name in config.auto_map.items():
         file, _, class_name = name.partition(".")
         assert f"class {class_name}(" in (tmp_path / f"{file}.py").read_text(), auto_class
+        # All that transformers 5.6 copies to where it imports them from.
+        needed = {Path(path).stem for path in get_relative_import_files(tmp_path / f"{file}.py")}
+        assert set(get_relative_imports(tmp_path / f"{file}.py")) == needed, auto_class
     # Where the package is imported, its classes are what loads; asking for remote code changes nothing.
     assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is DualTokenForCausalLM
     assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path, trust_remote_code=True)) is DualTokenForCausalLM

@@ -66,12 +66,20 @@ def save_remote_code(folder: str | os.PathLike) -> list[str]:
         _write(folder / "processor_config.json", processor)
 
     package = Path(__file__).parent
-    files = {str(package / f"{name.partition('.')[0]}.py") for name in (*auto_map.values(), _IMAGE_PROCESSOR)}
-    for file in list(files):
-        files |= set(get_relative_import_files(file))
-    for file in files:
-        shutil.copyfile(file, folder / Path(file).name)
-    return sorted(Path(file).name for file in files)
+    named = {f"{name.partition('.')[0]}.py" for name in (*auto_map.values(), _IMAGE_PROCESSOR)}
+    files = set(named)
+    for name in named:
+        needed = {Path(file).name for file in get_relative_import_files(package / name)}
+        files |= needed
+        # transformers 5.6 takes from a folder only what these files import themselves, told from their text.
+        code = (package / name).read_text(encoding="utf-8")
+        lines = [f"    from .{file.removesuffix('.py')} import *  # noqa: F403\n" for file in sorted(needed)]
+        if lines:
+            code += "\n\nif False:  # the list of files needed, for transformers 5.6\n" + "".join(lines)
+        (folder / name).write_text(code, encoding="utf-8")
+    for name in files - named:
+        shutil.copyfile(package / name, folder / name)
+    return sorted(files)
 
 
 def _read(path: Path) -> dict:
