@@ -290,14 +290,16 @@ def test_postscript_is_never_run(monkeypatch):
 
 
 def test_faults_of_the_network_are_not_the_images(image_processor):
+    cut = ["/cut.png"]
+
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            status = {"/good.png": 200, "/gone.png": 404}.get(self.path, 500)
+            status = {"/good.png": 200, "/cut.png": 200, "/gone.png": 404}.get(self.path, 500)
             data = flat(7) if status == 200 else b"an error page"
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            self.wfile.write(data[:40] if self.path in cut else data)
 
         do_HEAD = do_GET
 
@@ -307,13 +309,19 @@ def test_faults_of_the_network_are_not_the_images(image_processor):
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
-        rows = datasets.Dataset.from_dict({"image": [f"{address}/{name}.png" for name in ("good", "gone", "fault")]})
+        rows = datasets.Dataset.from_dict(
+            {"image": [f"{address}/{name}.png" for name in ("good", "gone", "fault", "cut")]}
+        )
         images = DualTokenImageDataset(rows, image_processor)
         assert numbers(images[0]["pixel_values"][None]) == [7]
         with pytest.raises(UnreadableImageError, match="no file at this URL .*/gone.png"):
             read_image(f"{address}/gone.png")
         with pytest.raises(urllib.error.HTTPError, match="500"):
             images[2]
+        with pytest.raises(urllib.error.URLError, match="announced"):
+            images[3]
+        cut.clear()
+        assert images[3]["num_skipped"] == 0  # it was not marked as unreadable
         server.shutdown()
     with pytest.raises(urllib.error.URLError):  # nobody listens any more
         images[0]

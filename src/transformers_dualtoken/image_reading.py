@@ -38,8 +38,14 @@ DOWNLOAD_SECONDS = 60
 IMAGE_SOURCES = ("data", "local", "url", "fsspec")
 # Keys of a dict that holds an image, the first that is there counts; `path` may also be the name of the bytes.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path")
-# No image is so small; a path may consist of the same characters.
-_SHORTEST_BASE64 = 32
+# Names consist of the characters of base64, too (a hash, `images/cats`): up to this length, which no path exceeds, text
+# is base64 only if it begins as an image does.
+_LONGEST_PATH = 4096
+_IMAGE_START = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{4}\0{4}|P[1-7fF]\s|qoif"
+    rb"|.{4}ftyp|\0\0\0\x0cj[Pp]  |\xff\x4f\xff\x51",
+    re.DOTALL,
+)
 _STRIP_PIXELS = 2**22
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
 _HALF_LEVEL = 0.5 / 255
@@ -123,8 +129,9 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
 
     Args:
         value: bytes, a file object, a path, a `file://` URL, another URL, a `data:` URL, base64 text, an image in
-            memory, or a dict with one of these under one of [`IMAGE_KEYS`].
-        folder (`str`, *optional*): where relative paths begin, a path or a URL.
+            memory, or a dict with one of these under one of [`IMAGE_KEYS`]. Bare base64 text must begin as an image of
+            a known format does, or it is a path.
+        folder (`str`, *optional*): where relative paths begin, a path or a URL; a `file:` URL is whole by itself.
         bounds ([`ImageBounds`]): without `local`, text is not looked for in the file system.
 
     Raises:
@@ -163,10 +170,13 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         return {"bytes": _decode_data_url(value), "path": None}
     may_be_local = "local" in bounds.sources
     if scheme.startswith("file:"):
+        host, path = re.fullmatch(r"(?://([^/]*))?(.*)", value[len("file:") :], re.DOTALL).groups()
+        if (host or "").lower() not in ("", "localhost"):
+            raise UnreadableImageError(
+                f"a file URL must be of this machine (file:///a/b.png), and this one names the host {host!r:.200}"
+            )
         # Percent signs are an escape in a URL, and none where somebody wrote "file://" before a path.
-        path = re.sub(r"^file:(//(localhost(?=/))?)?", "", value, flags=re.IGNORECASE)
-        decoded = urllib.parse.unquote(path)
-        return _local_path(path if may_be_local and os.path.isfile(path) else decoded, folder)
+        return path if may_be_local and os.path.isfile(path) else urllib.parse.unquote(path)
     if scheme.startswith(("http://", "https://")):
         return value
     path = _local_path(value, folder)
@@ -174,12 +184,11 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         return path
     if "://" in value[:4096]:
         return value
-    if len(value) < _SHORTEST_BASE64:
-        return path
     try:
-        return {"bytes": _decode_base64(value), "path": None}
+        data = _decode_base64(value)
     except UnreadableImageError:
         return path
+    return {"bytes": data, "path": None} if len(value) > _LONGEST_PATH or _IMAGE_START.match(data) else path
 
 
 def _local_path(path: str, folder: str | None) -> str:
@@ -339,12 +348,16 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
         self.is_over = False
 
     def do_open(self, http_class, request, **options):
-        sockets = self.sockets
+        handler = self
 
         class Connection(http_class):
             def connect(self):
                 super().connect()
-                sockets.append(self.sock)
+                handler.sockets.append(self.sock)
+                # The time may have ended meanwhile, when there was no socket to cut off.
+                if handler.is_over:
+                    self.close()
+                    raise TimeoutError
 
         return super().do_open(Connection, request, **options)
 
@@ -413,7 +426,8 @@ def _read_response(response: http.client.HTTPResponse, max_bytes: int | None) ->
         if max_bytes is not None and len(data) > max_bytes:
             raise too_large(f"more than {max_bytes:,}")
     if response.length:
-        raise UnreadableImageError(f"the server sent {len(data):,} bytes and announced {response.length:,} more")
+        # A connection that broke off, and no fault of the image.
+        raise urllib.error.URLError(f"the server sent {len(data):,} bytes and announced {response.length:,} more")
     return bytes(data)
 
 
