@@ -335,6 +335,9 @@ class GenerationArguments:
         if isinstance(generation_config, dict):
             # As keywords that count less than the others.
             generation_config, kwargs = None, {**given, **kwargs}
+        if isinstance(kwargs.get("watermarking_config"), dict):
+            # Older transformers take a dict in a config only.
+            kwargs["watermarking_config"] = WatermarkingConfig(**kwargs["watermarking_config"])
         self.generation_config, self.kwargs = generation_config, kwargs
         if self.mode == "text":
             if self.value("assistant_early_exit") is not None:
