@@ -208,7 +208,7 @@ def test_a_negative_prompt_without_guidance_is_passed_over_aloud(model, warnings
 
 
 def test_what_cannot_be_compiled_is_named_by_what_was_given(model):
-    with pytest.raises(ValueError, match="needs a static cache .* got a dynamic one and 'codes'"):
+    with pytest.raises(ValueError, match="needs a static cache, got a dynamic one"):
         model.generate(ids(5), cache_implementation="dynamic", compile_config=CompileConfig(), **GREEDY)
 
 
