@@ -9,15 +9,18 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
+import urllib.error
 import urllib.parse
 import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageFile, features
 from training_helpers import build_tiny_processor, say
 from transformers import SiglipImageProcessorPil
 
@@ -221,6 +224,49 @@ def test_what_is_no_image_is_one_sentence(kind):
     value, message = REFUSED[kind]
     with pytest.raises((UnreadableImageError, TypeError), match=message):
         DualTokenImageProcessorPil(size=8)(value)
+
+
+def wrapped(format: str, data: bytes) -> bytes:
+    """A file of a format that says it is of 16 x 16 pixels and holds another file."""
+    if format == "ICO":
+        return struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 24, len(data), 22) + data
+    if format == "ICNS":
+        return b"icns" + struct.pack(">I4sI", 16 + len(data), b"icp4", 8 + len(data)) + data
+    if format == "BLP":  # a palette, since only its header is read
+        return b"BLP1" + struct.pack("<iIIIii", 1, 0, 16, 16, 4, 4) + bytes(2000)
+    side = struct.pack(">H", 16)
+    fields = [(3, 20, side), (3, 30, side), (3, 60, b"\1\0"), (3, 65, b"\0"), (3, 120, b"\5"), (8, 10, data)]
+    return b"".join(struct.pack(">BBBH", 28, *tag, len(value)) + value for *tag, value in fields)
+
+
+@pytest.mark.parametrize(
+    ("format", "opened"),  # PIL decodes an ICO on opening
+    [("ICO", False)] + [(format, opened) for format in ("ICNS", "IPTC", "BLP") for opened in (False, True)],
+)
+def test_files_within_files_are_not_decoded(monkeypatch, format, opened):
+    loaded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", loaded.append)
+    data = wrapped(format, png(64, 64))
+    with pytest.raises(UnreadableImageError, match=f"of the format {format}, which holds pictures of any size"):
+        DualTokenImageProcessorPil(size=8)(Image.open(io.BytesIO(data)) if opened else data)
+    assert not loaded
+
+
+def test_the_tiles_of_a_tiff_are_bounded():
+    processor = DualTokenImageProcessorPil(size=8, max_image_pixels=600)
+    for side, is_read in ((16, True), (32, False)):
+        # One tile, uncompressed, of a grey image of 4 x 4 pixels.
+        tags = [(256, 4), (257, 4), (258, 8), (259, 1), (262, 1), (277, 1), (322, side), (323, side), (324, 8)]
+        tags += [(325, side * side)]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        data = b"II*\0" + struct.pack("<I", 8 + side * side) + bytes(side * side)
+        data += struct.pack("<H", len(tags)) + entries + bytes(4)
+        assert Image.open(io.BytesIO(data)).size == (4, 4)
+        if is_read:
+            assert processor(data)["pixel_values"]
+        else:
+            with pytest.raises(UnreadableImageError, match="too many pixels: 32 x 32, where 600"):
+                processor(data)
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
@@ -497,9 +543,7 @@ def test_damaged_files_are_right_or_named_and_training_agrees():
     rng = np.random.default_rng(0)
     processor = DualTokenImageProcessorPil(size=8)
     picture = PICTURE.resize((60, 40))
-    files = [
-        encoded(picture, name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "ICO", "JPEG2000", "PPM")
-    ]
+    files = [encoded(picture, name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "PPM")]
     files += [encoded(picture.convert(mode), "PNG") for mode in ("P", "LA", "RGBA", "1")]
     files += [encoded(picture.convert("I").convert("I;16"), "PNG")]  # in two steps: Pillow 10 knows no other way
     files += [encoded(picture.convert("CMYK"), "JPEG"), encoded(picture, "WEBP", lossless=True)]
@@ -554,6 +598,58 @@ def test_arrays_of_all_kinds_are_right_or_named():
             image = torch.from_numpy(array).to(kind) if isinstance(kind, torch.dtype) else array.astype(kind)
         seen[outcome(processor, image, do_rescale=number % 5 != 0) is not None] += 1
     assert min(seen.values()) > 50
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_large_images_are_converted_in_strips(monkeypatch, mode):
+    """The array that is returned, and little beside it."""
+    levels = np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8)
+    image = Image.fromarray(levels)
+    # In two steps: Pillow 10 knows no other way.
+    image = image.convert("I").convert(mode) if mode.startswith("I") else image.convert(mode)
+    processor = DualTokenImageProcessorPil(size=8)
+    expected, read = processor(image, return_tensors="pt").pixel_values, read_image(image)
+    monkeypatch.setattr(image_reading, "_STRIP_PIXELS", 2**14)
+    image.load()
+    tracemalloc.start()
+    try:
+        settings = {"do_convert_rgb": True, "do_rescale": True, "rescale_factor": 1 / 255}
+        array = processor.process_image(image, **settings)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.1 * array.nbytes == 1.1 * 3_000_000
+    assert np.array_equal(np.moveaxis(array, 0, -1), np.asarray(read))
+    assert np.array_equal(np.asarray(read_image(image)), np.asarray(read))
+    assert torch.equal(processor(image, return_tensors="pt").pixel_values, expected)
+
+
+def test_fsspec_goes_round_no_bounds(folder, serve, monkeypatch):
+    processor = DualTokenImageProcessorPil(size=8, image_sources=["data", "fsspec"])
+    url = serve(lambda handler: send(handler, PNG))
+    for value, source in [
+        (f"local://{folder}/a.png", "local"),
+        (f"simplecache::file://{folder}/a.png", "local"),
+        (f"zip://a.png::{folder}/a.zip", "local"),
+        (f"dir::local://{folder}/a.png", "local"),
+        ("reference://a.png::memory://refs.json", "local"),
+        (f"simplecache::{url}/a.png", "url"),
+    ]:
+        with pytest.raises(UnreadableImageError, match=f"source '{source}' are not read here"):
+            processor(value)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/a.png", PNG)
+    for value in ("memory://a.png", "simplecache::memory://a.png"):
+        assert processor(value, max_image_bytes=len(PNG))["pixel_values"]
+        with pytest.raises(UnreadableImageError, match=f"too large: more than {len(PNG) - 1:,} bytes"):
+            processor(value, max_image_bytes=len(PNG) - 1)
+        assert processor(value, max_image_bytes=None)["pixel_values"]
+    with pytest.raises(UnreadableImageError, match="no file at this URL"):
+        read_image("memory://gone.png")
+    # Of http fsspec says that nothing is there whatever the fault is.
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (memory, "/gone.png"))
+    with pytest.raises(urllib.error.URLError, match="no file, or no answer, from 'simplecache::http://a/b.png'"):
+        read_image("simplecache::http://a/b.png")
 
 
 def test_training_reads_from_everywhere(tmp_path):

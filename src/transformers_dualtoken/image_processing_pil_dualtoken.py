@@ -277,12 +277,15 @@ class DualTokenImageProcessingMixin:
         One PIL image, array or tensor as an array (3, H, W): `uint8`, or what it was where `rescale_factor` is not
         1/255 or nothing is rescaled.
         """
-        if isinstance(image, Image.Image):
+        is_pil = isinstance(image, Image.Image)
+        if is_pil:
             image = decode_image(image, ImageBounds(max_pixels=None))
             image = pil_to_rgb(image) if do_convert_rgb else np.array(image)
             input_data_format = ChannelDimension.LAST
         array = as_channels_first(image, input_data_format)
-        if do_rescale and math.isclose(rescale_factor, 1 / 255):
+        if is_pil and array.dtype == np.uint8:
+            pass  # and nobody else's memory: a copy would be 200 MB of a large image
+        elif do_rescale and math.isclose(rescale_factor, 1 / 255):
             array = to_8_bit(array)
         elif array.dtype.kind == "f":
             array = array.astype(np.float32)

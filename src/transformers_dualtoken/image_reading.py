@@ -28,7 +28,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 
-# An image is decoded to at most this many pixels (200 MB as RGB), told by its header before it is decoded.
+# An image is decoded to at most this many pixels, told by its header before it is decoded. PIL holds them in 268 MB as
+# RGB; with the array that the image processor makes of them it is 520 MB at most, measured.
 MAX_DECODED_PIXELS = 2**26
 # A download is given up beyond this many bytes, and after so many seconds.
 MAX_DOWNLOADED_BYTES = 2**26
@@ -46,6 +47,17 @@ _IMAGE_START = re.compile(
     rb"|.{4}ftyp|\0\0\0\x0cj[Pp]  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
+# Files of these formats hold a file of another one, which PIL decodes whatever its size: their header does not bound
+# them. An ICO is decoded while it is opened, and therefore told by its first bytes.
+_WRAPPERS = ("BLP", "ICNS", "IPTC")
+_ICO_START = b"\0\0\1\0"
+_TIFF_TILE = (322, 323)  # the tags of its width and height
+# Protocols of fsspec that read, by another name, what other sources stand for.
+_FSSPEC_SOURCES = {
+    **dict.fromkeys(("file", "local", "asynclocal", "git", "dvc"), {"local"}),
+    **dict.fromkeys(("http", "https"), {"url"}),
+    **dict.fromkeys(("reference", "generic"), {"local", "url"}),  # they go on to any URL
+}
 _STRIP_PIXELS = 2**22
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
 _HALF_LEVEL = 0.5 / 255
@@ -85,6 +97,13 @@ class ImageBounds:
         for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
             if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
                 raise ValueError(f"`{name}` must be a whole number from 1 on, or None for no limit, got {limit!r}.")
+
+    def check_source(self, source: str) -> None:
+        if source not in self.sources:
+            raise UnreadableImageError(
+                f"images from the source {source!r} are not read here; "
+                f"allowed are {', '.join(self.sources) or 'none'} (`image_sources`)"
+            )
 
     def check_pixels(self, width: int, height: int) -> None:
         if self.max_pixels is not None and width * height > self.max_pixels:
@@ -270,7 +289,10 @@ def read_image(
             return Image.fromarray(np.moveaxis(array_to_rgb(to_8_bit(as_channels_first(image))), 0, -1))
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
-        return Image.fromarray(pil_to_rgb(image))
+        rgb = Image.new("RGB", image.size)
+        for top, strip in _rgb_strips(image):
+            rgb.paste(Image.fromarray(strip), (0, top))
+        return rgb
     except UnreadableImageError:
         raise
     except ValueError as error:
@@ -298,15 +320,11 @@ def open_image(
         bounds_source, file = "local", None
     else:
         bounds_source, file = "url" if value[:8].lower().startswith(("http://", "https://")) else "fsspec", None
-    if bounds_source not in bounds.sources:
-        raise UnreadableImageError(
-            f"images from the source {bounds_source!r} are not read here; "
-            f"allowed are {', '.join(bounds.sources) or 'none'} (`image_sources`)"
-        )
+    bounds.check_source(bounds_source)
     if bounds_source == "local":
         file = _open_local(value)
     elif file is None:
-        file = BytesIO(_download(value, bounds) if bounds_source == "url" else _read_fsspec(value))
+        file = BytesIO(_download(value, bounds) if bounds_source == "url" else _read_fsspec(value, bounds))
     with file:
         if not file.read(1):
             raise UnreadableImageError("the file is empty (0 bytes)")
@@ -327,16 +345,41 @@ def _open_local(path: str):
         raise UnreadableImageError(f"the file cannot be read ({error}{where})") from error
 
 
-def _read_fsspec(url: str) -> bytes:
-    # `open` would first ask for the size, and call every fault of the network a missing file.
+def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
+    needed = set()
+    for part in url.split("::"):
+        protocol, mark, _ = part.partition("://")
+        # A part of a chain is a URL, the name of a protocol, or else a path of this machine.
+        is_path = len(protocol) < 2 or not (mark or protocol in fsspec.available_protocols())
+        needed |= {"local"} if is_path else _FSSPEC_SOURCES.get(protocol.lower(), set())
+    for source in sorted(needed):
+        bounds.check_source(source)
     try:
         filesystem, path = fsspec.url_to_fs(url)
     except (ValueError, ImportError) as error:
         raise UnreadableImageError(f"there is no way to read this URL ({url}: {error})") from error
     try:
-        return filesystem.cat_file(path)
+        with filesystem.open(path) as file:
+            return _read_bounded(file.read, bounds.max_bytes)
     except FileNotFoundError as error:
+        if "url" in needed:  # fsspec calls every fault of http a missing file
+            raise urllib.error.URLError(f"no file, or no answer, from {url!r:.200}: {error!r}") from error
         raise UnreadableImageError(f"there is no file at this URL ({error})") from error
+
+
+def _too_large(size: str, max_bytes: int) -> UnreadableImageError:
+    return UnreadableImageError(
+        f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
+    )
+
+
+def _read_bounded(read, max_bytes: int | None) -> bytes:
+    data = bytearray()
+    while chunk := read(2**16):
+        data += chunk
+        if max_bytes is not None and len(data) > max_bytes:
+            raise _too_large(f"more than {max_bytes:,}", max_bytes)
+    return bytes(data)
 
 
 class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -392,7 +435,7 @@ def _download(url: str, bounds: ImageBounds) -> bytes:
         # Some servers refuse Python's own name.
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
         with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
-            data = _read_response(response, bounds.max_bytes)
+            data = _read_response(response, handler, bounds.max_bytes)
         if not handler.is_over:
             return data
         raise TimeoutError
@@ -412,23 +455,20 @@ def _download(url: str, bounds: ImageBounds) -> bytes:
         timer.cancel()
 
 
-def _read_response(response: http.client.HTTPResponse, max_bytes: int | None) -> bytes:
-    def too_large(size):
-        return UnreadableImageError(
-            f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
-        )
-
+def _read_response(response: http.client.HTTPResponse, handler: _Handler, max_bytes: int | None) -> bytes:
     if max_bytes is not None and response.length is not None and response.length > max_bytes:
-        raise too_large(f"{response.length:,}")
-    data = bytearray()
-    while chunk := response.read(2**16):
-        data += chunk
-        if max_bytes is not None and len(data) > max_bytes:
-            raise too_large(f"more than {max_bytes:,}")
+        raise _too_large(f"{response.length:,}", max_bytes)
+
+    def read(size):
+        if handler.is_over:
+            raise TimeoutError
+        return response.read(size)
+
+    data = _read_bounded(read, max_bytes)
     if response.length:
         # A connection that broke off, and no fault of the image.
         raise urllib.error.URLError(f"the server sent {len(data):,} bytes and announced {response.length:,} more")
-    return bytes(data)
+    return data
 
 
 def _quoted(url: str) -> str:
@@ -441,6 +481,9 @@ def _quoted(url: str) -> str:
 
 
 def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float | None) -> Image.Image:
+    if file.read(len(_ICO_START)) == _ICO_START:
+        raise _wrapper("ICO")
+    file.seek(0)
     try:
         image = Image.open(file)
         width, height = image.size
@@ -460,16 +503,29 @@ def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float |
     return image
 
 
+def _wrapper(format: str) -> UnreadableImageError:
+    return UnreadableImageError(
+        f"it is of the format {format}, which holds pictures of any size; save it as PNG, JPEG, WebP or another format"
+    )
+
+
 def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
     """
     Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation.
 
     Raises:
-        UnreadableImageError: for an image that is truncated, damaged, without pixels, too large, or PostScript.
+        UnreadableImageError: for an image that is truncated, damaged, without pixels, too large, or PostScript,
+            and for a format that holds pictures of any size.
     """
     if image.format == "EPS":  # PIL goes by the content and not by the name, and would start Ghostscript
         raise UnreadableImageError("it is PostScript, a program and no image")
+    if image.format in _WRAPPERS:
+        raise _wrapper(image.format)
     bounds.check_pixels(*image.size)
+    if image.format == "TIFF":  # its tiles may be larger than the image, and are decoded whole
+        tile = [image.tag_v2.get(tag) for tag in _TIFF_TILE]
+        if all(isinstance(side, int) for side in tile):
+            bounds.check_pixels(*tile)
     try:
         image.load()
     except MemoryError:
@@ -478,8 +534,6 @@ def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
         raise UnreadableImageError(f"it is truncated or damaged ({error})") from error
     if 0 in image.size:
         raise UnreadableImageError(f"it must have at least one pixel, and its size is {image.width} x {image.height}")
-    # An icon's header may understate what it holds.
-    bounds.check_pixels(*image.size)
     try:
         # Without one `exif_transpose` would make a copy.
         return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
@@ -492,32 +546,39 @@ def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
 
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """
-    A decoded PIL image of any mode as `uint8` (H, W, 3). Transparent pixels are composited on white; 16-bit grey is
-    scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
+    A decoded PIL image of any mode as `uint8` (H, W, 3), in memory channels first. Transparent pixels are composited on
+    white; 16-bit grey is scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
     """
-    if image.mode.startswith("I"):
-        array = np.asarray(image)
-        if array.min() < 0 or array.max() > 65535:
-            raise UnreadableImageError(
-                f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
-            )
-        return np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
+    planes = np.empty((3, image.height, image.width), np.uint8)
+    for top, strip in _rgb_strips(image):
+        planes[:, top : top + len(strip)] = np.moveaxis(strip, -1, 0)
+    return np.moveaxis(planes, 0, -1)
+
+
+def _rgb_strips(image: Image.Image):
+    """Strips `uint8` (rows, W, 3) and where each begins: whole, a large image would be in memory several times."""
     if image.mode == "F":
         raise UnreadableImageError(
             "a floating-point image (PIL mode 'F') has no defined range; convert it to 8 bit first, or give an array"
         )
-    rgb = np.empty((image.height, image.width, 3), np.uint8)
-    # In strips: whole, a large image would be in memory several times.
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
+        if image.mode.startswith("I"):
+            array = np.asarray(strip)
+            if array.min() < 0 or array.max() > 65535:
+                raise UnreadableImageError(
+                    f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
+                )
+            yield top, np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
+            continue
         try:
-            rgb[top : top + rows] = np.asarray(_on_white(strip).convert("RGB"))
+            array = np.asarray(_on_white(strip).convert("RGB"))
         except MemoryError:
             raise
         except Exception as error:  # a palette or transparency that does not fit
             raise UnreadableImageError(f"it cannot be converted to RGB ({error})") from error
-    return rgb
+        yield top, array
 
 
 def _on_white(image: Image.Image) -> Image.Image:
