@@ -81,8 +81,11 @@ def test_workers_outlive_a_signal_to_the_group_and_end_after_training(tmp_path):
     for worker in signals.workers:
         worker.terminate()
     for worker in signals.workers:
-        worker.join(10)
-        assert worker.exitcode == 0
+        worker.join(5)
+    codes = [worker.exitcode for worker in signals.workers]
+    for worker in signals.workers:
+        worker.kill()  # else Python's end would wait for one that is left
+    assert codes == [0, 0]
 
 
 def test_ranks_wait_for_each_other_as_long_as_the_run_says(tmp_path, monkeypatch):
