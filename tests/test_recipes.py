@@ -258,9 +258,8 @@ def test_merged_keys_of_yaml_may_be_replaced(tmp_path):
 def test_numbers_of_a_recipe_are_of_their_field(tmp_path):
     path = recipe(tmp_path, ".yaml", train_dataset="a", rate="1e-3", steps=1e3, limit="9007199254740993")
     (settings,) = parse_settings((Settings,), [path])
-    assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 9007199254740993) and type(
-        settings.steps
-    ) is int
+    assert (settings.rate, settings.steps, settings.limit) == (1e-3, 1000, 9007199254740993)
+    assert type(settings.steps) is int
 
 
 def test_options_after_a_recipe_count_before_its_own(tmp_path, monkeypatch):
@@ -279,6 +278,8 @@ def test_options_after_a_recipe_count_before_its_own(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match="lacks train_dataset"):
         parse_settings((Settings,), [recipe(tmp_path), "--rate", "1"])
     for before in ([], [path]):
+        with pytest.raises(SettingsError, match="options that do not exist: --step 1"):
+            parse_settings((Settings,), [*before, "--train_dataset", "a", "--step", "1"])
         with pytest.raises(SettingsError, match="options that do not exist: --trian 1"):
             parse_settings((Settings,), [*before, "--train_dataset", "b", "--trian", "1"])
 

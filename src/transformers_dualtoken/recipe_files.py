@@ -63,7 +63,8 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
             nothing.
         SystemExit: for options without or with another kind of value, as of `argparse`.
     """
-    parser = HfArgumentParser(dataclass_types)
+    # Or a misspelt option that begins another is taken for it.
+    parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith(_ENDINGS):
         return parser.parse_dict(_read_recipe(argv[0], parser.dataclass_types, _given(parser, argv[1:])))
