@@ -42,7 +42,7 @@ FLOORS = {
     "answer_accuracy": 0.94,
     "drawing_accuracy": 0.94,
     "drawings_different": 1.0,
-    "drawing_novelty": 1.0,
+    "drawing_novelty": 0.97,
     "draw_and_say_accuracy": 0.86,
     "inversion_accuracy": 0.86,
 }

@@ -34,7 +34,6 @@ from transformers_dualtoken.training import ChatEncoder, DualTokenChatDataset, D
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "digits")]
 from build_language_model import build_tokenizer  # noqa: E402
 from data import IMAGE_SIZE, NOUNS, scan_to_image, split_scans, vary  # noqa: E402
-from measure import SAMPLING  # noqa: E402
 from scenes import TRAIN_PHOTOS, TRAIN_SCENES, VALIDATION_PHOTOS, blend_digit, load_photos, write_scenes  # noqa: E402
 from teacher import Judge, to_pixels, train_teacher, zero_shot_accuracy  # noqa: E402
 from train_variant import frechet_distance, load_judge, train_tokenizer  # noqa: E402
@@ -54,6 +53,8 @@ CORNERS = ("upper left", "upper right", "lower left", "lower right")
 # A corner is asked for where it is brighter than the others by this much, of 255.
 CORNER_LEAD = 13
 DRAW = "Draw {} over the {}."
+# Of the drawings, as the recorded runs had it.
+SAMPLING = {"guidance_scale": 3.0, "image_temperature": 0.9, "image_top_k": 30, "image_top_p": 0.85}
 
 # Pictures of every training scan: all its scenes to be asked about, views to draw. Every tenth scan is for validation.
 PICTURES = {"understanding": TRAIN_SCENES, "generation": 4}
