@@ -15,6 +15,7 @@ from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.checkpoint_writing import new_folder
 from transformers_dualtoken.cli import main
 from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer
+from transformers_dualtoken.training.unified.adapters import add_lora
 
 
 @pytest.fixture(scope="module")
@@ -289,11 +290,10 @@ def test_a_new_folder_has_the_usual_permissions(tmp_path):
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    adapters = pytest.importorskip("transformers_dualtoken.training.unified.adapters")
     folder = tmp_path_factory.mktemp("parts")
     model = lively_unified_model()
     model.save_pretrained(folder / "base")
-    adapters.add_lora(model).save_pretrained(folder / "adapter")
+    add_lora(model).save_pretrained(folder / "adapter")
     return folder
 
 

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_generation import START, N, ids, pad_left, same_images, shared_model
 from test_image_decoding import converse, draw, traced  # noqa: F401  (a fixture)
 from tiny_models import lively_unified_model
@@ -140,9 +141,8 @@ class TestKept:
             assert change == "autocast" or same_images(image, expected(model))
 
     def test_an_adapter_can_be_switched_so_nothing_is_kept(self, model):
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        adapted = peft.get_peft_model(model, config)
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        adapted = get_peft_model(model, config)
         with_adapter = draw(model)
         assert not image_decoding.kept_steps._kept
         with adapted.disable_adapter():

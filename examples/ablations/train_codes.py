@@ -413,7 +413,10 @@ def train_task(
     ).train()
     seconds = time.process_time() - started
     last = measure(model, FINAL_DRAWINGS)
-    model.load_state_dict(curve.weights, strict=False)
+    # What was not trained is not among them.
+    unknown = model.load_state_dict(curve.weights, strict=False).unexpected_keys
+    if unknown:
+        raise ValueError(f"The kept weights have names that the model lacks: {', '.join(unknown[:5])}.")
     best = measure(model, FINAL_DRAWINGS)
     if task == "generation" and "pixel" in kinds:
         codes = drawings.draw(model, kinds, 1)[1]
