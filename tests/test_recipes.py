@@ -303,6 +303,6 @@ def test_scripts_say_wrong_settings_in_a_sentence(monkeypatch):
     script = importlib.import_module("train_siglip")
     monkeypatch.setattr("sys.argv", ["train_siglip.py", "--data_dir", "data", "--max_step", "3", "--unknown"])
     with pytest.raises(
-        SystemExit, match="^train_siglip.py: The command line has options that do not exist: --unknown.$"
+        SystemExit, match="^train_siglip.py: The command line has options that do not exist: --max_step 3 --unknown.$"
     ):
         run_script(script.main)
