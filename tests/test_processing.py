@@ -563,6 +563,28 @@ def test_vision_tokenizer_processor(tmp_path, tokenizer, registered):
 
 
 @pytest.mark.parametrize(
+    "used",
+    [
+        {"padding": True},
+        {"padding": "max_length", "max_length": 60, "padding_side": "right"},
+        {"truncation": True, "max_length": 3},
+        {"truncation": True, "padding": True, "max_length": 48, "pad_to_multiple_of": 8},
+    ],
+)
+def test_what_a_tokenizer_encoded_before_it_was_saved_does_not_matter(tmp_path, registered, used):
+    tokenizer = build_tiny_qwen2_tokenizer(TEXTS)
+    tokenizer(["a red", "b"], **used)
+    processor = DualTokenVisionTokenizerProcessor(DualTokenImageProcessorPil(size=8), tokenizer, text_length=12)
+    processor.save_pretrained(tmp_path / "captions")
+    captions = AutoProcessor.from_pretrained(tmp_path / "captions")(text=["a red square", "a " * 40, "b"])
+    assert [len(row) for row in captions.input_ids] == [12, 12, 12]
+    DualTokenProcessor(DualTokenImageProcessorPil(size=8), tokenizer, num_image_tokens=N).save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    rows = loaded(text=["a red square", "b"], truncation=True)
+    assert [len(row) for row in rows.input_ids] == [3, 3] and rows.attention_mask[1] == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
     "prompt",
     [
         "<|vision_start|><|image_pad|><|vision_end|>What?",

@@ -167,15 +167,15 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         )
 
     def _merged_kwargs(self, kwargs: dict) -> dict[str, Any]:
-        # The padding side a tokenizer was saved with is one for training; generation needs the left.
-        init_kwargs = {key: value for key, value in self.tokenizer.init_kwargs.items() if key != "padding_side"}
         if "text_kwargs" in kwargs:
             # transformers 5.6 drops the flat ones beside it. Those given twice are left for it to refuse.
             given = kwargs["text_kwargs"]
             flat = {name for name in DualTokenTextKwargs.__annotations__ if name in kwargs and name not in given}
             given = {**given, **{name: kwargs[name] for name in flat}}
             kwargs = {name: value for name, value in kwargs.items() if name not in flat} | {"text_kwargs": given}
-        merged = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=init_kwargs, **kwargs)
+        # Without the tokenizer's `init_kwargs`: a loaded one carries the padding and truncation of whatever it encoded
+        # last before it was saved.
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         text_kwargs.pop("sanitize_control_tokens", None)
         for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
@@ -569,9 +569,8 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         images, _ = _flatten_images(images)
         if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
-        merged = self._merge_kwargs(
-            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        # Without the tokenizer's `init_kwargs`, as in `DualTokenProcessor._merged_kwargs`.
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         text_kwargs.setdefault("max_length", self.text_length)
         return_tensors = text_kwargs.pop("return_tensors", None)
