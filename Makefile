@@ -16,7 +16,7 @@ export LC_ALL := C.UTF-8
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor test-newest test-slow test-all test-extras index environments lint format bench clean
+.PHONY: help demo test test-floor test-newest test-slow test-all test-extras index environments lint architecture format bench clean
 
 help:
 	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-newest  the quick tests with the newest that the package index has"
 	@echo "make test-extras  those that need torchvision, torchmetrics, lpips, open_clip, triton: an environment of its own"
 	@echo "make lint       check style and format; 'make format' mends what can be mended"
+	@echo "make architecture  the structure of the package in numbers: imports, lines, where an argument is declared"
 	@echo "make bench      run every benchmarks/bench_*.py"
 	@echo "make clean      remove virtual environments, build products and caches, not the demo's results"
 	@echo "PYTHON=...      the Python (3.10 or later) to make virtual environments with: $(PYTHON)"
@@ -59,6 +60,9 @@ test-extras: $(EXTRAS)/.installed
 lint: $(TEST)/.installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
+
+architecture:
+	$(PYTHON) tests/architecture.py
 
 format: $(TEST)/.installed
 	$(TEST)/bin/ruff check --fix .

@@ -24,7 +24,7 @@ from common import (
 from naive.ema_update import one_hot_statistics, one_hot_update
 
 from transformers_dualtoken.configuration_dualtoken import DualTokenQuantizerConfig
-from transformers_dualtoken.quantization import DualTokenCodebook
+from transformers_dualtoken.vector_quantization import DualTokenCodebook
 
 
 NAMES = ("one-hot", "ours")

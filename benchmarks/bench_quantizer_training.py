@@ -28,7 +28,7 @@ from common import (
 from naive.quantizer_training import NaiveCodebook, naive_training_forward
 
 from transformers_dualtoken.configuration_dualtoken import DualTokenQuantizerConfig
-from transformers_dualtoken.quantization import DualTokenResidualQuantizer
+from transformers_dualtoken.vector_quantization import DualTokenResidualQuantizer
 
 
 RULES = ("rq", "rq_ema")

@@ -18,7 +18,7 @@ from common import print_machine
 from sklearn.datasets import load_digits, load_sample_images
 
 from transformers_dualtoken.configuration_dualtoken import DualTokenQuantizerConfig
-from transformers_dualtoken.quantization import DualTokenResidualQuantizer
+from transformers_dualtoken.vector_quantization import DualTokenResidualQuantizer
 
 
 RULES = {

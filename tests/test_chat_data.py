@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader
 from training_helpers import TINY_IMAGE_POSITIONS as N
 from training_helpers import build_tiny_processor, say, write_images
 
+from transformers_dualtoken.data.chat_collator import pack
+from transformers_dualtoken.data.chat_source import BadSampleError
 from transformers_dualtoken.training import (
     ChatEncoder,
     ChatSource,
@@ -25,8 +27,6 @@ from transformers_dualtoken.training import (
     StreamProgress,
     collate_images,
 )
-from transformers_dualtoken.training.data.chat_collator import pack
-from transformers_dualtoken.training.data.chat_source import BadSampleError
 
 
 IMAGE = "<|vision_start|>" + N * "<|image_pad|>" + "<|vision_end|>"

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from training_helpers import noise
 
+from transformers_dualtoken.data import chat_rows
+from transformers_dualtoken.data.chat_source import BadSampleError, ChatSource
+from transformers_dualtoken.data.chat_sources import load_chat_sources
+from transformers_dualtoken.data.sample_stream import SampleStream
 from transformers_dualtoken.image_reading import read_image
-from transformers_dualtoken.training.data import chat_rows
-from transformers_dualtoken.training.data.chat_source import BadSampleError, ChatSource
-from transformers_dualtoken.training.data.chat_sources import load_chat_sources
-from transformers_dualtoken.training.data.sample_stream import SampleStream
 
 
 @pytest.fixture(autouse=True)
@@ -691,7 +691,7 @@ def test_bad_documents_are_refused(tmp_path, row, match):
 
 
 def test_code_folders_are_handed_on(tmp_path, monkeypatch):
-    from transformers_dualtoken.training.data import chat_sources
+    from transformers_dualtoken.data import chat_sources
 
     write(tmp_path / "codes/dualtoken_codes.json", "{}")
     calls = []
@@ -759,7 +759,7 @@ def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
         )
         return dataset.to_iterable_dataset() if streaming else dataset
 
-    monkeypatch.setattr("transformers_dualtoken.training.data.image_sources.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("transformers_dualtoken.data.image_sources.datasets.load_dataset", load_dataset)
     path = write(tmp_path / "m.yaml", "- {path: someone/pairs, name: small, split: test}\n")
     assert examples(path) == [chat("c", [image({"bytes": png(0), "path": None})], id="k")]
     assert asked == [("someone/pairs", "small", "test", False), ("someone/pairs", "small", "test", True)]

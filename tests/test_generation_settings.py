@@ -13,7 +13,7 @@ from test_generation import GREEDY, ids, push, shared_model
 from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig, WatermarkingConfig
 
-from transformers_dualtoken import generation, generation_settings
+from transformers_dualtoken import generation_settings
 from transformers_dualtoken.generation_scores import ScoreCheck
 from transformers_dualtoken.generation_settings import (
     DualTokenImageGenerationConfig,
@@ -189,7 +189,7 @@ def test_without_its_mode_an_argument_of_images_is_refused(model, option):
 
 
 def test_text_that_should_be_an_image_says_so(model, warnings_of):
-    messages = warnings_of(generation)
+    messages = warnings_of(generation_dualtoken)
     model.generate(ids(5), max_new_tokens=1)
     assert messages == []
     model.generate(ids(5, model.config.image_start_token_id), max_new_tokens=1)
@@ -197,7 +197,7 @@ def test_text_that_should_be_an_image_says_so(model, warnings_of):
 
 
 def test_a_negative_prompt_without_guidance_is_passed_over_aloud(model, warnings_of):
-    messages = warnings_of(generation)
+    messages = warnings_of(generation_dualtoken)
     arguments = {"negative_prompt_ids": ids(7, model.config.image_start_token_id), **GREEDY}
     model.generate(ids(5), **arguments, guidance_scale=3.0)
     assert messages == []

@@ -22,13 +22,13 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from torch.utils.data import DataLoader
 
 from transformers_dualtoken import DualTokenImageProcessorPil
+from transformers_dualtoken.data import image_sources
+from transformers_dualtoken.data.image_data import DualTokenImageDataset, collate_images
+from transformers_dualtoken.data.image_reading import ImagePreparation
+from transformers_dualtoken.data.image_sources import load_image_dataset, undecoded
+from transformers_dualtoken.data.image_stream import DualTokenImageStream
+from transformers_dualtoken.data.sample_stream import StreamProgress
 from transformers_dualtoken.image_reading import ImageBounds, UnreadableImageError, read_image
-from transformers_dualtoken.training.data import image_sources
-from transformers_dualtoken.training.data.image_data import DualTokenImageDataset, collate_images
-from transformers_dualtoken.training.data.image_reading import ImagePreparation
-from transformers_dualtoken.training.data.image_sources import load_image_dataset, undecoded
-from transformers_dualtoken.training.data.image_stream import DualTokenImageStream
-from transformers_dualtoken.training.data.sample_stream import StreamProgress
 
 
 @pytest.fixture(autouse=True)
@@ -930,7 +930,7 @@ def test_stream_with_unreadable_images_counts_and_resumes(tmp_path, image_proces
 
 
 def test_stream_that_can_give_nothing(tmp_path, image_processor, monkeypatch):
-    monkeypatch.setattr("transformers_dualtoken.training.data.sample_stream.MAX_SKIPPED_IN_A_ROW", 20)
+    monkeypatch.setattr("transformers_dualtoken.data.sample_stream.MAX_SKIPPED_IN_A_ROW", 20)
     broken = datasets.Dataset.from_dict({"image": [b"text"] * 3}).to_iterable_dataset()
     with pytest.raises(ValueError, match="20 images of the stream in a row cannot be read. The last is"):
         next(iter(stream_of(broken, image_processor)))

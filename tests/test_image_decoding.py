@@ -25,7 +25,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, CompileConf
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_dualtoken import generation, generation_graph, generation_memory, generation_progress, image_decoding
+from transformers_dualtoken import (
+    generation_dualtoken,
+    generation_graph,
+    generation_memory,
+    generation_progress,
+    image_decoding,
+)
 from transformers_dualtoken.generation_context import StaticContext
 
 
@@ -92,7 +98,7 @@ class TestStaticCache:
 
         monkeypatch.setattr(StaticContext, "reserve", watched)
         monkeypatch.setattr(StaticContext, "BLOCK", 1)
-        monkeypatch.setattr(generation, "_TEXT_ROOM", 0)
+        monkeypatch.setattr(generation_dualtoken, "_TEXT_ROOM", 0)
         out = converse(model)
         assert torch.equal(out.sequences, expected.sequences) and same_images(out, expected)
         assert len(set(capacities)) > 1
@@ -266,7 +272,7 @@ def traced(monkeypatch):
     # What the shared model keeps of one test is not another's.
     kept = generation_graph.KeptSteps()
     monkeypatch.setattr(image_decoding, "kept_steps", kept)
-    monkeypatch.setattr(generation, "kept_steps", kept)
+    monkeypatch.setattr(generation_dualtoken, "kept_steps", kept)
     return counts
 
 
@@ -315,7 +321,7 @@ class TestStep:
     def test_made_anew_when_the_buffers_have_grown(self, model, traced, monkeypatch):
         expected = converse(model, 1, cache_implementation="dynamic")
         monkeypatch.setattr(StaticContext, "BLOCK", 1)
-        monkeypatch.setattr(generation, "_TEXT_ROOM", 0)
+        monkeypatch.setattr(generation_dualtoken, "_TEXT_ROOM", 0)
         assert same_images(converse(model, 1), expected)
         assert traced["traces"] == 2
 
@@ -458,7 +464,7 @@ class TestMemory:
     @pytest.mark.parametrize("cache", ["static", "dynamic"])
     def test_what_is_planned_for(self, model, monkeypatch, cache):
         sizes = []
-        monkeypatch.setattr(generation, "check_memory", lambda model, size: sizes.append(size))
+        monkeypatch.setattr(generation_dualtoken, "check_memory", lambda model, size: sizes.append(size))
         negative = ids(*range(5, 25), START)
         draw(model, num_return_sequences=3, negative_prompt_ids=negative, image_top_k=7, cache_implementation=cache)
         converse(model, rows=1, budget=40, cache_implementation=cache)

@@ -25,6 +25,7 @@ from training_helpers import build_tiny_processor, say
 from transformers import SiglipImageProcessorPil
 
 from transformers_dualtoken import DualTokenImageProcessorPil, image_reading
+from transformers_dualtoken.data.chat_formats import convert_messages
 from transformers_dualtoken.image_reading import (
     IMAGE_SOURCES,
     ImageBounds,
@@ -34,7 +35,6 @@ from transformers_dualtoken.image_reading import (
     read_image,
 )
 from transformers_dualtoken.training import ChatEncoder
-from transformers_dualtoken.training.data.chat_formats import convert_messages
 
 
 def encoded(image, format="PNG", **options) -> bytes:

@@ -26,11 +26,11 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
 )
-from transformers_dualtoken.training.data import code_folder, image_codes
-from transformers_dualtoken.training.data.chat_source import BadSampleError, ChatSource
-from transformers_dualtoken.training.data.code_folder import is_code_folder, read_description
-from transformers_dualtoken.training.data.image_codes import load_code_source, precompute_codes
-from transformers_dualtoken.training.data.tokenizer_fingerprint import tokenizer_fingerprint
+from transformers_dualtoken.data import code_folder, image_codes
+from transformers_dualtoken.data.chat_source import BadSampleError, ChatSource
+from transformers_dualtoken.data.code_folder import is_code_folder, read_description
+from transformers_dualtoken.data.image_codes import load_code_source, precompute_codes
+from transformers_dualtoken.data.tokenizer_fingerprint import tokenizer_fingerprint
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

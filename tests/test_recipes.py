@@ -13,8 +13,8 @@ from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
+from transformers_dualtoken.data.chat_sources import _check_keys
 from transformers_dualtoken.recipe_files import SettingsError, parse_settings, run_script
-from transformers_dualtoken.training.data.chat_sources import _check_keys
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -983,7 +983,7 @@ def test_two_ranks_train_as_one(siglip_folder, tmp_path, no_dataset_cache):
     """
     Codebook statistics, gradients, the adaptive weight and the discriminator are those of the whole batch.
 
-    Codes restart at vectors of rank 0, so restarts are off here; test_quantization.py has those of two ranks.
+    Codes restart at vectors of rank 0, so restarts are off here; test_vector_quantization.py has those of two ranks.
     """
     arguments = run_arguments(siglip_folder, tmp_path, images=16)
     quantizers = {

@@ -27,7 +27,7 @@ from .configuration_dualtoken import (
     DualTokenVisionTokenizerConfig,
 )
 from .convert import load_official_tokenizer
-from .generation import DualTokenGenerateOutput
+from .generation_dualtoken import DualTokenGenerateOutput
 from .image_processing_dualtoken import DualTokenImageProcessor
 from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
 from .lora_targets import register_lora_targets

@@ -28,7 +28,7 @@ from .depth_heads import (
     DualTokenStackedLinear,
     DualTokenStackedRMSNorm,
 )
-from .generation import DualTokenGenerationMixin
+from .generation_dualtoken import DualTokenGenerationMixin
 from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
 from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
 from .sharding import any_rank, copy_weights, gathered, is_sharded

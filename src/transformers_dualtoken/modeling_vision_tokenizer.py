@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
-from .quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
+from .vector_quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
 
 
 CODE_KINDS = ("pixel", "semantic")

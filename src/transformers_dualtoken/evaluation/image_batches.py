@@ -84,8 +84,8 @@ class ImageBatches:
         with needed_libraries("`ImageBatches`"):
             import datasets
 
-            from ..training.data.image_reading import ImagePreparation
-            from ..training.data.image_sources import undecoded
+            from ..data.image_reading import ImagePreparation
+            from ..data.image_sources import undecoded
 
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
@@ -109,7 +109,7 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> dict | None:
         """A row of the data set as tensors and texts; `None` if its image cannot be read."""
-        from ..training.data.image_reading import report_skipped
+        from ..data.image_reading import report_skipped
 
         value = row[self.image_column]
         name = image_name(value) or "(without a name)"

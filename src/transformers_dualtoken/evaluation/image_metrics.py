@@ -146,7 +146,7 @@ def _download_inception(url: str, path: Path) -> None:
 
 def lpips_metric(net: str = "vgg", weights: str | os.PathLike | None = None) -> nn.Module:
     """
-    The LPIPS network of the tokenizer's training, see [`~transformers_dualtoken.training.vision_tokenizer.perceptual.load_lpips`].
+    The LPIPS network of the tokenizer's training, see [`~transformers_dualtoken.evaluation.perceptual.load_lpips`].
 
     Raises:
         FileNotFoundError: if `weights` does not exist.
@@ -155,7 +155,7 @@ def lpips_metric(net: str = "vgg", weights: str | os.PathLike | None = None) -> 
     """
     try:
         with needed_libraries("LPIPS"):
-            from ..training.vision_tokenizer.perceptual import load_lpips
+            from .perceptual import load_lpips
 
             return load_lpips(net, weights)
     except FileNotFoundError:

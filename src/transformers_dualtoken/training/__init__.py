@@ -9,18 +9,19 @@ from ..optional_libraries import needed_libraries
 
 
 with needed_libraries("`transformers_dualtoken.training`"):
-    from .data.chat_collator import DualTokenDataCollator
-    from .data.chat_data import DualTokenChatDataset
-    from .data.chat_encoding import ChatEncoder
-    from .data.chat_source import BadSampleError, ChatSource
-    from .data.chat_sources import load_chat_sources
-    from .data.chat_stream import DualTokenChatStream
-    from .data.image_codes import load_code_source, precompute_codes
-    from .data.image_data import DualTokenImageDataset, collate_images
-    from .data.image_sources import load_image_dataset
-    from .data.image_stream import DualTokenImageStream
-    from .data.sample_stream import SampleStream, StreamProgress
-    from .data.tokenizer_fingerprint import tokenizer_fingerprint
+    from ..data.chat_collator import DualTokenDataCollator
+    from ..data.chat_data import DualTokenChatDataset
+    from ..data.chat_encoding import ChatEncoder
+    from ..data.chat_source import BadSampleError, ChatSource
+    from ..data.chat_sources import load_chat_sources
+    from ..data.chat_stream import DualTokenChatStream
+    from ..data.image_codes import load_code_source, precompute_codes
+    from ..data.image_data import DualTokenImageDataset, collate_images
+    from ..data.image_sources import load_image_dataset
+    from ..data.image_stream import DualTokenImageStream
+    from ..data.sample_stream import SampleStream, StreamProgress
+    from ..data.tokenizer_fingerprint import tokenizer_fingerprint
+    from ..evaluation.perceptual import load_lpips
     from .preemption import TrainingStopped
     from .resume import find_checkpoint
     from .training_arguments import (
@@ -32,7 +33,6 @@ with needed_libraries("`transformers_dualtoken.training`"):
     from .unified.throughput import ThroughputMeter, TrainingFlops
     from .unified.trainer import DualTokenTrainer, set_trainable
     from .vision_tokenizer.discriminator import PatchDiscriminator
-    from .vision_tokenizer.perceptual import load_lpips
     from .vision_tokenizer.recipe import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerRecipe
     from .vision_tokenizer.trainer import DualTokenVisionTokenizerTrainer
 

@@ -14,7 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .data.sample_stream import SampleStream, StreamProgress
+from ..data.sample_stream import SampleStream, StreamProgress
 from .preemption import SaveOnSigterm, TrainingStopped
 from .training_arguments import use_cpu_threads
 

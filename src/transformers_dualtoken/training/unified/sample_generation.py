@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from ...chat_dualtoken import image_parts, normalize_chats
-from ...generation import GENERATION_MODES
+from ...generation_dualtoken import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
 from ...sharding import gathered

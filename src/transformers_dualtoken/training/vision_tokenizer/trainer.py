@@ -10,10 +10,10 @@ from transformers import SiglipVisionModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.codebook_statistics import CodebookUsage
+from ...evaluation.perceptual import load_lpips
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
 from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
-from .perceptual import load_lpips
 from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
 from .reconstruction_grid import ReconstructionGridCallback
 from .weight_average import WeightAverage

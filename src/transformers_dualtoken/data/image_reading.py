@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ...image_reading import UnreadableImageError, read_image
+from ..image_reading import UnreadableImageError, read_image
 
 
 logger = logging.get_logger(__name__)

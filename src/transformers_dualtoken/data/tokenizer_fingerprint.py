@@ -5,8 +5,8 @@ import json
 
 import torch
 
-from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
-from ...sharding import gathered
+from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from ..sharding import gathered
 
 
 _CONFIG_FIELDS = ("pixel_layer", "semantic_layer", "shortcut_layer")

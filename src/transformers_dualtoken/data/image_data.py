@@ -3,7 +3,7 @@
 import torch
 from torch.utils.data import Dataset
 
-from ...image_reading import UnreadableImageError, image_name
+from ..image_reading import UnreadableImageError, image_name
 from .image_reading import (
     MAX_SKIPPED_IN_A_ROW,
     ImagePreparation,

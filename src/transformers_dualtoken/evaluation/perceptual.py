@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ...optional_libraries import require
+from ..optional_libraries import require
 
 
 NETWORKS = ("vgg", "alex")

@@ -1,6 +1,6 @@
 """Images for tokenizer training from a stream, which goes on exactly where a stopped run was."""
 
-from ...image_reading import UnreadableImageError, image_name
+from ..image_reading import UnreadableImageError, image_name
 from .image_reading import ImagePreparation
 from .image_sources import undecoded
 from .sample_stream import SampleStream

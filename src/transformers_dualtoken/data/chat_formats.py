@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...chat_dualtoken import CODE_KEYS, ROLES, normalize_chats, part_image
-from ...image_reading import UnreadableImageError, locate_image
+from ..chat_dualtoken import CODE_KEYS, ROLES, normalize_chats, part_image
+from ..image_reading import UnreadableImageError, locate_image
 from .chat_source import BadSampleError
 
 

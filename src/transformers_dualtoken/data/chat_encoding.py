@@ -7,7 +7,7 @@ import jinja2
 import numpy as np
 import torch
 
-from ...chat_dualtoken import (
+from ..chat_dualtoken import (
     CODE_KEYS,
     check_text,
     image_parts,
@@ -17,8 +17,8 @@ from ...chat_dualtoken import (
     part_image,
     stack_codes,
 )
-from ...image_reading import UnreadableImageError, image_name, read_image
-from ...processing_dualtoken import DualTokenProcessor
+from ..image_reading import UnreadableImageError, image_name, read_image
+from ..processing_dualtoken import DualTokenProcessor
 from .chat_source import BadSampleError
 
 

@@ -11,9 +11,9 @@ import torch
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader, Dataset
 
-from ...chat_dualtoken import image_parts, without_image_data
-from ...image_reading import UnreadableImageError, image_name, read_image
-from ...modeling_vision_tokenizer import CODE_KINDS
+from ..chat_dualtoken import image_parts, without_image_data
+from ..image_reading import UnreadableImageError, image_name, read_image
+from ..modeling_vision_tokenizer import CODE_KINDS
 from .chat_source import BadSampleError
 from .code_folder import code_dtype
 

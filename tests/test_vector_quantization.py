@@ -12,7 +12,7 @@ from torch import nn
 
 from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.configuration_dualtoken import DualTokenQuantizerConfig
-from transformers_dualtoken.quantization import DualTokenResidualQuantizer
+from transformers_dualtoken.vector_quantization import DualTokenResidualQuantizer
 
 
 RULES = (("rq", "own"), ("rq_ema", "own"), ("rq_ema", "final"))

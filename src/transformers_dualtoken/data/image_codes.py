@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ...modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from .chat_source import BadSampleError, ChatSource, check_bad_sample_rule
 from .code_folder import FORMAT_VERSION, CodeFolder, code_dtype, read_description, shard_path
 from .code_samples import CodeSample, SampleReader, ShardRows, all_image_parts, describe_source
