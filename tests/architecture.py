@@ -44,24 +44,24 @@ def storey(module: str) -> int:
 def imports() -> list[Import]:
     """All relative imports, those within functions included."""
     files = modules()
-    found = []
-    for module, path in files.items():
-        package = module.split(".")[:-1]
+    return [
+        each
+        for module, path in files.items()
+        for each in _imports_below(ast.parse(path.read_text(encoding="utf-8")), module, None, files)
+    ]
 
-        def visit(node: ast.AST, function: str | None) -> None:
-            for child in ast.iter_child_nodes(node):
-                if isinstance(child, ast.ImportFrom) and child.level:
-                    base = [*package[: len(package) - child.level + 1], *(child.module or "").split(".")]
-                    base = ".".join(part for part in base if part)
-                    names = [".".join(filter(None, (base, alias.name))) for alias in child.names]
-                    targets = {
-                        name if name in files else f"{base}.__init__" if base not in files else base for name in names
-                    }
-                    found.extend(Import(module, target, function) for target in sorted(targets))
-                is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-                visit(child, child.name if is_function else function)
 
-        visit(ast.parse(path.read_text(encoding="utf-8")), None)
+def _imports_below(node: ast.AST, module: str, function: str | None, files: dict[str, Path]) -> list[Import]:
+    package, found = module.split(".")[:-1], []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ImportFrom) and child.level:
+            base = ".".join([*package[: len(package) - child.level + 1], *filter(None, [child.module])])
+            names = [".".join(filter(None, (base, alias.name))) for alias in child.names]
+            fallback = base if base in files else f"{base}.__init__".lstrip(".")
+            targets = {name if name in files else fallback for name in names}
+            found += [Import(module, target, function) for target in sorted(targets)]
+        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
+        found += _imports_below(child, module, child.name if is_function else function, files)
     return found
 
 

@@ -13,7 +13,7 @@ from test_generation import GREEDY, ids, push, shared_model
 from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig, WatermarkingConfig
 
-from transformers_dualtoken import generation_settings
+from transformers_dualtoken import generation_dualtoken, generation_settings
 from transformers_dualtoken.generation_scores import ScoreCheck
 from transformers_dualtoken.generation_settings import (
     DualTokenImageGenerationConfig,

@@ -1,26 +1,32 @@
 """
 Training on `transformers.Trainer`. Needs the extra `train`; not imported with the package.
 
-`data` reads images and conversations, `vision_tokenizer` and `unified` train the two models. `unified.adapters` (LoRA, by
-peft), `unified.low_bit` (quantised loading) and `data.text_answers` (for TRL) are imported by name.
+`vision_tokenizer` and `unified` train the two models, on what `transformers_dualtoken.data` reads, whose names are found
+here too. `unified.adapters` (LoRA, by peft) and `unified.low_bit` (quantised loading) are imported by name.
 """
 
 from ..optional_libraries import needed_libraries
 
 
 with needed_libraries("`transformers_dualtoken.training`"):
-    from ..data.chat_collator import DualTokenDataCollator
-    from ..data.chat_data import DualTokenChatDataset
-    from ..data.chat_encoding import ChatEncoder
-    from ..data.chat_source import BadSampleError, ChatSource
-    from ..data.chat_sources import load_chat_sources
-    from ..data.chat_stream import DualTokenChatStream
-    from ..data.image_codes import load_code_source, precompute_codes
-    from ..data.image_data import DualTokenImageDataset, collate_images
-    from ..data.image_sources import load_image_dataset
-    from ..data.image_stream import DualTokenImageStream
-    from ..data.sample_stream import SampleStream, StreamProgress
-    from ..data.tokenizer_fingerprint import tokenizer_fingerprint
+    from ..data import (
+        BadSampleError,
+        ChatEncoder,
+        ChatSource,
+        DualTokenChatDataset,
+        DualTokenChatStream,
+        DualTokenDataCollator,
+        DualTokenImageDataset,
+        DualTokenImageStream,
+        SampleStream,
+        StreamProgress,
+        collate_images,
+        load_chat_sources,
+        load_code_source,
+        load_image_dataset,
+        precompute_codes,
+        tokenizer_fingerprint,
+    )
     from ..evaluation.perceptual import load_lpips
     from .preemption import TrainingStopped
     from .resume import find_checkpoint
