@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .generation_progress import GenerationProgress
 from .generation_scores import ImageTokenBar
 from .image_decoding import ImageDecoder
+from .unified_loss import text_logits
 
 
 @dataclass
@@ -150,7 +151,7 @@ class InterleavedLoop:
     def _write(self, writing: list[int]) -> list[int]:
         """The next tokens of the rows that write."""
         hidden_states = self.context.hidden_states[: len(self.rows)]
-        logits = self.model.lm_head(self.model._for_text_head(hidden_states)).float()
+        logits = text_logits(self.model.lm_head, hidden_states).float()
         self.bar.token_ids = [self.image_id, self.end_id]
         if self.end - self.length < self.num_positions + 2:
             self.bar.token_ids.append(self.start_id)

@@ -2,6 +2,10 @@
 
 An image is N positions `<image_start> v_1 ... v_N <image_end>` of a sequence. A position's embedding is made from its
 pixel and semantic codes together; the hidden state before a position predicts both, by the two depth heads.
+
+Legend of dimension letters, in all modules: B rows, L tokens, N positions of an image, `h, w` its grid, D depths (codes
+of a kind at a position), C code width, K codes of a codebook, M = 2 kinds of codes (pixel, semantic), H hidden width of
+the language model, R rows of a cache (B, or 2 B with guidance: the conditional ones first), S pixels of an image's side.
 """
 
 import copy
@@ -11,42 +15,31 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import can_return_tuple
+from transformers.utils import auto_docstring, can_return_tuple
 
 from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenConfig, config_fields
-from .depth_heads import (
-    DualTokenDepthHeads,
-    DualTokenDepthHeadsOutput,
-    DualTokenStackedLinear,
-    DualTokenStackedRMSNorm,
-)
+from .depth_heads import DualTokenDepthHeads, DualTokenStackedLinear, DualTokenStackedRMSNorm
 from .generation_dualtoken import DualTokenGenerationMixin
-from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
-from .modeling_vision_tokenizer import CODE_KINDS, DualTokenDecoderOutput, DualTokenVisionTokenizer
+from .linear_cross_entropy import is_autocast_on
+from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from .sharding import any_rank, copy_weights, gathered, is_sharded
 from .transformers_compat import CACHE_NAME, given_cache
+from .unified_loss import DualTokenTextHead, text_logits, unified_losses
 
-
-# Rows whose logits an adapted text head makes at once.
-_ADAPTED_HEAD_ROWS = 1024
 
 # What quantisers leave alone, in the patterns by which transformers' match names: all but the language model's blocks.
 _KEPT_WHOLE = (r"(.*\.)?vision_tokenizer", r"(.*\.)?visual_projector", "depth_heads", "lm_head")
 
 
 def _keep_parts_whole(quantization_config):
-    """
-    A copy of a `quantization_config`, or of a dict of its fields, that leaves all but the language model's blocks as
-    they are, with the modules that the config itself names.
-    """
+    """A copy of a `quantization_config` (or `dict`) that quantises the language model's blocks alone."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     quantization_config = copy.deepcopy(quantization_config)
@@ -87,9 +80,9 @@ class DualTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
         text_loss_sum (`torch.Tensor`, scalar, with `labels`): cross-entropy of the text targets, summed, in nats.
         num_text_correct (`torch.LongTensor`, scalar), num_text_targets (`int`): text targets whose most probable token
             is the right one, and all of them.
-        depth_loss_sums (`torch.Tensor` of shape `(2, D)`): cross-entropies of the pixel and the semantic codes at every
-            depth, summed over the visual targets.
-        num_depth_correct (`torch.LongTensor` of shape `(2, D)`), num_visual_targets (`int`): the same of the codes.
+        depth_loss_sums (`torch.Tensor` of shape `(M, D)`): cross-entropies of the codes at every depth, summed over the
+            visual targets.
+        num_depth_correct (`torch.LongTensor` of shape `(M, D)`), num_visual_targets (`int`): the same of the codes.
     """
 
     text_loss: torch.Tensor | None = None
@@ -115,26 +108,8 @@ class DualTokenVisualProjector(nn.Module):
         self.linear_2 = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(..., M C)` -> `(..., H)`."""
         return self.linear_2(F.gelu(self.linear_1(features)))
-
-
-class DualTokenTextHead(nn.Linear):
-    """
-    Classifier of the text vocabulary, which also makes its loss: `(..., H)` -> logits `(..., vocab_size)`, or with
-    targets `(T, H)`, `(T,)` -> the summed cross-entropy and the number of right predictions.
-
-    In its own forward, since FSDP2 brings a weight together only there.
-    """
-
-    def forward(self, hidden_states: torch.Tensor, targets: torch.LongTensor | None = None):
-        # A copy that an adapter trains in float32 beside a bfloat16 model is of another dtype.
-        if not is_autocast_on(hidden_states.device.type):
-            hidden_states = hidden_states.to(self.weight.dtype)
-        if targets is None:
-            return super().forward(hidden_states)
-        output = linear_cross_entropy(hidden_states, self.weight, targets, bias=self.bias)
-        # No view: FSDP2 hangs its work for the backward on what it is given.
-        return output.loss_sums.clone(), output.num_correct
 
 
 class DualTokenPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
@@ -228,7 +203,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         return encoded.pixel_codes, encoded.semantic_codes
 
     def check_image_codes(self, pixel_codes: torch.Tensor | None, semantic_codes: torch.Tensor | None) -> None:
-        """Raise a `ValueError` unless both kinds of codes are given for the same images and fit the tokenizer."""
+        """Raise a `ValueError` unless codes `(images, h, w, D)` of both kinds are of the same images and fit."""
         if pixel_codes is None or semantic_codes is None:
             missing = "pixel_codes" if pixel_codes is None else "semantic_codes"
             raise ValueError(f"`pixel_codes` and `semantic_codes` go together, but `{missing}` is missing.")
@@ -241,12 +216,10 @@ class DualTokenModel(DualTokenPreTrainedModel):
             )
 
     def code_embeds(self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor) -> torch.Tensor:
-        """Code vectors `(2, ..., D, C)` of codes `(..., D)`, in float32."""
+        """Code vectors `(M, ..., D, C)` of codes `(..., D)`, in float32."""
+        codes = zip(CODE_KINDS, (pixel_codes, semantic_codes))
         return torch.stack(
-            [
-                self.vision_tokenizer.pixel_quantizer.embed_codes_with_depth(pixel_codes),
-                self.vision_tokenizer.semantic_quantizer.embed_codes_with_depth(semantic_codes),
-            ]
+            [self.vision_tokenizer.quantizer(kind).embed_codes_with_depth(part) for kind, part in codes]
         )
 
     def embed_image_codes(self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor) -> torch.Tensor:
@@ -263,10 +236,8 @@ class DualTokenModel(DualTokenPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
-        Embeddings of whole images, from their pixels or their codes.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` `(images, N, H)`, in the language model's space.
+        Embeddings of whole images `(images, N, H)`, in the language model's space, as `pooler_output`; from their pixels
+        `(images, 3, S, S)` or their codes `(images, h, w, D)`.
         """
         if pixel_values is not None:
             pixel_codes, semantic_codes = self.get_image_codes(pixel_values)
@@ -276,7 +247,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=embeds, pooler_output=embeds)
 
     def image_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.BoolTensor:
-        """Where a sequence holds image placeholders, `(B, L)`; from the embeddings where there are no ids."""
+        """Where a sequence holds image placeholders, `(B, L)`; from embeddings `(B, L, H)` where there are no ids."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         # Filled on the device: a number of the host's would be copied there at every call.
@@ -284,6 +255,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
+    @auto_docstring
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -299,22 +271,19 @@ class DualTokenModel(DualTokenPreTrainedModel):
         image_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> DualTokenModelOutputWithPast:
-        """
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, L)`): an image is N times `image_token_id`.
-            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 for padding and for dropped prompts.
-            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): by default positions count what
-                `attention_mask` keeps, so that a masked prefix shifts nothing. Given without a mask and without
-                `past_key_values`, every position that does not follow its predecessor begins another sample, and no
-                sample sees another one: so short samples are packed into one row.
-            past_key_values, or cache (`Cache`, *optional*): transformers gives it the second name since 5.24.
-            inputs_embeds (`torch.Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`.
-            pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*): the batch's images in reading
-                order, in [-1, 1]; or
-            pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*): their codes.
-            use_cache (`bool`, *optional*).
-            image_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): what the method of this name returns for these
-                inputs, where the caller needs it too.
+        r"""
+        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
+            By default positions count what `attention_mask` keeps, so that a masked prefix shifts nothing. Given without
+            a mask and without `past_key_values`, every position that does not follow its predecessor begins another
+            sample, and no sample sees another one: so short samples are packed into one row.
+        pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*):
+            The batch's images in reading order, in [-1, 1]; in `input_ids` each is N times `image_token_id`.
+        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*):
+            Instead of `pixel_values`.
+        cache (`Cache`, *optional*):
+            `past_key_values` by the name that transformers gives it since 5.24.
+        image_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*):
+            What the method of this name returns for these inputs, where the caller needs it too.
 
         Raises:
             ValueError: if the number of placeholders does not fit the images, or codes do not fit the tokenizer.
@@ -327,23 +296,11 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        has_images = pixel_values is not None or pixel_codes is not None or semantic_codes is not None
-        # In this order: the length of a static cache is a tensor, and to compare it waits for the device.
-        sharded = is_sharded(self) and _length(past_key_values) == 0
-        if sharded and any_rank(pixel_values is not None, inputs_embeds.device) and pixel_values is None:
-            # The ranks bring the encoder's weights together, layer by layer: those without pixels encode a blank.
-            vision = self.config.vision_tokenizer_config
-            shape = (1, vision.vision_config.num_channels, vision.image_size, vision.image_size)
-            self.get_image_codes(inputs_embeds.new_zeros(shape))
-        if not has_images and (self.training or sharded):
-            # No images go the way of images, for a zero gradient: every rank must run the same modules (DDP, ZeRO-3,
-            # FSDP2), whoever has some.
-            grid = self.config.vision_tokenizer_config.grid_size
-            shape = (0, grid, grid, self.config.num_depths)
-            pixel_codes = semantic_codes = torch.zeros(shape, dtype=torch.long, device=inputs_embeds.device)
-        if has_images or pixel_codes is not None:
-            if pixel_values is not None:
-                pixel_codes, semantic_codes = self.get_image_codes(pixel_values)
+        # 1. The codes of the batch's images, and their embeddings in the place of the placeholders.
+        pixel_codes, semantic_codes = self._codes_of_batch(
+            pixel_values, (pixel_codes, semantic_codes), past_key_values, inputs_embeds
+        )
+        if pixel_codes is not None or semantic_codes is not None:
             embeds = self.get_image_features(
                 pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
             ).pooler_output
@@ -357,9 +314,11 @@ class DualTokenModel(DualTokenPreTrainedModel):
             # Only at the start of a sequence: image placeholders are never generated without their codes.
             self.check_placeholders(input_ids == self.config.image_token_id, 0)
 
+        # 2. Positions.
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
 
+        # 3. The language model.
         inputs_embeds = self.for_backbone(inputs_embeds)
         shape = inputs_embeds.shape
         if self._packs_rows(attention_mask, position_ids, past_key_values):
@@ -385,19 +344,37 @@ class DualTokenModel(DualTokenPreTrainedModel):
             semantic_codes=semantic_codes,
         )
 
+    def _codes_of_batch(self, pixel_values, codes: tuple, cache: Cache | None, inputs_embeds: torch.Tensor) -> tuple:
+        """
+        Codes `(images, h, w, D)` of both kinds; `None` twice where nothing goes the way of images.
+
+        In training, and with sharded weights at the start of a sequence, no images go that way too: every rank must run
+        the same modules (DDP, ZeRO-3, FSDP2), whoever has some, and gets a zero gradient.
+        """
+        # In this order: the length of a static cache is a tensor, and to compare it waits for the device.
+        sharded = is_sharded(self) and _length(cache) == 0
+        if sharded and any_rank(pixel_values is not None, inputs_embeds.device) and pixel_values is None:
+            # The ranks gather the encoder's weights layer by layer: those without pixels encode a blank.
+            vision = self.config.vision_tokenizer_config
+            shape = (1, vision.vision_config.num_channels, vision.image_size, vision.image_size)
+            self.get_image_codes(inputs_embeds.new_zeros(shape))
+        if pixel_values is not None:
+            return self.get_image_codes(pixel_values)
+        if codes == (None, None) and (self.training or sharded):
+            grid = self.config.vision_tokenizer_config.grid_size
+            shape = (0, grid, grid, self.config.num_depths)
+            return (torch.zeros(shape, dtype=torch.long, device=inputs_embeds.device),) * 2
+        return codes
+
     def for_backbone(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """In the language model's dtype: an adapter's projector and embeddings are float32 beside a bfloat16 one."""
+        """`(B, L, H)` in the language model's dtype: an adapter's projector and embeddings may be float32 beside it."""
         norm = getattr(self.language_model, "norm", None)
         if norm is None or is_autocast_on(inputs_embeds.device.type):
             return inputs_embeds
         return inputs_embeds.to(norm.weight.dtype)
 
     def _packs_rows(self, attention_mask, position_ids, past_key_values) -> bool:
-        """
-        Whether the rows must be put one after the other, for samples packed into them to stay apart.
-
-        transformers' masks know packed rows; its flash attention looks for them in a single row only.
-        """
+        """Whether rows must be put one after the other: flash attention looks for packed samples in one row only."""
         return (
             "flash" in (self.config.text_config._attn_implementation or "")
             and attention_mask is None
@@ -416,18 +393,16 @@ class DualTokenModel(DualTokenPreTrainedModel):
         if torch.compiler.is_compiling():
             return
         per_row, per_image = image_mask.sum(-1).tolist(), self.config.num_positions
-        placeholders = sum(per_row)
-        if placeholders != num_images * per_image:
+        if sum(per_row) != num_images * per_image:
             raise ValueError(
                 f"{num_images} image(s) were given, which take {num_images * per_image} placeholders "
-                f"({per_image} times the token {self.config.image_token_id} each), but `input_ids` hold "
-                f"{placeholders}."
+                f"({per_image} times the token {self.config.image_token_id} each), but `input_ids` hold {sum(per_row)}."
             )
-        parted = [row for row, count in enumerate(per_row) if count % per_image]
+        parted = {row: count for row, count in enumerate(per_row) if count % per_image}
         if parted:
             raise ValueError(
-                f"Every row must hold whole images, {per_image} placeholders each; rows {parted} hold "
-                f"{[per_row[row] for row in parted]}."
+                f"Every row must hold whole images, {per_image} placeholders each; rows {[*parted]} hold "
+                f"{[*parted.values()]}."
             )
 
 
@@ -437,14 +412,14 @@ def _is_paged(cache) -> bool:
 
 
 def _length(cache: Cache | None) -> int | torch.Tensor:
+    """Tokens in a cache; of packed requests none is taken to begin here: `generate_batch` has looked at them."""
     if cache is None:
         return 0
-    # Of packed requests none is taken to begin here: `generate_batch` has looked at them.
     return 1 if _is_paged(cache) else cache.get_seq_length()
 
 
 def _may_begin(input_ids: torch.LongTensor, cache: Cache | None) -> bool:
-    """Whether the ids `(B, L)` may begin their sequences. Waits for no device where one token follows another."""
+    """Whether the ids `(B, L)` may begin their sequences; no host sync where one token follows another."""
     length = _length(cache)
     if isinstance(length, torch.Tensor) and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
         return False
@@ -501,9 +476,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         Args:
             vision_tokenizer ([`DualTokenVisionTokenizer`], `str` or `os.PathLike`).
             language_model (`PreTrainedModel`, `str` or `os.PathLike`): for instance a Qwen2.5 checkpoint.
-            dtype (`torch.dtype`, *optional*): dtype of the weights; the language model's by default.
-            attn_implementation (`str`, *optional*): of the language model; its own by default. The tokenizer keeps its
-                own.
+            dtype (`torch.dtype`, *optional*), attn_implementation (`str`, *optional*): those of the language model by
+                default. The tokenizer keeps its own attention.
             config_overrides: fields of [`DualTokenConfig`], for instance the ids of the image tokens.
 
         Raises:
@@ -544,12 +518,10 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         copy_weights(language_model.base_model, model.model.language_model)
         if not config.tie_word_embeddings:
             copy_weights(language_model.get_output_embeddings(), model.lm_head)
-        model.generation_config = type(language_model.generation_config).from_dict(
-            language_model.generation_config.to_dict()
-        )
+        model.generation_config = copy.deepcopy(language_model.generation_config)
         model.generation_config = model._complete_generation_config()
-        scaled_by = [model.model.visual_projector, model.get_input_embeddings()]
-        with gathered((parameter for module in scaled_by for parameter in module.parameters()), written=True):
+        scaled = [*model.model.visual_projector.parameters(), *model.get_input_embeddings().parameters()]
+        with gathered(scaled, written=True):
             model._scale_visual_projector()
         return model.eval()
 
@@ -650,14 +622,14 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if len(pixel_codes) == 0:
             size = self.config.vision_tokenizer_config.reconstruction_size
             return torch.empty(0, 3, size, size, device=self.device, dtype=self.vision_tokenizer.dtype)
-        decoded: DualTokenDecoderOutput = self.vision_tokenizer.decode(pixel_codes=pixel_codes, slice_size=slice_size)
-        return decoded.reconstruction
+        return self.vision_tokenizer.decode(pixel_codes=pixel_codes, slice_size=slice_size).reconstruction
 
     def decode_image_tokens(self, image_tokens: torch.LongTensor) -> torch.Tensor:
         """`decode_images` of pixel codes `(images, h, w, D)`, by the name that transformers' pipelines call."""
         return self.decode_images(pixel_codes=image_tokens)
 
     @can_return_tuple
+    @auto_docstring
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -675,17 +647,16 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> DualTokenCausalLMOutputWithPast:
-        """
-        Args:
-            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): aligned with `input_ids`, shifted inside.
-                `image_token_id`: the position's codes are visual targets; -100: no target; any other id, `<image_start>`
-                and `<image_end>` included: a text target. An image is labelled wholly or not at all.
-            logits_to_keep (`int` or `torch.Tensor`): as in transformers.
-            num_items_in_batch (*optional*): what the sums of the losses are divided by. A pair: the numbers of text
-                and of visual targets of the whole global batch. One number: divides all three sums. `None`: each
-                loss is a mean over its own targets in this batch.
-
-        The other arguments are those of [`DualTokenModel.forward`].
+        r"""
+        position_ids, pixel_values, pixel_codes, semantic_codes, cache:
+            As in [`DualTokenModel`].
+        labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
+            Aligned with `input_ids`, shifted inside. `image_token_id`: the position's codes are visual targets; -100: no
+            target; any other id, `<image_start>` and `<image_end>` included: a text target. An image is labelled wholly
+            or not at all.
+        num_items_in_batch (*optional*):
+            What the sums of the losses are divided by. A pair: the numbers of text and of visual targets of the whole
+            global batch. One number: divides all three sums. `None`: each loss is a mean over its own targets.
 
         Raises:
             ValueError: if labels have another shape than the ids, or label an image in part; for `shift_labels`, which
@@ -695,12 +666,12 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             raise ValueError(
                 "`shift_labels` are not supported: images must not be split over devices (context or sequence parallelism)."
             )
-        if labels is not None and use_cache is None:
-            # A loss needs none, and with one transformers does not keep packed samples apart.
-            use_cache = False
         image_mask = None
-        if labels is not None and (input_ids is not None or inputs_embeds is not None):
-            image_mask = self.model.image_mask(input_ids, inputs_embeds)
+        if labels is not None:
+            # A loss needs no cache, and with one transformers does not keep packed samples apart.
+            use_cache = bool(use_cache)
+            if input_ids is not None or inputs_embeds is not None:
+                image_mask = self.model.image_mask(input_ids, inputs_embeds)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -715,154 +686,12 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        losses = {} if labels is None else self._losses(outputs, image_mask, labels, num_items_in_batch)
+        losses = {} if labels is None else unified_losses(self, outputs, image_mask, labels, num_items_in_batch)
         logits = None
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(self._for_text_head(hidden_states[:, kept]))
-        return DualTokenCausalLMOutputWithPast(
-            **losses,
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            last_hidden_state=hidden_states,
-            pixel_codes=outputs.pixel_codes,
-            semantic_codes=outputs.semantic_codes,
-        )
-
-    def _losses(
-        self,
-        outputs: DualTokenModelOutputWithPast,
-        image_mask: torch.BoolTensor,
-        labels: torch.LongTensor,
-        num_items_in_batch,
-    ) -> dict[str, torch.Tensor]:
-        """The losses, and the sums and counts they are made of, by their names in the output."""
-        config, hidden_states = self.config, outputs.last_hidden_state
-        if labels.shape != hidden_states.shape[:2]:
-            raise ValueError(
-                f"`labels` must have the shape of the ids, {tuple(hidden_states.shape[:2])}, got {tuple(labels.shape)}."
-            )
-        labels = labels.to(hidden_states.device)
-        visual_labels = labels == config.image_token_id
-        codes = self._visual_targets(outputs, image_mask, visual_labels)
-
-        # The state at t - 1 predicts position t.
-        is_visual = visual_labels[:, 1:]
-        is_text = (labels[:, 1:] != -100) & ~is_visual
-        text_targets, text_hidden = labels[:, 1:][is_text], hidden_states[:, :-1][is_text]
-        text_sum, num_text_correct = self._text_loss_sum(text_hidden, text_targets)
-        heads: DualTokenDepthHeadsOutput = self.depth_heads(
-            hidden_states[:, :-1][is_visual], codes, self.model.code_embeds(*codes)
-        )
-        visual_sums = heads.loss_sums.sum(-1) if config.depth_reduction == "sum" else heads.loss_sums.mean(-1)
-
-        num_text, num_visual = self._num_targets(num_items_in_batch, len(text_targets), codes.shape[1])
-        text_loss = text_sum / num_text
-        pixel_loss, semantic_loss = (visual_sum / num_visual for visual_sum in visual_sums)
-        loss = (
-            config.text_loss_weight * text_loss
-            + config.pixel_loss_weight * pixel_loss
-            + config.semantic_loss_weight * semantic_loss
-        )
-        return {
-            "loss": loss,
-            "text_loss": text_loss,
-            "pixel_loss": pixel_loss,
-            "semantic_loss": semantic_loss,
-            "text_loss_sum": text_sum.detach(),
-            "num_text_correct": num_text_correct,
-            "num_text_targets": len(text_targets),
-            "depth_loss_sums": heads.loss_sums.detach(),
-            "num_depth_correct": heads.num_correct,
-            "num_visual_targets": codes.shape[1],
-        }
-
-    def _text_loss_sum(
-        self, hidden_states: torch.Tensor, targets: torch.LongTensor
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
-        """Summed cross-entropy of `(T, H)` against `(T,)`, and how many of the T are right."""
-        hidden_states = self._for_text_head(hidden_states)
-        # PEFT's wrapper of a trained copy hands on what it is given (but a copy tied to the embeddings is a plain
-        # Linear), that of trained rows says the weight it computes with; its LoRA layers do neither.
-        is_copy = hasattr(self.lm_head, "modules_to_save") and not self.config.tie_word_embeddings
-        if isinstance(self.lm_head, DualTokenTextHead) or is_copy:
-            return self.lm_head(hidden_states, targets)
-        if hasattr(self.lm_head, "original_module"):
-            output = linear_cross_entropy(hidden_states, self.lm_head.weight, targets)
-            return output.loss_sums, output.num_correct
-        # LoRA, or quantised: its weight alone is not what it computes. The logits of a chunk are made again in
-        # the backward, so that here too those of all rows never exist together.
-        # Ranks that share its weights must call it equally often.
-        rows = max(len(targets), 1) if is_sharded(self.lm_head) else _ADAPTED_HEAD_ROWS
-        sums, correct = [], []
-        for chunk, target in zip(hidden_states.split(rows), targets.split(rows)):
-            loss_sum, num_correct = checkpoint(self._adapted_head_loss, chunk, target, use_reentrant=False)
-            sums.append(loss_sum)
-            correct.append(num_correct)
-        return torch.stack(sums).sum(), torch.stack(correct).sum()
-
-    def _for_text_head(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """In the dtype of a text head that an adapter has put in the place of ours, which sees to that itself."""
-        # Not its weight: to look at it here would make ZeRO-3 bring it together once more.
-        if isinstance(self.lm_head, DualTokenTextHead):
-            return hidden_states
-        weight = getattr(self.lm_head, "weight", None)
-        if weight is None or not weight.is_floating_point() or is_autocast_on(hidden_states.device.type):
-            return hidden_states
-        return hidden_states.to(weight.dtype)
-
-    def _adapted_head_loss(self, hidden_states: torch.Tensor, targets: torch.LongTensor):
-        logits = self.lm_head(hidden_states)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(-1) == targets).sum()
-
-    def _visual_targets(
-        self, outputs: DualTokenModelOutputWithPast, image_mask: torch.BoolTensor, visual_labels: torch.BoolTensor
-    ) -> torch.LongTensor:
-        """Codes `(2, T, D)` of the labelled image positions; raises unless images are labelled wholly or not."""
-        if outputs.pixel_codes is None:
-            if visual_labels.any():
-                raise ValueError(
-                    f"`labels` hold the image token ({self.config.image_token_id}), but no images were given."
-                )
-            shape = (len(CODE_KINDS), 0, self.config.num_depths)
-            return torch.zeros(shape, dtype=torch.long, device=visual_labels.device)
-        image_mask = image_mask.to(visual_labels.device)
-        if (visual_labels & ~image_mask).any():
-            raise ValueError("`labels` hold the image token at positions that are no image's.")
-        labelled = visual_labels[image_mask].view(-1, self.config.num_positions)
-        if (labelled.any(-1) != labelled.all(-1)).any():
-            index = int((labelled.any(-1) != labelled.all(-1)).nonzero()[0])
-            raise ValueError(
-                f"An image must be labelled wholly or not at all; image {index} of the batch has "
-                f"{int(labelled[index].sum())} of {self.config.num_positions} positions labelled."
-            )
-        if visual_labels[:, 0].any():
-            raise ValueError("A labelled image at the very start of a sequence has no `<image_start>` to predict it.")
-        codes = torch.stack([outputs.pixel_codes, outputs.semantic_codes]).flatten(1, 3)
-        return codes[:, labelled.flatten()]
-
-    @staticmethod
-    def _num_targets(num_items_in_batch, num_text: int, num_visual: int):
-        """The divisors of the text sum and of the visual sums."""
-        if num_items_in_batch is None:
-            # No targets: 0 / 1 keeps the term a connected zero.
-            return max(num_text, 1), max(num_visual, 1)
-        if isinstance(num_items_in_batch, torch.Tensor):
-            # Stays where it is: to look at it would wait for the device.
-            pair = num_items_in_batch.flatten().clamp(min=1).unbind() if num_items_in_batch.numel() == 2 else None
-            return (num_items_in_batch, num_items_in_batch) if pair is None else pair
-        pair = list(num_items_in_batch) if isinstance(num_items_in_batch, Sequence) else None
-        if pair is None:
-            return num_items_in_batch, num_items_in_batch
-        if len(pair) != 2:
-            raise ValueError(
-                f"`num_items_in_batch` must be one number or the pair (text targets, visual targets), got {pair}."
-            )
-        return max(pair[0], 1), max(pair[1], 1)
+            logits = text_logits(self.lm_head, outputs.last_hidden_state[:, kept])
+        return DualTokenCausalLMOutputWithPast(**losses, logits=logits, **outputs)
 
 
 __all__ = [
