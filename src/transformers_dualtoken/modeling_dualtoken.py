@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import auto_docstring, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenConfig, config_fields
@@ -255,7 +255,6 @@ class DualTokenModel(DualTokenPreTrainedModel):
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @can_return_tuple
-    @auto_docstring
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -271,19 +270,21 @@ class DualTokenModel(DualTokenPreTrainedModel):
         image_mask: torch.BoolTensor | None = None,
         **kwargs,
     ) -> DualTokenModelOutputWithPast:
-        r"""
-        position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*):
-            By default positions count what `attention_mask` keeps, so that a masked prefix shifts nothing. Given without
-            a mask and without `past_key_values`, every position that does not follow its predecessor begins another
-            sample, and no sample sees another one: so short samples are packed into one row.
-        pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*):
-            The batch's images in reading order, in [-1, 1]; in `input_ids` each is N times `image_token_id`.
-        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*):
-            Instead of `pixel_values`.
-        cache (`Cache`, *optional*):
-            `past_key_values` by the name that transformers gives it since 5.24.
-        image_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*):
-            What the method of this name returns for these inputs, where the caller needs it too.
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, L)`): an image is N times `image_token_id`.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 0 for padding and for dropped prompts.
+            position_ids (`torch.LongTensor` of shape `(B, L)`, *optional*): by default positions count what
+                `attention_mask` keeps, so that a masked prefix shifts nothing. Given without a mask and without
+                `past_key_values`, every position that does not follow its predecessor begins another sample, and no
+                sample sees another one: so short samples are packed into one row.
+            past_key_values, or cache (`Cache`, *optional*): transformers gives it the second name since 5.24.
+            inputs_embeds (`torch.Tensor` of shape `(B, L, H)`, *optional*): instead of `input_ids`.
+            pixel_values (`torch.Tensor` of shape `(images, 3, S, S)`, *optional*): the batch's images in reading
+                order, in [-1, 1]; or
+            pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, *optional*): their codes.
+            image_mask (`torch.BoolTensor` of shape `(B, L)`, *optional*): what the method of this name returns for these
+                inputs, where the caller needs it too.
 
         Raises:
             ValueError: if the number of placeholders does not fit the images, or codes do not fit the tokenizer.
@@ -629,7 +630,6 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         return self.decode_images(pixel_codes=image_tokens)
 
     @can_return_tuple
-    @auto_docstring
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -647,16 +647,17 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> DualTokenCausalLMOutputWithPast:
-        r"""
-        position_ids, pixel_values, pixel_codes, semantic_codes, cache:
-            As in [`DualTokenModel`].
-        labels (`torch.LongTensor` of shape `(B, L)`, *optional*):
-            Aligned with `input_ids`, shifted inside. `image_token_id`: the position's codes are visual targets; -100: no
-            target; any other id, `<image_start>` and `<image_end>` included: a text target. An image is labelled wholly
-            or not at all.
-        num_items_in_batch (*optional*):
-            What the sums of the losses are divided by. A pair: the numbers of text and of visual targets of the whole
-            global batch. One number: divides all three sums. `None`: each loss is a mean over its own targets.
+        """
+        Args:
+            labels (`torch.LongTensor` of shape `(B, L)`, *optional*): aligned with `input_ids`, shifted inside.
+                `image_token_id`: the position's codes are visual targets; -100: no target; any other id, `<image_start>`
+                and `<image_end>` included: a text target. An image is labelled wholly or not at all.
+            logits_to_keep (`int` or `torch.Tensor`): as in transformers.
+            num_items_in_batch (*optional*): what the sums of the losses are divided by. A pair: the numbers of text
+                and of visual targets of the whole global batch. One number: divides all three sums. `None`: each
+                loss is a mean over its own targets in this batch.
+
+        The other arguments are those of [`DualTokenModel.forward`].
 
         Raises:
             ValueError: if labels have another shape than the ids, or label an image in part; for `shift_labels`, which
