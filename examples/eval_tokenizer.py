@@ -47,13 +47,12 @@ from transformers_dualtoken.evaluation import (
     TokenizerEvaluator,
     ZeroShotAccuracy,
     fid_metric,
-    lpips_metric,
+    load_lpips,
     text_tokenizer,
     write_report,
     zero_shot_classifier,
 )
-from transformers_dualtoken.evaluation.optional_libraries import require
-from transformers_dualtoken.optional_libraries import needed_libraries
+from transformers_dualtoken.optional_libraries import MissingLibraryError, needed_libraries, require
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 
 
@@ -211,7 +210,7 @@ class Chosen:
             return None
         try:
             return build()
-        except MetricUnavailableError as error:
+        except (MetricUnavailableError, MissingLibraryError) as error:
             if self.asked is not None:
                 raise
             self.skipped[name] = str(error)
@@ -246,7 +245,7 @@ def find_parts(arguments: EvaluationArguments, tokenize, dataset) -> tuple[dict,
     parts = {
         "psnr": chosen.make("psnr", lambda: ReconstructionMetrics(("psnr",))),
         "ssim": chosen.make("ssim", lambda: ReconstructionMetrics(("ssim",))),
-        "lpips": chosen.make("lpips", lambda: lpips_metric(arguments.lpips_net, arguments.lpips_weights)),
+        "lpips": chosen.make("lpips", lambda: load_lpips(arguments.lpips_net, arguments.lpips_weights)),
         "rfid": chosen.make("rfid", lambda: fid_metric(weights=arguments.inception_weights)),
         "zero_shot": chosen.make("zero_shot", zero_shot),
         "retrieval": chosen.make("retrieval", retrieval),

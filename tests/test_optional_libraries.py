@@ -28,7 +28,7 @@ from transformers_dualtoken.optional_libraries import EXTRAS
 sys.modules |= dict.fromkeys(EXTRAS)
 root, outcomes = Path(sys.argv[1]), {}
 modules = ["transformers_dualtoken", "transformers_dualtoken.evaluation", "transformers_dualtoken.training",
-           "transformers_dualtoken.training.unified.adapters", "transformers_dualtoken.evaluation.metric_modules"]
+           "transformers_dualtoken.training.unified.adapters"]
 for name in [*modules, *sorted(str(path.relative_to(root)) for path in root.glob("**/*.py"))]:
     try:
         if name.endswith(".py"):

@@ -3,24 +3,15 @@
 import math
 
 import torch
-import torch.distributed as dist
+
+from .processes import summed
 
 
 class CodebookUsage:
     """
-    Counts how often every code occurs at every depth, and says how evenly the codebook is used.
-
-    The state is `counts`, an int64 tensor `(D, K)`. It moves to the device of the codes it is given, and `update`
-    never waits for that device. Counts of any split of the data add up exactly.
-
-    Args:
-        num_depths (`int`): residual codes D per position.
-        codebook_size (`int`): codes K of a codebook.
-        shared_codebook (`bool`, defaults to `True`): whether all depths use one codebook. It decides what "the
-            codebook" is in [`~CodebookUsage.compute`].
-
-    Raises:
-        ValueError: if `num_depths` or `codebook_size` is below 1.
+    Counts how often every code occurs at every depth. The state is `counts`, int64 `(D, K)`; it moves to the device of
+    the codes it is given, and `update` never waits for that device. A codebook shared by all depths is judged by the
+    counts of all of them together.
     """
 
     def __init__(self, num_depths: int, codebook_size: int, shared_codebook: bool = True):
@@ -31,13 +22,7 @@ class CodebookUsage:
         self.counts = torch.zeros(num_depths, codebook_size, dtype=torch.int64)
 
     def update(self, codes: torch.Tensor) -> None:
-        """
-        Count `codes`, int64 `(..., D)` in 0..K-1.
-
-        Raises:
-            ValueError: if the last dimension is not D.
-            RuntimeError: if a code lies outside 0..K-1 (on a GPU as its own assertion, and later).
-        """
+        """Count `codes`, int64 `(..., D)` in 0..K-1; others raise a `RuntimeError` (on a GPU later)."""
         if codes.shape[-1] != self.num_depths:
             raise ValueError(
                 f"`codes` must have {self.num_depths} depths in the last dimension, got shape {tuple(codes.shape)}."
@@ -49,18 +34,11 @@ class CodebookUsage:
 
     def compute(self) -> dict[str, float]:
         """
-        The whole codebook's numbers.
-
-        Returns:
-            `usage`: share of the K codes that occurred, in 0..1; `entropy`: of the codes, in bits, at most log2 K;
-            `perplexity`: 2 to the entropy, at most K. A codebook shared by all depths is judged by the counts of
-            all of them together; of codebooks of their own, usage and entropy are the means over the depths. All
-            are NaN before the first update.
+        `usage`: share of the K codes that occurred, in 0..1; `entropy`: of the codes, in bits, at most log2 K;
+        `perplexity`: 2 to the entropy, at most K. Usage and entropy of codebooks of their own are means over the
+        depths. All are NaN before the first update.
         """
-        if self.shared_codebook:
-            usage, entropy = self._judge(self.counts.sum(0, keepdim=True))
-        else:
-            usage, entropy = self._judge(self.counts)
+        usage, entropy = self._judge(self.counts.sum(0, keepdim=True) if self.shared_codebook else self.counts)
         entropy = entropy.mean()
         return {"usage": float(usage.mean()), "perplexity": float(entropy.exp2()), "entropy": float(entropy)}
 
@@ -78,26 +56,14 @@ class CodebookUsage:
         usage = (counts > 0).double().mean(1).where(total > 0, torch.nan)
         return usage, entropy
 
-    def to(self, device: torch.device | str) -> "CodebookUsage":
-        """Move the counts; needed before `reduce` only where a process may have had no codes."""
-        self.counts = self.counts.to(device)
-        return self
-
     def reset(self) -> None:
         """Forget all counts."""
         self.counts.zero_()
 
-    def reduce(self, group: "dist.ProcessGroup | None" = None) -> "CodebookUsage":
-        """
-        The counts of all processes together, as a new object; this one keeps its own counts.
-
-        Every process of the group must call it, with `counts` on a device the group can send. Without
-        `torch.distributed` it is a copy.
-        """
+    def reduce(self, device: torch.device | str | None = None) -> "CodebookUsage":
+        """A new object with the counts of all processes, each of which must call it, brought to `device` to be sent."""
         total = CodebookUsage(self.num_depths, self.codebook_size, self.shared_codebook)
-        total.counts = self.counts.clone()
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total.counts, group=group)
+        total.counts = summed(self.counts.to(device))
         return total
 
 

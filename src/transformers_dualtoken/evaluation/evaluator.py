@@ -3,34 +3,14 @@
 from collections.abc import Iterable
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from .codebook_statistics import CodebookUsage
 from .image_metrics import ReconstructionMetrics
+from .processes import summed
 from .retrieval import RetrievalRecall
 from .zero_shot import ZeroShotAccuracy, embed_texts
-
-
-# How the numbers are made, by the families that `report.DESCRIPTIONS` names; written beside them.
-CONVENTIONS = {
-    "images": "as the checkpoint's image processor resizes them, and bilinearly to the reconstruction's size where that is "
-    "another; reconstructions are decoded from the codes; compared as float32 tensors, clamped, no file format between",
-    "psnr": "dB, mean over images of the PSNR over all pixels and channels, data range 1; images reproduced exactly "
-    "(exact_images) are left out",
-    "ssim": "mean over images, RGB channels and inner positions; Gaussian window of sigma 1.5 (11 x 11), data range 1",
-    "lpips": "mean over images, in [-1, 1], network given as lpips_net",
-    "rfid": "Frechet distance of torch-fidelity's Inception features (2048), images at the nearest of 256 levels and "
-    "resized as torch-fidelity does; of the evaluated images against their reconstructions; of equal sets 0 up to "
-    "rounding, which may be negative",
-    "zero_shot": "share of images whose class is first (top1) or among the first five (top5) by the mean of open_clip's "
-    "80 templates; embeddings of length 1",
-    "recall": "share of images with one of their captions (image_to_text), and of captions with their image "
-    "(text_to_image), among the k nearest of all evaluated; ties count against the right answer",
-    "codebook": "usage: share of codes that occurred; entropy in bits of the codes' frequencies; perplexity: 2 to the "
-    "entropy; a shared codebook over all depths together, others as the mean of their depths",
-}
 
 
 class TokenizerEvaluator:
@@ -83,9 +63,6 @@ class TokenizerEvaluator:
             labels (`torch.LongTensor` of shape `(B,)`): indices of the class names.
             input_ids (`torch.LongTensor` of shape `(T, L)`): the captions of the first image, then of the second, ...
             captions_per_image (`list[int]` of length B): how many each image has.
-
-        Raises:
-            ValueError: if what a metric needs is missing.
         """
         for metric, name, value in (
             (self.zero_shot, "labels", labels),
@@ -130,28 +107,23 @@ class TokenizerEvaluator:
         """
         The metrics by name, over all processes, each of which must call it: `num_images`, those of the parts, and
         `{pixel,semantic}_codebook_{usage,perplexity,entropy}`, with lists over the depths under `per_depth`.
-
-        Raises:
-            ValueError: if there was no image.
         """
-        num_images = torch.tensor(self.num_images, device=self.model.device)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(num_images)
-        if num_images == 0:
+        device = self.model.device
+        metrics = {"num_images": int(summed(torch.tensor(self.num_images, device=device)))}
+        if not metrics["num_images"]:
             raise ValueError(
                 "There was no image to evaluate: the data set is empty, or none of its images is readable."
             )
-        metrics = {"num_images": int(num_images)}
         for part in (self.reconstruction, self.zero_shot):
             metrics |= {} if part is None else part.compute()
         if self.retrieval is not None:
-            metrics |= self.retrieval.compute(self.model.device)
+            metrics |= self.retrieval.compute(device)
         per_depth = {}
-        self.total_usage = {kind: usage.to(self.model.device).reduce() for kind, usage in self.usage.items()}
+        self.total_usage = {kind: usage.reduce(device) for kind, usage in self.usage.items()}
         for kind, usage in self.total_usage.items():
             metrics |= {f"{kind}_codebook_{name}": value for name, value in usage.compute().items()}
             per_depth |= {f"{kind}_codebook_{name}": value for name, value in usage.compute_per_depth().items()}
         return metrics | ({"per_depth": per_depth} if per_depth else {})
 
 
-__all__ = ["CONVENTIONS", "TokenizerEvaluator"]
+__all__ = ["TokenizerEvaluator"]

@@ -7,18 +7,17 @@ import torch
 from PIL import Image
 
 from ..image_processing_pil_dualtoken import post_process_images
+from ..optional_libraries import require
 from .codebook_statistics import CodebookUsage
-from .optional_libraries import require
 
 
 def reconstruction_grid(
     images: torch.Tensor, reconstructions: torch.Tensor, images_per_row: int = 8, side: int = 96
 ) -> Image.Image:
     """
-    Originals and, below each, its reconstruction; small ones are enlarged.
+    Originals and, below each, its reconstruction: both `(B, 3, H, W)` in [-1, 1], beyond which they are clamped.
 
     Args:
-        images, reconstructions (`torch.Tensor` of shape `(B, 3, H, W)`): in [-1, 1]; what lies beyond is clamped.
         images_per_row (`int`, defaults to 8)
         side (`int`, defaults to 96): smaller pictures are enlarged to about this, by a whole factor, unsmoothed.
     """
@@ -47,26 +46,22 @@ def usage_figure(usages: dict[str, CodebookUsage]):
     for (kind, usage), (upper, lower) in zip(usages.items(), axes.T):
         overall, per_depth = usage.compute(), usage.compute_per_depth()
         counts = (usage.counts.sum(0) if usage.shared_codebook else usage.counts.flatten()).cpu().numpy()
-        used, unused = counts[counts > 0], int((counts == 0).sum())
-        edges = np.geomspace(1, used.max() + 1, 31)
-        upper.hist(used, bins=np.unique(np.floor(edges)) if used.max() > 1 else [1, 2], color="tab:blue")
-        upper.axvline(counts.sum() / counts.size, color="black", linestyle=":", label="all codes alike")
-        upper.set_xscale("log")
-        upper.set_xlabel("occurrences of a code")
-        upper.set_ylabel("codes")
+        used = counts[counts > 0]
+        edges = np.unique(np.floor(np.geomspace(1, used.max() + 1, 31)))
+        upper.hist(used, bins=edges if used.max() > 1 else [1, 2])
+        upper.axvline(counts.mean(), color="black", linestyle=":", label="all codes alike")
+        upper.set(xscale="log", xlabel="occurrences of a code", ylabel="codes")
         upper.set_title(
-            f"{kind} codebook: {100 * overall['usage']:.1f} % of the codes used, {unused} never\n"
+            f"{kind} codebook: {100 * overall['usage']:.1f} % of the codes used, {len(counts) - len(used)} never\n"
             f"perplexity {overall['perplexity']:.0f} of {usage.codebook_size}"
         )
-        upper.legend()
         depths = np.arange(1, usage.num_depths + 1)
-        lower.bar(depths - 0.2, per_depth["usage"], 0.4, label="share of codes used")
         shares = np.array(per_depth["perplexity"]) / usage.codebook_size
+        lower.bar(depths - 0.2, per_depth["usage"], 0.4, label="share of codes used")
         lower.bar(depths + 0.2, shares, 0.4, label="perplexity / number of codes")
-        lower.set_xticks(depths)
-        lower.set_xlabel("depth")
-        lower.set_ylim(0, 1)
-        lower.legend(loc="upper right")
+        lower.set(xlabel="depth", xticks=depths, ylim=(0, 1))
+        for part in (upper, lower):
+            part.legend(loc="upper right")
     return figure
 
 

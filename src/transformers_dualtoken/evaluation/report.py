@@ -2,90 +2,84 @@
 
 import json
 import math
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..optional_libraries import MissingLibraryError, require
 from .codebook_statistics import CodebookUsage
-from .evaluator import CONVENTIONS
-from .optional_libraries import MetricUnavailableError, require
 from .pictures import reconstruction_grid, usage_figure
 
 
-class Description(NamedTuple):
-    """What a report says of a metric; one without a task is no result for the model card."""
+# How the numbers are made, by families of metrics, which are parts of the metrics' names; written beside them.
+CONVENTIONS = {
+    "images": "as the checkpoint's image processor resizes them, and bilinearly to the reconstruction's size where that is "
+    "another; reconstructions are decoded from the codes; compared as float32 tensors, clamped, no file format between",
+    "psnr": "dB, mean over images of the PSNR over all pixels and channels, data range 1; images reproduced exactly "
+    "(exact_images) are left out",
+    "ssim": "mean over images, RGB channels and inner positions; Gaussian window of sigma 1.5 (11 x 11), data range 1",
+    "lpips": "mean over images, in [-1, 1], network given as lpips_net",
+    "rfid": "Frechet distance of torch-fidelity's Inception features (2048), images at the nearest of 256 levels and "
+    "resized as torch-fidelity does; of the evaluated images against their reconstructions; of equal sets 0 up to "
+    "rounding, which may be negative",
+    "zero_shot": "share of images whose class is first (top1) or among the first five (top5) by the mean of open_clip's "
+    "80 templates; embeddings of length 1",
+    "recall": "share of images with one of their captions (image_to_text), and of captions with their image "
+    "(text_to_image), among the k nearest of all evaluated; ties count against the right answer",
+    "codebook": "usage: share of codes that occurred; entropy in bits of the codes' frequencies; perplexity: 2 to the "
+    "entropy; a shared codebook over all depths together, others as the mean of their depths",
+}
+# Of a family without one, nothing goes into a model card.
+_TASKS = {
+    **dict.fromkeys(("psnr", "ssim", "lpips", "rfid"), "image-to-image"),
+    "zero_shot": "zero-shot-image-classification",
+    "recall": "image-text-retrieval",
+    "codebook": "image-feature-extraction",
+}
 
+
+class _Description(NamedTuple):
     title: str
     unit: str
-    convention: str
-    task: str | None
     format: str
 
 
-DESCRIPTIONS = {
-    "rfid": Description("rFID", "lower is better", "rfid", "image-to-image", "{:.3f}"),
-    "psnr": Description("PSNR", "dB", "psnr", "image-to-image", "{:.2f}"),
-    "exact_images": Description("Images reproduced exactly", "left out of PSNR", "psnr", None, "{}"),
-    "ssim": Description("SSIM", "0 to 1", "ssim", "image-to-image", "{:.3f}"),
-    "lpips": Description("LPIPS", "lower is better", "lpips", "image-to-image", "{:.4f}"),
+_DIRECTIONS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
+_CODEBOOK = {"usage": ("share", "{:.4f}"), "perplexity": ("codes", "{:.1f}"), "entropy": ("bits", "{:.3f}")}
+_DESCRIPTIONS = {
+    "rfid": _Description("rFID", "lower is better", "{:.3f}"),
+    "psnr": _Description("PSNR", "dB", "{:.2f}"),
+    "exact_images": _Description("Images reproduced exactly", "left out of PSNR", "{}"),
+    "ssim": _Description("SSIM", "0 to 1", "{:.3f}"),
+    "lpips": _Description("LPIPS", "lower is better", "{:.4f}"),
+    **{f"zero_shot_top{k}": _Description(f"Zero-shot top-{k}", "share", "{:.4f}") for k in (1, 5)},
     **{
-        f"zero_shot_top{k}": Description(
-            f"Zero-shot top-{k}", "share", "zero_shot", "zero-shot-image-classification", "{:.4f}"
-        )
-        for k in (1, 5)
-    },
-    **{
-        f"{direction}_recall_at_{k}": Description(
-            f"{title} R@{k}", "share", "recall", "image-text-retrieval", "{:.4f}"
-        )
-        for direction, title in (("image_to_text", "Image to text"), ("text_to_image", "Text to image"))
+        f"{direction}_recall_at_{k}": _Description(f"{title} R@{k}", "share", "{:.4f}")
+        for direction, title in _DIRECTIONS.items()
         for k in (1, 5, 10)
     },
     **{
-        f"{kind}_codebook_{name}": Description(
-            f"{kind.capitalize()} codebook {name}", unit, "codebook", "image-feature-extraction", form
-        )
+        f"{kind}_codebook_{name}": _Description(f"{kind.capitalize()} codebook {name}", *about)
         for kind in ("pixel", "semantic")
-        for name, unit, form in (
-            ("usage", "share", "{:.4f}"),
-            ("perplexity", "codes", "{:.1f}"),
-            ("entropy", "bits", "{:.3f}"),
-        )
+        for name, about in _CODEBOOK.items()
     },
 }
 _LIBRARIES = (
-    "transformers-dualtoken",
-    "torch",
-    "transformers",
-    "datasets",
-    "torchmetrics",
-    "torch-fidelity",
-    "open_clip_torch",
-    "lpips",
+    "transformers-dualtoken torch transformers datasets torchmetrics torch-fidelity open_clip_torch lpips".split()
 )
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries the numbers come from, those that are installed."""
-    versions = {}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions
+def _family(name: str) -> str:
+    return next(family for family in CONVENTIONS if family in name)
 
 
-def model_card_metadata(results: dict) -> ModelCardData:
-    """
-    The metadata block of a model card with every number, as the Hub shows them.
-
-    Args:
-        results (`dict`): what `write_report` gets.
-    """
+def _model_card_metadata(results: dict) -> ModelCardData:
+    """The metadata block of a model card with every finite number, as the Hub shows them."""
     data = results["data"]
     source = str(data["source"])
     # Nobody else has this machine's folders.
@@ -94,50 +88,39 @@ def model_card_metadata(results: dict) -> ModelCardData:
         library_name="transformers",
         tags=["dualtoken", "vision-tokenizer"],
         pipeline_tag="image-feature-extraction",
-        model_name=Path(str(results["model"])).name,
+        model_name=Path(results["model"]).name,
         eval_results=[
             EvalResult(
-                task_type=DESCRIPTIONS[name].task,
+                task_type=_TASKS[_family(name)],
                 dataset_type=dataset,
                 dataset_name=dataset,
                 dataset_config=data.get("config"),
                 dataset_split=data.get("split"),
                 metric_type=name,
-                metric_name=DESCRIPTIONS[name].title,
-                metric_value=round(value, 6),
+                metric_name=about.title,
+                metric_value=round(results["metrics"][name], 6),
             )
-            for name, value in results["metrics"].items()
-            if name in DESCRIPTIONS and DESCRIPTIONS[name].task is not None and math.isfinite(value)
+            for name, about in _DESCRIPTIONS.items()
+            if results["metrics"].get(name) is not None and _family(name) in _TASKS
         ],
     )
 
 
-def _finite(value):
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def markdown_report(results: dict, has_pictures: bool = True, has_histograms: bool = True) -> str:
-    """The report as Markdown; `reconstructions.png` and `codebook_usage.png` lie beside it if there are any."""
+def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) -> str:
+    """`reconstructions.png` and `codebook_usage.png` lie beside the report if there are any."""
     metrics, data = results["metrics"], results["data"]
-    lines = [
-        f"# Evaluation of {Path(str(results['model'])).name}",
-        "",
-        f"{metrics['num_images']} images of `{data['source']}`"
-        + (f", split `{data['split']}`" if data.get("split") else "")
-        + ".",
-        "",
-        "| metric | value | |",
-        "| --- | ---: | --- |",
-    ]
-    for name, about in DESCRIPTIONS.items():
+    split = f", split `{data['split']}`" if data.get("split") else ""
+    lines = [f"# Evaluation of {Path(results['model']).name}", ""]
+    lines += [f"{metrics['num_images']} images of `{data['source']}`{split}.", ""]
+    lines += ["| metric | value | |", "| --- | ---: | --- |"]
+
+    def shown(name: str, value: float | None) -> str:
+        return _DESCRIPTIONS[name].format.format(math.nan if value is None else value)
+
+    for name, about in _DESCRIPTIONS.items():
         if name in metrics:
-            lines.append(f"| {about.title} | {about.format.format(metrics[name])} | {about.unit} |")
-    if results.get("skipped"):
+            lines.append(f"| {about.title} | {shown(name, metrics[name])} | {about.unit} |")
+    if results["skipped"]:
         lines += ["", "## Not measured", ""]
         lines += [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
     if has_pictures:
@@ -146,16 +129,12 @@ def markdown_report(results: dict, has_pictures: bool = True, has_histograms: bo
     if "per_depth" in metrics:
         lines += ["", "## Codebooks", ""]
         lines += ["![codebook usage](codebook_usage.png)", ""] if has_histograms else []
-        columns = list(metrics["per_depth"])
+        columns = metrics["per_depth"]
         lines += ["| depth | " + " | ".join(name.replace("_codebook_", " ") for name in columns) + " |"]
         lines += ["| ---: " * (len(columns) + 1) + "|"]
-        depth_rows = max(len(values) for values in metrics["per_depth"].values())
-        for depth in range(depth_rows):
-            cells = [
-                DESCRIPTIONS[name].format.format(values[depth]) if depth < len(values) else ""
-                for name, values in metrics["per_depth"].items()
-            ]
-            lines.append(f"| {depth + 1} | " + " | ".join(cells) + " |")
+        for depth, row in enumerate(zip_longest(*columns.values(), fillvalue=""), start=1):
+            cells = [value if value == "" else shown(name, value) for name, value in zip(columns, row)]
+            lines.append(f"| {depth} | " + " | ".join(cells) + " |")
     lines += ["", "## How it was measured", ""]
     lines += [f"- {name}: {text}." for name, text in results["conventions"].items()]
     lines += [f"- {name} {number}" for name, number in results["versions"].items()]
@@ -196,21 +175,26 @@ def write_report(
     if usages:
         try:
             require("matplotlib.figure", "The picture of codebook usage")
-        except MetricUnavailableError as error:
+        except MissingLibraryError as error:
             skipped["codebook_usage.png"], can_plot = str(error), False
-    conventions = {"images", *(about.convention for name, about in DESCRIPTIONS.items() if name in metrics)}
+    families, versions = {"images", *(_family(name) for name in _DESCRIPTIONS if name in metrics)}, {}
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     results = {
         "model": str(model),
         "data": data,
         "metrics": metrics,
         "skipped": skipped,
         "settings": settings or {},
-        "conventions": {name: text for name, text in CONVENTIONS.items() if name in conventions},
-        "versions": library_versions(),
+        "conventions": {family: text for family, text in CONVENTIONS.items() if family in families},
+        "versions": versions,
     }
-    (output_dir / "metrics.json").write_text(json.dumps(_finite(results), indent=2, allow_nan=False) + "\n")
-    (output_dir / "report.md").write_text(markdown_report(results, has_pictures=bool(shown), has_histograms=can_plot))
-    (output_dir / "model_card_metadata.yaml").write_text(model_card_metadata(results).to_yaml() + "\n")
+    # JSON has no NaN and no infinity.
+    results = json.loads(json.dumps(results), parse_constant=lambda _: None)
+    (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output_dir / "report.md").write_text(_markdown_report(results, bool(shown), can_plot))
+    (output_dir / "model_card_metadata.yaml").write_text(_model_card_metadata(results).to_yaml() + "\n")
     # An earlier run's pictures would pass for this one's.
     for name in ("reconstructions.png", "codebook_usage.png"):
         (output_dir / name).unlink(missing_ok=True)
@@ -218,12 +202,7 @@ def write_report(
         reconstruction_grid(*map(torch.stack, zip(*shown))).save(output_dir / "reconstructions.png")
     if can_plot:
         usage_figure(usages).savefig(output_dir / "codebook_usage.png", dpi=100)
-    return _finite(results)
+    return results
 
 
-__all__ = [
-    "library_versions",
-    "markdown_report",
-    "model_card_metadata",
-    "write_report",
-]
+__all__ = ["CONVENTIONS", "write_report"]

@@ -1,11 +1,11 @@
-"""Recall of image-text retrieval in both directions. Needs torch alone.
-
-torchmetrics' retrieval metrics want every pair of image and text at once, with its similarity, target and query; that
-grows with the product of the two, and here similarities are made in chunks.
+"""
+Recall of image-text retrieval in both directions. Needs torch alone; torchmetrics' retrieval metrics want every pair of
+image and text at once, where here similarities are made in chunks.
 """
 
 import torch
-import torch.distributed as dist
+
+from .processes import gathered
 
 
 class RetrievalRecall:
@@ -16,52 +16,46 @@ class RetrievalRecall:
     image: the share of captions whose image is among the k most similar of all images. What is exactly as similar as
     the right answer counts as better, so that equal embeddings retrieve nothing.
 
-    The embeddings of all images and texts are kept on the CPU until `compute`.
-
-    Args:
-        ks (`tuple[int]`, defaults to `(1, 5, 10)`)
-        chunk_size (`int`, defaults to 1024): queries compared with everything at a time.
+    The embeddings of all images and texts are kept on the CPU until `compute`, which compares `chunk_size` queries with
+    everything at a time.
     """
 
     def __init__(self, ks: tuple[int, ...] = (1, 5, 10), chunk_size: int = 1024):
         if not ks or min(ks) < 1 or chunk_size < 1:
             raise ValueError(f"`ks` and `chunk_size` must be at least 1, got {ks} and {chunk_size}.")
         self.ks, self.chunk_size = tuple(ks), chunk_size
-        self.num_images, self._images, self._texts, self._owners = 0, [], [], []
+        # `torch.cat` passes over empty ones, whatever the width of the others.
+        self._images, self._texts, self._counts = [torch.zeros(0)], [torch.zeros(0)], [torch.zeros(0).long()]
 
     def update(
         self, image_embeds: torch.Tensor, text_embeds: torch.Tensor, captions_per_image: list[int] | torch.Tensor
     ) -> None:
         """
-        Add embeddings of length 1.
-
-        Args:
-            image_embeds (`torch.Tensor` of shape `(B, hidden_size)`)
-            text_embeds (`torch.Tensor` of shape `(T, hidden_size)`): the captions of the first image, then those of
-                the second, and so on.
-            captions_per_image (`list[int]` of length B): at least 1 each, T in all.
+        Add embeddings of length 1, `(B, hidden_size)` of images and `(T, hidden_size)` of the captions of the first
+        image, then of the second, and so on; `captions_per_image` says how many each has, at least 1.
         """
-        counts = torch.as_tensor(captions_per_image)
+        counts = torch.as_tensor(captions_per_image).cpu()
         if len(counts) != len(image_embeds) or int(counts.sum()) != len(text_embeds) or int(counts.min()) < 1:
             raise ValueError(
                 f"`captions_per_image` must give every one of {len(image_embeds)} images at least one of the "
                 f"{len(text_embeds)} captions, got {counts.tolist()}."
             )
-        self._owners.append(torch.repeat_interleave(torch.arange(len(counts)), counts) + self.num_images)
         self._images.append(image_embeds.float().cpu())
         self._texts.append(text_embeds.float().cpu())
-        self.num_images += len(counts)
+        self._counts.append(counts)
 
     def compute(self, device: torch.device | str = "cpu") -> dict[str, float]:
         """
         `image_to_text_recall_at_{k}` and `text_to_image_recall_at_{k}` in 0..1, over all processes, each of which
         must call it; NaN without images.
         """
-        images, texts, owners = (tensor.to(device) for tensor in self._gather())
-        # (own similarity, queries' owners) of both directions; an image's own captions are several.
+        own = [torch.cat(parts) for parts in (self._images, self._texts, self._counts)]
+        images, texts, counts = (torch.cat(parts).to(device) for parts in zip(*gathered(own)))
+        indices = torch.arange(len(images), device=device)
+        owners = indices.repeat_interleave(counts)
         ranks = {
-            "image_to_text": self._ranks(images, texts, torch.arange(len(images), device=device), owners),
-            "text_to_image": self._ranks(texts, images, owners, torch.arange(len(images), device=device)),
+            "image_to_text": self._ranks(images, texts, indices, owners),
+            "text_to_image": self._ranks(texts, images, owners, indices),
         }
         return {
             f"{direction}_recall_at_{k}": float((rank < k).double().mean())
@@ -79,22 +73,6 @@ class RetrievalRecall:
             best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
             ranks.append(((similarity >= best) & ~own).sum(1))
         return torch.cat(ranks)
-
-    def _gather(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        own = [torch.cat(parts) if parts else None for parts in (self._images, self._texts, self._owners)]
-        if dist.is_available() and dist.is_initialized():
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, own)
-        else:
-            parts = [own]
-        parts = [part for part in parts if part[0] is not None]
-        if not parts:
-            return torch.zeros(0, 1), torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)
-        offset, owners = 0, []
-        for images, _, part_owners in parts:
-            owners.append(part_owners + offset)
-            offset += len(images)
-        return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), torch.cat(owners)
 
 
 __all__ = ["RetrievalRecall"]
