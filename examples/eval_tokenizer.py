@@ -36,7 +36,7 @@ from transformers_dualtoken import (
     DualTokenImageProcessorPil,
     DualTokenVisionTokenizerProcessor,
 )
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.evaluation import (
     RECONSTRUCTION_METRICS,

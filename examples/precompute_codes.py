@@ -25,7 +25,7 @@ import torch
 from transformers import AutoProcessor
 
 from transformers_dualtoken import DualTokenImageProcessorPil
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
 from transformers_dualtoken.data.chat_sources import load_chat_sources
 from transformers_dualtoken.data.image_codes import PrecomputeSummary, precompute_codes

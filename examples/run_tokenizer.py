@@ -36,7 +36,7 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
 )
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer, official_siglip_path
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import (

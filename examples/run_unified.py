@@ -43,7 +43,7 @@ from transformers_dualtoken import (
     DualTokenProcessor,
     DualTokenVisionTokenizer,
 )
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import (
     ChatEncoder,

@@ -17,7 +17,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import run_script
 

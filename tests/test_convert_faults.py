@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import lively_unified_model
 
 from transformers_dualtoken import DualTokenVisionTokenizer
-from transformers_dualtoken.checkpoint_writing import new_folder
+from transformers_dualtoken.checkpoints import new_folder
 from transformers_dualtoken.cli import main
 from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer
 from transformers_dualtoken.training.unified.adapters import add_lora

@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFilter
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import run_script
 from transformers_dualtoken.training import use_cpu_threads

@@ -11,8 +11,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     # Imported here: `dualtoken --help` needs no torch.
     from transformers import AutoTokenizer
 
-    from .checkpoint_loading import damage_errors
-    from .checkpoint_writing import new_folder
+    from .checkpoints import damage_errors, new_folder
     from .convert import load_official_tokenizer, official_siglip_path
     from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
     from .processing_dualtoken import DualTokenVisionTokenizerProcessor

@@ -1,22 +1,30 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """Configurations of the vision tokenizer, its quantisers, the depth heads and the unified model.
 
 Every default is the paper's 384 px layout (DualToken, arXiv 2503.14324): SigLIP2-So400m/14-384, pixel codes from
 encoder layer 6 with a shortcut from layer 4, semantic codes from layer 26, two codebooks of 16384 x 32 and eight
-residual codes of each kind at every one of the 27 x 27 positions.
+residual codes of each kind at every one of the 27 x 27 positions. What a field may be stands in its annotation.
 """
 
 import dataclasses
 import difflib
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, get_origin
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
-from .checkpoint_loading import StrictConfigMixin
+from .checkpoints import check_model_type
+from .remote_code import copy_code
 
+
+CODE_KINDS = ("pixel", "semantic")
 
 # The towers of google/siglip2-so400m-patch14-384.
 _SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -29,7 +37,7 @@ _GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
 class Within(NamedTuple):
-    """What a number may be: an integer or any finite number, `low` included, `high` as well unless it is a bound."""
+    """A number: an integer or any finite number, `low` included, `high` as well unless `below`."""
 
     kind: type
     low: float
@@ -40,34 +48,30 @@ class Within(NamedTuple):
     def check(self, name: str, value) -> None:
         if self.optional and value is None:
             return
-        kinds, what = ((int,), "an integer") if self.kind is int else ((int, float), "a number")
-        range_text = (
-            f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
-        )
-        wanted = f"`{name}` must be {what} {range_text}{' or None' if self.optional else ''}"
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{wanted}, got {shown(value)}.")
+        what = "an integer" if self.kind is int else "a number"
+        limits = f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
+        wanted = f"`{name}` must be {what} {limits}{' or None' if self.optional else ''}, got {shown(value)}."
+        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
+            raise TypeError(wanted)
         if not self.low <= value <= self.high or self.below and value == self.high:
-            raise ValueError(f"{wanted}, got {shown(value)}.")
+            raise ValueError(wanted)
 
 
 class OneOf(NamedTuple):
-    """What a choice may be."""
+    """A choice, by type too: 1 is no `True`."""
 
     choices: tuple
 
     def check(self, name: str, value) -> None:
-        # By type too: 1 is no `True`.
-        if not any(type(value) is type(choice) and value == choice for choice in self.choices):
+        same_type = [choice for choice in self.choices if type(value) is type(choice)]
+        if value not in same_type:
             *others, last = map(repr, self.choices)
-            known_type = any(type(value) is type(choice) for choice in self.choices)
-            raise (ValueError if known_type else TypeError)(
-                f"`{name}` must be {', '.join(others)} or {last}, got {shown(value)}."
-            )
+            error = ValueError if same_type else TypeError
+            raise error(f"`{name}` must be {', '.join(others)} or {last}, got {shown(value)}.")
 
 
 class Numbers(NamedTuple):
-    """What a list of numbers may be."""
+    """A list of `shortest` to `longest` numbers."""
 
     item: Within
     shortest: int
@@ -85,33 +89,32 @@ class Numbers(NamedTuple):
             self.item.check(f"{name}[{index}]", item)
 
 
-_SIZE, _SIDE, _COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
-_TOKEN_ID = Within(int, 0, 2**31 - 1)
-_EPSILON, _FRACTION, _WEIGHT = Within(float, 1e-30, 1), Within(float, 0, 1), Within(float, 0, 1e6)
-_BOOL = OneOf((True, False))
+SIZE, SIDE, COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
+TOKEN_ID = Within(int, 0, 2**31 - 1)
+EPSILON, FRACTION = Within(float, 1e-30, 1), Within(float, 0, 1)
+WEIGHT, STD = Within(float, 0, 1e6), Within(float, 0, 100)
+BOOL, ACTIVATION = OneOf((True, False)), OneOf(tuple(ACT2FN))
 # Fields of other projects' configs that sizes here are computed from, or whose odd values would go unnoticed.
-_TRANSFORMER_FIELDS = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), _SIZE),
-    "num_hidden_layers": _COUNT,
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size", "sliding_window"), _SIZE),
-    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), _EPSILON),
-    "attention_dropout": _FRACTION,
-    "hidden_act": OneOf(tuple(ACT2FN)),
-    "initializer_range": Within(float, 0, 100),
+_TRANSFORMER_RULES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), SIZE),
+    "num_hidden_layers": COUNT,
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "projection_size", "sliding_window"), SIZE),
+    **dict.fromkeys(("layer_norm_eps", "rms_norm_eps"), EPSILON),
+    "attention_dropout": FRACTION,
+    "hidden_act": ACTIVATION,
+    "initializer_range": STD,
 }
-_VISION_FIELDS = {"image_size": _SIDE, "patch_size": _SIDE, "num_channels": Within(int, 3, 3)}
+_VISION_RULES = {**_TRANSFORMER_RULES, "image_size": SIDE, "patch_size": SIDE, "num_channels": Within(int, 3, 3)}
 
 
 def shown(value) -> str:
+    """A value in a message, however long it is."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _plain_error(error: Exception, what: str) -> Exception:
-    """
-    What transformers raises of a field, in one sentence that begins with `what`: `@strict` wraps it in an error of its
-    own, and unchecked fields end in whatever their first use raises.
-    """
+    """What transformers raises of a field, as a `TypeError` or `ValueError` of one sentence that begins with `what`."""
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
     kind = TypeError if isinstance(error, TypeError) else ValueError
@@ -130,7 +133,7 @@ def _refused_field(error: Exception, config_class, fields: dict, where: str = ""
 
 
 def _check_names(config_class, names, where: str) -> None:
-    """Raise a `ValueError` for a misspelt field. Other unknown ones are kept: a later version may know them."""
+    """Refuse a misspelt field. Other unknown ones are kept: a later version may know them."""
     fields = config_class.__dataclass_fields__
     for name in names:
         if not isinstance(name, str):
@@ -139,32 +142,6 @@ def _check_names(config_class, names, where: str) -> None:
             close = difflib.get_close_matches(name, fields, 1, cutoff=0.9)
             if close:
                 raise ValueError(f"{where} has no field `{name}`; did you mean `{close[0]}`?")
-
-
-def as_config(value, config_class, name: str, defaults: dict | None = None):
-    """Build a sub-config from `None` (the defaults), a dict or a ready config."""
-    if isinstance(value, config_class):
-        return value
-    if value is None:
-        value = defaults or {}
-    if not isinstance(value, dict):
-        raise TypeError(
-            f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}."
-        )
-    model_type = value.get("model_type", config_class.model_type)
-    if model_type != config_class.model_type:
-        raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {shown(model_type)}.")
-    _check_names(config_class, value, f"`{name}`")
-    fields = {key: item for key, item in value.items() if key != "model_type"}
-    known = issubclass(config_class, _CheckedConfig)
-    if not known:  # before transformers builds lists of so many layers
-        _check_fields(name, fields, _TRANSFORMER_FIELDS)
-    try:
-        return config_class(**fields)
-    except Exception as error:
-        # Configs of this package name the field themselves.
-        what = None if known else _refused_field(error, config_class, fields, f"{name}.")
-        raise _plain_error(error, what or f"`{name}`") from error
 
 
 def _check_fields(name: str, fields: dict, rules: dict) -> None:
@@ -183,14 +160,45 @@ def _check_transformer(config, name: str, rules: dict) -> None:
         )
 
 
-class _CheckedConfig(StrictConfigMixin):
-    """
-    A config whose fields are checked in one place: each by `_rules` when it is set, and all together by
-    `check_together` once they are there and before they are saved. What is raised is a `ValueError` or a `TypeError`
-    (`@strict` of huggingface_hub would wrap it in an error of its own, which is neither).
-    """
+def as_config(value, config_class, name: str, defaults: dict | None = None):
+    """Build a sub-config from `None` (the defaults), a dict or a ready config."""
+    if isinstance(value, config_class):
+        return value
+    value = (defaults or {}) if value is None else value
+    if not isinstance(value, dict):
+        raise TypeError(
+            f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}."
+        )
+    model_type = value.get("model_type", config_class.model_type)
+    if model_type != config_class.model_type:
+        raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {shown(model_type)}.")
+    _check_names(config_class, value, f"`{name}`")
+    fields = {key: item for key, item in value.items() if key != "model_type"}
+    ours = issubclass(config_class, _CheckedConfig)  # those name the field themselves
+    if not ours:  # before transformers builds lists of so many layers
+        _check_fields(name, fields, _TRANSFORMER_RULES)
+    try:
+        return config_class(**fields)
+    except Exception as error:
+        what = None if ours else _refused_field(error, config_class, fields, f"{name}.")
+        raise _plain_error(error, what or f"`{name}`") from error
+
+
+def config_fields(config: PreTrainedConfig) -> dict:
+    """A config as the fields of a part of another model, without where it and its code were loaded from."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("_name_or_path", "auto_map")}
+
+
+# trf-ignore: TRF010 annotations check what @strict would, and more, in a `ValueError` or `TypeError` instead of its own kind.
+class _CheckedConfig(PreTrainedConfig):
+    """A config whose fields are checked: each by its annotation when it is set, and all together by `check_together`."""
 
     _rules = {}
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        hints = cls.__annotations__.items()
+        cls._rules = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
 
     def __setattr__(self, name, value):
         if name in self._rules:
@@ -213,67 +221,46 @@ class _CheckedConfig(StrictConfigMixin):
         self.check_together()
 
     def check_together(self) -> None:
-        """Raise a `ValueError` for fields that do not go together."""
+        """Raise a `ValueError` for fields that do not go together: once they are there, and before they are saved."""
         for name, config_class in self.sub_configs.items():
             config_class = PreTrainedConfig if config_class is AutoConfig else config_class
             if not isinstance(getattr(self, name), config_class):
                 raise TypeError(f"`{name}` must be a {config_class.__name__}, got {shown(getattr(self, name))}.")
 
     def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers. Where `auto_map` names this package's classes, their code is written as well."""
         self.check_together()
         super().save_pretrained(save_directory, **kwargs)
+        # Of classes that were remote code themselves, transformers writes it.
+        if getattr(self, "auto_map", None) and self._auto_class is None:
+            copy_code(save_directory, self.model_type)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Of its own type only; transformers warns and goes on with other fields."""
+        check_model_type(cls, config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
 
-def config_fields(config: PreTrainedConfig) -> dict:
-    """A config as the fields of a part of another model, without the path it was loaded from."""
-    fields = config.to_dict()
-    fields.pop("_name_or_path", None)
-    return fields
-
-
-class DualTokenQuantizerConfig(_CheckedConfig, PreTrainedConfig):
-    r"""
-    One residual quantiser and its EMA codebook.
-
-    Args:
-        codebook_size (`int`, defaults to 16384): number of codes K.
-        code_dim (`int`, defaults to 32): width C of a code vector.
-        num_depths (`int`, defaults to 8): residual codes D per position.
-        shared_codebook (`bool`, defaults to `True`): one codebook for all depths, or one per depth.
-        update_rule (`str`, defaults to `"rq"`): `"rq"` moves the codebook after every depth, within the forward;
-            `"rq_ema"` moves it once per forward.
-        ema_vectors (`str`, defaults to `"own"`): which vector a depth's code is averaged with under `"rq_ema"`:
-            `"own"` the residual that was looked up, `"final"` what is left after all depths. The latter is what the
-            authors' published code does; their checkpoints are converted with it.
-        ema_decay (`float`, defaults to 0.99): EMA factor of the counts and sums.
-        ema_eps (`float`, defaults to 1e-5): additive smoothing of the counts.
-        restart_unused_codes (`bool`, defaults to `True`): codes whose EMA count falls below 1 restart at a random
-            vector of the batch.
-    """
+# trf-ignore: TRF057 every field is described where it is declared
+class DualTokenQuantizerConfig(_CheckedConfig):
+    """One residual quantiser and its EMA codebook."""
 
     model_type = "dualtoken_quantizer"
 
-    codebook_size: int = 16384
-    code_dim: int = 32
-    num_depths: int = 8
-    shared_codebook: bool = True
-    update_rule: str = "rq"
-    ema_vectors: str = "own"
-    ema_decay: float | int = 0.99
-    ema_eps: float = 1e-5
-    restart_unused_codes: bool = True
-
-    _rules = {
-        "codebook_size": _SIZE,
-        "code_dim": _SIZE,
-        "num_depths": _COUNT,
-        "shared_codebook": _BOOL,
-        "update_rule": OneOf(("rq", "rq_ema")),
-        "ema_vectors": OneOf(("own", "final")),
-        "ema_decay": Within(float, 0, 1, below=True),
-        "ema_eps": _EPSILON,
-        "restart_unused_codes": _BOOL,
-    }
+    codebook_size: Annotated[int, SIZE] = 16384  # number of codes K
+    code_dim: Annotated[int, SIZE] = 32  # width C of a code vector
+    num_depths: Annotated[int, COUNT] = 8  # residual codes D per position
+    shared_codebook: Annotated[bool, BOOL] = True  # one codebook for all depths, or one per depth
+    # "rq" moves the codebook after every depth, within the forward; "rq_ema" once per forward.
+    update_rule: Annotated[str, OneOf(("rq", "rq_ema"))] = "rq"
+    # Which vector a depth's code is averaged with under "rq_ema": "own" the residual that was looked up, "final" what is
+    # left after all depths, as the authors' published code does; their checkpoints are converted with it.
+    ema_vectors: Annotated[str, OneOf(("own", "final"))] = "own"
+    ema_decay: Annotated[float | int, FRACTION._replace(below=True)] = 0.99  # of the counts and sums
+    ema_eps: Annotated[float, EPSILON] = 1e-5  # additive smoothing of the counts
+    # Codes whose EMA count falls below 1 restart at a random vector of the batch.
+    restart_unused_codes: Annotated[bool, BOOL] = True
 
     def check_together(self):
         if self.update_rule == "rq" and self.ema_vectors == "final":
@@ -283,30 +270,12 @@ class DualTokenQuantizerConfig(_CheckedConfig, PreTrainedConfig):
             )
 
 
-class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
-    r"""
+# trf-ignore: TRF057 every field is described where it is declared
+class DualTokenVisionTokenizerConfig(_CheckedConfig):
+    """
     The vision tokenizer: a SigLIP or SigLIP 2 encoder of fixed resolution, two quantisers and an image decoder.
 
     Layers are counted from 1: layer i is the output of the i-th encoder layer.
-
-    Args:
-        vision_config, text_config (`SiglipVisionConfig`, `SiglipTextConfig` or `dict`): the two towers.
-        pixel_layer (`int`, defaults to 6): encoder layer the pixel codes are made from.
-        semantic_layer (`int`, defaults to 26): encoder layer the semantic codes are made from.
-        shortcut_layer (`int`, *optional*, defaults to 4): shallower layer added to the pixel branch; `None`: no
-            shortcut.
-        shortcut_weight (`float`, defaults to 0.6): its weight.
-        pixel_quantizer_config, semantic_quantizer_config ([`DualTokenQuantizerConfig`] or `dict`).
-        decoder_latent_size (`int`, *optional*): side of the decoder's latent. Defaults to the image's side divided
-            by the decoder's upsampling factor. A grid of another side is resized to it bilinearly.
-        decoder_in_channels (`int`, defaults to 1024): channels between the residual block and the decoder.
-        decoder_block_out_channels (`list[int]`, defaults to `[128, 128, 512, 512, 1024]`): channels of the decoder's
-            levels, from the image's resolution down to the latent's. Every level but the last doubles the side.
-        decoder_attention_levels (`list[int]`, *optional*): indices into `decoder_block_out_channels` of the levels
-            with attention. Defaults to the last, the lowest resolution.
-        decoder_num_res_blocks (`int`, defaults to 2): a level has one residual block more than this.
-        decoder_norm_num_groups (`int`, defaults to 32): groups of the decoder's group normalisations.
-        initializer_range (`float`, defaults to 0.02): standard deviation of new projections and codebooks.
     """
 
     model_type = "dualtoken_vision_tokenizer"
@@ -320,39 +289,35 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
-    pixel_layer: int = 6
-    semantic_layer: int = 26
-    shortcut_layer: int | None = 4
-    shortcut_weight: float | int = 0.6
+    pixel_layer: Annotated[int, COUNT] = 6  # that the pixel codes are made from
+    semantic_layer: Annotated[int, COUNT] = 26
+    # Shallower layer added to the pixel branch, with a weight; None: no shortcut.
+    shortcut_layer: Annotated[int | None, COUNT._replace(optional=True)] = 4
+    shortcut_weight: Annotated[float | int, Within(float, -1000, 1000)] = 0.6
     pixel_quantizer_config: dict | PreTrainedConfig | None = None
     semantic_quantizer_config: dict | PreTrainedConfig | None = None
-    decoder_latent_size: int | None = None
-    decoder_in_channels: int = 1024
-    decoder_block_out_channels: list[int] | tuple[int, ...] = (128, 128, 512, 512, 1024)
-    decoder_attention_levels: list[int] | tuple[int, ...] | None = None
-    decoder_num_res_blocks: int = 2
-    decoder_norm_num_groups: int = 32
-    initializer_range: float = 0.02
-
-    _rules = {
-        "pixel_layer": _COUNT,
-        "semantic_layer": _COUNT,
-        "shortcut_layer": _COUNT._replace(optional=True),
-        "shortcut_weight": Within(float, -1000, 1000),
-        "decoder_latent_size": _SIDE._replace(optional=True),
-        "decoder_in_channels": _SIZE,
-        "decoder_block_out_channels": Numbers(_SIZE, 1, 16),
-        "decoder_attention_levels": Numbers(Within(int, 0, 15), 0, 16, optional=True),
-        "decoder_num_res_blocks": Within(int, 0, 1024),
-        "decoder_norm_num_groups": _SIZE,
-        "initializer_range": Within(float, 0, 100),
-    }
+    # Side of the decoder's latent, to which a grid of another side is resized bilinearly. By default the image's side
+    # divided by the decoder's upsampling factor.
+    decoder_latent_size: Annotated[int | None, SIDE._replace(optional=True)] = None
+    decoder_in_channels: Annotated[int, SIZE] = 1024  # between the residual block and the decoder
+    # Of the decoder's levels, from the image's resolution down to the latent's; all but the last double the side.
+    decoder_block_out_channels: Annotated[list[int] | tuple[int, ...], Numbers(SIZE, 1, 16)] = (
+        128,
+        128,
+        512,
+        512,
+        1024,
+    )
+    # Indices into the above of the levels with attention; by default the last, the lowest resolution.
+    decoder_attention_levels: Annotated[list[int] | None, Numbers(Within(int, 0, 15), 0, 16, optional=True)] = None
+    decoder_num_res_blocks: Annotated[int, Within(int, 0, 1024)] = 2  # a level has one more
+    decoder_norm_num_groups: Annotated[int, SIZE] = 32
+    initializer_range: Annotated[float, STD] = 0.02  # of new projections and codebooks
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
-            defaults = _SO400M_384.get(name)
-            setattr(self, name, as_config(getattr(self, name), config_class, name, defaults))
-        self.check_towers()
+            setattr(self, name, as_config(getattr(self, name), config_class, name, _SO400M_384.get(name)))
+        self._check_towers()
         if self.text_config.vocab_size == _GEMMA_VOCAB_SIZE and self.text_config.pad_token_id == 1:
             # SigLIP 2's folders say nothing and get SigLIP's default, which is the end of a text there.
             self.text_config.pad_token_id = _GEMMA_PAD_TOKEN_ID
@@ -361,19 +326,13 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
             self.decoder_attention_levels = [len(self.decoder_block_out_channels) - 1]
         self.decoder_attention_levels = sorted(self.decoder_attention_levels)
         if self.decoder_latent_size is None:
-            if self.vision_config.image_size < self.decoder_upsampling:
+            if self.image_size < self.decoder_upsampling:
                 raise ValueError(
                     f"`decoder_block_out_channels` doubles the side {len(self.decoder_block_out_channels) - 1} times, "
-                    f"which is more than image_size={self.vision_config.image_size} allows."
+                    f"which is more than image_size={self.image_size} allows."
                 )
-            self.decoder_latent_size = self.vision_config.image_size // self.decoder_upsampling
+            self.decoder_latent_size = self.image_size // self.decoder_upsampling
         super().__post_init__(**kwargs)
-
-    def check_together(self):
-        super().check_together()
-        self.check_towers()
-        self.check_sizes()
-        self.check_layers()
 
     @property
     def image_size(self) -> int:
@@ -399,55 +358,53 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
         """Side of the decoded image in pixels; may differ from `image_size`."""
         return self.decoder_latent_size * self.decoder_upsampling
 
-    def check_layers(self):
-        num_layers = self.vision_config.num_hidden_layers
+    def _check_towers(self) -> None:
+        sizes = self.vision_config.image_size, self.vision_config.patch_size
+        if any(isinstance(size, (list, tuple)) for size in sizes):
+            raise ValueError(
+                f"The encoder must have one square resolution, got image_size={sizes[0]}, patch_size={sizes[1]}."
+            )
+        _check_transformer(self.vision_config, "vision_config", _VISION_RULES)
+        _check_transformer(self.text_config, "text_config", _TRANSFORMER_RULES)
+
+    def check_together(self):
+        super().check_together()
+        self._check_towers()
+        hidden_size, num_layers = self.vision_config.hidden_size, self.vision_config.num_hidden_layers
+        if self.vision_config.patch_size > self.image_size:
+            raise ValueError(
+                f"patch_size={self.vision_config.patch_size} is larger than image_size={self.image_size}."
+            )
+        SIDE.check(
+            "reconstruction_size (decoder_latent_size and decoder_block_out_channels)", self.reconstruction_size
+        )
+        for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
+            if hidden_size % getattr(self, name).code_dim:
+                raise ValueError(
+                    f"The encoder's hidden size ({hidden_size}) must be a multiple of {name}.code_dim "
+                    f"({getattr(self, name).code_dim}): the projections have hidden_size / code_dim heads."
+                )
+        levels = len(self.decoder_block_out_channels)
+        wrong = [level for level in self.decoder_attention_levels if not 0 <= level < levels]
+        if wrong:
+            raise ValueError(f"`decoder_attention_levels` must lie between 0 and {levels - 1}, got {wrong}.")
+        widths = [hidden_size, self.decoder_in_channels, *self.decoder_block_out_channels]
+        if any(width % self.decoder_norm_num_groups for width in widths):
+            raise ValueError(
+                f"`decoder_norm_num_groups` ({self.decoder_norm_num_groups}) must divide the encoder's hidden size and "
+                f"all channels of the decoder, got {widths}."
+            )
         for name in ("pixel_layer", "semantic_layer", "shortcut_layer"):
-            layer = getattr(self, name)
-            if layer is not None and not 1 <= layer <= num_layers:
+            if (getattr(self, name) or 1) > num_layers:
                 raise ValueError(
                     f"`{name}` must lie between 1 and {num_layers}, the number of layers of the vision encoder, "
-                    f"got {layer}."
+                    f"got {getattr(self, name)}."
                 )
         if max(self.pixel_layer, self.shortcut_layer or 1) > self.semantic_layer:
             raise ValueError(
                 "The pixel and shortcut layers must not lie above the semantic layer, whose output is replaced by the "
                 f"quantised features: got pixel_layer={self.pixel_layer}, shortcut_layer={self.shortcut_layer}, "
                 f"semantic_layer={self.semantic_layer}."
-            )
-
-    def check_towers(self):
-        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if isinstance(image_size, (list, tuple)) or isinstance(patch_size, (list, tuple)):
-            raise ValueError(
-                f"The encoder must have one square resolution, got image_size={image_size}, patch_size={patch_size}."
-            )
-        _check_transformer(self.vision_config, "vision_config", {**_TRANSFORMER_FIELDS, **_VISION_FIELDS})
-        _check_transformer(self.text_config, "text_config", _TRANSFORMER_FIELDS)
-
-    def check_sizes(self):
-        image_size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
-        if patch_size > image_size:
-            raise ValueError(f"patch_size={patch_size} is larger than image_size={image_size}.")
-        _SIDE.check(
-            "reconstruction_size (decoder_latent_size and decoder_block_out_channels)", self.reconstruction_size
-        )
-        for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
-            code_dim = getattr(self, name).code_dim
-            if self.vision_config.hidden_size % code_dim:
-                raise ValueError(
-                    f"The encoder's hidden size ({self.vision_config.hidden_size}) must be a multiple of "
-                    f"{name}.code_dim ({code_dim}): the projections have hidden_size / code_dim heads."
-                )
-        levels = len(self.decoder_block_out_channels)
-        wrong = [level for level in self.decoder_attention_levels if not 0 <= level < levels]
-        if wrong:
-            raise ValueError(f"`decoder_attention_levels` must lie between 0 and {levels - 1}, got {wrong}.")
-        groups = self.decoder_norm_num_groups
-        widths = [self.vision_config.hidden_size, self.decoder_in_channels, *self.decoder_block_out_channels]
-        if any(width % groups for width in widths):
-            raise ValueError(
-                f"`decoder_norm_num_groups` ({groups}) must divide the encoder's hidden size and all channels of the "
-                f"decoder, got {widths}."
             )
 
     @classmethod
@@ -460,48 +417,25 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig, PreTrainedConfig):
         }
 
 
-class DualTokenDepthHeadConfig(_CheckedConfig, PreTrainedConfig):
-    r"""
-    The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head
-    has 258 M parameters.
-
-    Args:
-        hidden_size (`int`, defaults to 1024): width of the depth transformer.
-        num_hidden_layers (`int`, defaults to 3): its layers.
-        head_dim (`int`, defaults to 128): width of an attention head.
-        intermediate_size (`int`, defaults to 2048): width of the feed-forwards; every depth has its own.
-        input_hidden_size (`int`, defaults to 2048): width of the two-layer perceptron between the language model and
-            the head.
-        hidden_act (`str`, defaults to `"gelu"`): activation of the perceptron and the feed-forwards.
-        rms_norm_eps (`float`, defaults to 1e-6).
-        bias (`bool`, defaults to `False`): biases in the attention, the feed-forwards, the input perceptron and
-            projections, and the classifiers.
-        initializer_range (`float`, defaults to 0.02).
+# trf-ignore: TRF057 every field is described where it is declared
+class DualTokenDepthHeadConfig(_CheckedConfig):
+    """
+    The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head has
+    258 M parameters.
     """
 
     model_type = "dualtoken_depth_head"
 
-    hidden_size: int = 1024
-    num_hidden_layers: int = 3
-    head_dim: int = 128
-    intermediate_size: int = 2048
-    input_hidden_size: int = 2048
-    hidden_act: str = "gelu"
-    rms_norm_eps: float = 1e-6
-    bias: bool = False
-    initializer_range: float = 0.02
-
-    _rules = {
-        "hidden_size": _SIZE,
-        "num_hidden_layers": _COUNT,
-        "head_dim": _SIZE,
-        "intermediate_size": _SIZE,
-        "input_hidden_size": _SIZE,
-        "hidden_act": OneOf(tuple(ACT2FN)),
-        "rms_norm_eps": _EPSILON,
-        "bias": _BOOL,
-        "initializer_range": Within(float, 0, 100),
-    }
+    hidden_size: Annotated[int, SIZE] = 1024
+    num_hidden_layers: Annotated[int, COUNT] = 3
+    head_dim: Annotated[int, SIZE] = 128
+    intermediate_size: Annotated[int, SIZE] = 2048  # of the feed-forwards; every depth has its own
+    # Of the perceptron of two layers between the language model and the head.
+    input_hidden_size: Annotated[int, SIZE] = 2048
+    hidden_act: Annotated[str, ACTIVATION] = "gelu"  # of the perceptron and the feed-forwards
+    rms_norm_eps: Annotated[float, EPSILON] = 1e-6
+    bias: Annotated[bool, BOOL] = False  # in all linear layers, the classifiers included
+    initializer_range: Annotated[float, STD] = 0.02
 
     @property
     def num_attention_heads(self) -> int:
@@ -512,23 +446,9 @@ class DualTokenDepthHeadConfig(_CheckedConfig, PreTrainedConfig):
             raise ValueError(f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}).")
 
 
-class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
-    r"""
-    The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes.
-
-    Args:
-        text_config (`PreTrainedConfig` or `dict`): the language model; Qwen2 by default.
-        vision_tokenizer_config ([`DualTokenVisionTokenizerConfig`] or `dict`).
-        depth_head_config ([`DualTokenDepthHeadConfig`] or `dict`): shared by both heads.
-        image_start_token_id, image_token_id, image_end_token_id (`int`): default to the ids of Qwen2.5's
-            `<|vision_start|>`, `<|image_pad|>` and `<|vision_end|>`.
-        depth_reduction (`str`, defaults to `"sum"`): how a position's cross-entropies over the depths are joined:
-            `"sum"` (paper) or `"mean"`.
-        text_loss_weight, pixel_loss_weight, semantic_loss_weight (`float`, default to 1.0).
-        tie_word_embeddings (`bool`, *optional*): tie the text head to the input embeddings. Defaults to what the
-            language model does.
-        initializer_range (`float`, defaults to 0.02).
-    """
+# trf-ignore: TRF057 every field is described where it is declared
+class DualTokenConfig(_CheckedConfig):
+    """The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes."""
 
     model_type = "dualtoken"
     sub_configs = {
@@ -538,35 +458,28 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
     }
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None  # Qwen2 by default
     vision_tokenizer_config: dict | PreTrainedConfig | None = None
-    depth_head_config: dict | PreTrainedConfig | None = None
-    image_start_token_id: int = 151652
-    image_token_id: int = 151655
-    image_end_token_id: int = 151653
-    depth_reduction: str = "sum"
-    text_loss_weight: float | int = 1.0
-    pixel_loss_weight: float | int = 1.0
-    semantic_loss_weight: float | int = 1.0
-    tie_word_embeddings: bool | None = None
-    initializer_range: float = 0.02
-
-    _rules = {
-        **dict.fromkeys(("image_start_token_id", "image_token_id", "image_end_token_id"), _TOKEN_ID),
-        "depth_reduction": OneOf(("sum", "mean")),
-        **dict.fromkeys(("text_loss_weight", "pixel_loss_weight", "semantic_loss_weight"), _WEIGHT),
-        "tie_word_embeddings": OneOf((True, False, None)),
-        "initializer_range": Within(float, 0, 100),
-    }
+    depth_head_config: dict | PreTrainedConfig | None = None  # of both heads
+    # Qwen2.5's own <|vision_start|>, <|image_pad|> and <|vision_end|>.
+    image_start_token_id: Annotated[int, TOKEN_ID] = 151652
+    image_token_id: Annotated[int, TOKEN_ID] = 151655
+    image_end_token_id: Annotated[int, TOKEN_ID] = 151653
+    # How a position's cross-entropies over the depths are joined; the paper's is "sum".
+    depth_reduction: Annotated[str, OneOf(("sum", "mean"))] = "sum"
+    text_loss_weight: Annotated[float | int, WEIGHT] = 1.0
+    pixel_loss_weight: Annotated[float | int, WEIGHT] = 1.0
+    semantic_loss_weight: Annotated[float | int, WEIGHT] = 1.0
+    # The text head and the input embeddings are one; by default what the language model does.
+    tie_word_embeddings: Annotated[bool | None, OneOf((True, False, None))] = None
+    initializer_range: Annotated[float, STD] = 0.02
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
             fields = dict(self.text_config)
             model_type = fields.pop("model_type", "qwen2")
-            if not isinstance(model_type, str):
-                raise TypeError(f"`text_config.model_type` must be a string, got {shown(model_type)}.")
-            if model_type not in CONFIG_MAPPING:
-                raise ValueError(
+            if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+                raise (ValueError if isinstance(model_type, str) else TypeError)(
                     f"`text_config.model_type` must be a model type of transformers, got {shown(model_type)}."
                 )
             self.text_config = as_config(fields, CONFIG_MAPPING[model_type], "text_config")
@@ -593,9 +506,27 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
                 raise ValueError(
                     f"`text_config` must be of a causal language model: {type(self.text_config).__name__} has no {name}."
                 )
-        _check_transformer(self.text_config, "text_config", _TRANSFORMER_FIELDS)
-        self.check_token_ids()
-        self.check_quantizers_agree()
+        _check_transformer(self.text_config, "text_config", _TRANSFORMER_RULES)
+        ids, vocab_size = self.special_image_token_ids, self.text_config.vocab_size
+        if len(set(ids)) != 3:
+            raise ValueError(f"The three image token ids must differ, got {ids}.")
+        if max(ids) >= vocab_size:
+            raise ValueError(
+                f"The image token ids must lie in the language model's vocabulary of {vocab_size}, "
+                f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self.text_config, name, None)
+            for token_id in value if isinstance(value, list) else [value]:
+                Within(int, 0, vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
+        tokenizer = self.vision_tokenizer_config
+        for name in ("codebook_size", "code_dim", "num_depths"):
+            pixel, semantic = (getattr(getattr(tokenizer, f"{kind}_quantizer_config"), name) for kind in CODE_KINDS)
+            if pixel != semantic:
+                raise ValueError(
+                    f"The unified model needs both quantisers to have the same `{name}` (its two depth heads are one "
+                    f"batched transformer), got pixel {pixel} and semantic {semantic}."
+                )
 
     def to_dict(self) -> dict:
         fields = super().to_dict()
@@ -623,34 +554,6 @@ class DualTokenConfig(_CheckedConfig, PreTrainedConfig):
     @property
     def special_image_token_ids(self) -> tuple[int, int, int]:
         return self.image_start_token_id, self.image_token_id, self.image_end_token_id
-
-    def check_token_ids(self):
-        ids = self.special_image_token_ids
-        if len(set(ids)) != 3:
-            raise ValueError(f"The three image token ids must differ, got {ids}.")
-        vocab_size = self.text_config.vocab_size
-        if not all(0 <= token_id < vocab_size for token_id in ids):
-            raise ValueError(
-                f"The image token ids must lie in the language model's vocabulary of {vocab_size}, "
-                f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
-            )
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self.text_config, name, None)
-            for token_id in value if isinstance(value, list) else [value]:
-                Within(int, 0, vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
-
-    def check_quantizers_agree(self):
-        tokenizer = self.vision_tokenizer_config
-        for name in ("codebook_size", "code_dim", "num_depths"):
-            pixel, semantic = (
-                getattr(quantizer, name)
-                for quantizer in (tokenizer.pixel_quantizer_config, tokenizer.semantic_quantizer_config)
-            )
-            if pixel != semantic:
-                raise ValueError(
-                    f"The unified model needs both quantisers to have the same `{name}` (its two depth heads are one "
-                    f"batched transformer), got pixel {pixel} and semantic {semantic}."
-                )
 
 
 # Pipelines and `transformers serve` look classes up by name, in tables that the Auto classes' `register` leaves alone.

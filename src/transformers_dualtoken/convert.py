@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedConfig, SiglipConfig, SiglipVisionConfig
 from transformers.utils import cached_file
 
-from .checkpoint_loading import check_model_type, checkpoint_errors, damage_errors, read_json_object
+from .checkpoints import check_model_type, checkpoint_errors, damage_errors, read_json_object
 from .configuration_dualtoken import (
+    CODE_KINDS,
     DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
     Numbers,
@@ -25,7 +26,7 @@ from .configuration_dualtoken import (
     as_config,
     shown,
 )
-from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 
 
 _KIND_IN_KEYS = {"pixel": "pix", "semantic": "sem"}

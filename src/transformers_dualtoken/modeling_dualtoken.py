@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
-from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
+from .checkpoints import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import DualTokenConfig, config_fields
 from .depth_heads import DualTokenDepthHeads, DualTokenStackedLinear, DualTokenStackedRMSNorm
 from .generation_dualtoken import DualTokenGenerationMixin

@@ -19,12 +19,14 @@ from transformers.models.siglip.modeling_siglip import SiglipAttention, SiglipEn
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .checkpoint_loading import StrictLoadingMixin, checkpoint_errors
-from .configuration_dualtoken import DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig, config_fields
+from .checkpoints import StrictLoadingMixin, checkpoint_errors
+from .configuration_dualtoken import (
+    CODE_KINDS,
+    DualTokenQuantizerConfig,
+    DualTokenVisionTokenizerConfig,
+    config_fields,
+)
 from .vector_quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
-
-
-CODE_KINDS = ("pixel", "semantic")
 
 
 @dataclass

@@ -30,6 +30,13 @@ _AUTO_MAPS = {
 _IMAGE_PROCESSOR = "image_processing_pil_dualtoken.DualTokenImageProcessorPil"
 
 
+def carry_code(model, processor) -> None:
+    """From now on `save_pretrained` and `push_to_hub` of a model and its processor write `auto_map` and the code."""
+    model.config.auto_map = dict(_AUTO_MAPS[model.config.model_type])
+    processor.auto_map = {"AutoProcessor": model.config.auto_map["AutoProcessor"]}
+    processor.image_processor.auto_map = {"AutoImageProcessor": _IMAGE_PROCESSOR}
+
+
 def save_remote_code(folder: str | os.PathLike) -> list[str]:
     """
     Make a saved checkpoint one that loads with `trust_remote_code=True` where this package is not installed: write
@@ -50,7 +57,7 @@ def save_remote_code(folder: str | os.PathLike) -> list[str]:
         raise FileNotFoundError(
             f"The folder {str(folder)!r} holds no saved checkpoint: it has no config.json (working directory: {Path.cwd()})."
         )
-    config = _read(folder / "config.json")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     auto_map = _AUTO_MAPS.get(config.get("model_type"))
     if auto_map is None:
         raise ValueError(
@@ -59,14 +66,22 @@ def save_remote_code(folder: str | os.PathLike) -> list[str]:
         )
     _write(folder / "config.json", {**config, "auto_map": auto_map})
     if (folder / "processor_config.json").exists():
-        processor = _read(folder / "processor_config.json")
+        processor = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
         processor["auto_map"] = {"AutoProcessor": auto_map["AutoProcessor"]}
         if isinstance(processor.get("image_processor"), dict):
             processor["image_processor"]["auto_map"] = {"AutoImageProcessor": _IMAGE_PROCESSOR}
         _write(folder / "processor_config.json", processor)
+    return copy_code(folder, config["model_type"])
 
+
+def _write(path: Path, settings: dict) -> None:
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_code(folder: str | os.PathLike, model_type: str) -> list[str]:
+    """Write the files of this package that the classes of a model type need; returns their names, sorted."""
     package = Path(__file__).parent
-    named = {f"{name.partition('.')[0]}.py" for name in (*auto_map.values(), _IMAGE_PROCESSOR)}
+    named = {f"{name.partition('.')[0]}.py" for name in (*_AUTO_MAPS[model_type].values(), _IMAGE_PROCESSOR)}
     files = set(named)
     for name in named:
         needed = {Path(file).name for file in get_relative_import_files(package / name)}
@@ -76,18 +91,10 @@ def save_remote_code(folder: str | os.PathLike) -> list[str]:
         lines = [f"    from .{file.removesuffix('.py')} import *  # noqa: F403\n" for file in sorted(needed)]
         if lines:
             code += "\n\nif False:  # the list of files needed, for transformers 5.6\n" + "".join(lines)
-        (folder / name).write_text(code, encoding="utf-8")
+        Path(folder, name).write_text(code, encoding="utf-8")
     for name in files - named:
-        shutil.copyfile(package / name, folder / name)
+        shutil.copyfile(package / name, Path(folder, name))
     return sorted(files)
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write(path: Path, settings: dict) -> None:
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-__all__ = ["save_remote_code"]
+__all__ = ["carry_code", "copy_code", "save_remote_code"]

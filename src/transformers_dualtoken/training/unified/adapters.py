@@ -10,8 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_enabled
 from transformers.utils import cached_file
 
-from ...checkpoint_loading import checkpoint_errors, damage_errors, read_json_object
-from ...checkpoint_writing import new_folder
+from ...checkpoints import checkpoint_errors, damage_errors, new_folder, read_json_object
 from ...lora_targets import BACKBONE_PROJECTIONS, backbone_targets, register_lora_targets
 from ...modeling_dualtoken import DualTokenForCausalLM
 from ...optional_libraries import needed_libraries

@@ -1,11 +1,14 @@
-"""What every `from_pretrained` of a DualToken model sees to: that the checkpoint is there, of its kind, and whole."""
+"""Checkpoints are read and written whole or not at all; what is missing, damaged or of another kind is said in a sentence."""
 
+import errno
 import json
 import logging
 import os
 import re
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +20,11 @@ from .optional_libraries import require
 from .transformers_compat import is_older_than
 
 
-_TOKENIZER, _UNIFIED = "dualtoken_vision_tokenizer", "dualtoken"
-# What is right for a checkpoint of another kind.
+# By the model type of a checkpoint of another kind.
 _ADVICE = {
-    _TOKENIZER: "load it with DualTokenVisionTokenizer, or join it with a language model: "
+    "dualtoken_vision_tokenizer": "load it with DualTokenVisionTokenizer, or join it with a language model: "
     "DualTokenForCausalLM.from_pretrained_parts(vision_tokenizer, language_model)",
-    _UNIFIED: "load it with DualTokenForCausalLM",
+    "dualtoken": "load it with DualTokenForCausalLM",
     "siglip": "a new vision tokenizer starts from it: DualTokenVisionTokenizer.from_siglip_pretrained",
 }
 _OF_LANGUAGE_MODELS = (
@@ -33,18 +35,16 @@ _OF_LANGUAGE_MODELS = (
 @contextmanager
 def checkpoint_errors(name: str | os.PathLike):
     """
-    While a checkpoint is looked for and read: says in one sentence that there is none, or that its weights are damaged.
-
-    Args:
-        name (`str` or `os.PathLike`): a folder or a Hub id.
+    While a checkpoint, a folder or a Hub id, is looked for and read.
 
     Raises:
         FileNotFoundError: if `name` is a path and there is nothing, or neither a folder nor to be had from the Hub.
-        ValueError: if a safetensors file is cut or otherwise damaged, or its tensors have other shapes than the model.
+        ValueError: if a safetensors file is damaged, or its tensors have other shapes than the model.
     """
     text = os.fspath(name)
     is_there = os.path.exists(text)
-    if not is_there and _is_path(name):
+    may_be_hub_id = isinstance(name, str) and re.fullmatch(r"[^./~\\][^/\\]*(/[^/\\]+)?", name)
+    if not is_there and not may_be_hub_id:
         raise FileNotFoundError(f"There is no folder {text!r} (working directory: {Path.cwd()}).")
     try:
         yield
@@ -69,10 +69,7 @@ def checkpoint_errors(name: str | os.PathLike):
 @contextmanager
 def damage_errors(what: str):
     """
-    Around a library's parser of files that may be anything: whatever it stumbles on is said in one sentence.
-
-    Args:
-        what (`str`): what is read, as the subject of a sentence.
+    Around a library's parser of files that may be anything; `what` is read, as the subject of a sentence.
 
     Raises:
         ValueError: for any error but those of the file system, of memory, and of a library that is missing.
@@ -88,13 +85,7 @@ def damage_errors(what: str):
 
 
 def read_json_object(path: str | os.PathLike) -> dict:
-    """
-    The settings of a JSON file.
-
-    Raises:
-        OSError: if it cannot be opened.
-        ValueError: if it is not JSON in UTF-8, or anything but an object.
-    """
+    """The settings of a JSON file; a `ValueError` if it is not JSON in UTF-8, or anything but an object."""
     try:
         fields = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -102,13 +93,6 @@ def read_json_object(path: str | os.PathLike) -> dict:
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(fields).__name__}.")
     return fields
-
-
-def _is_path(name: str | os.PathLike) -> bool:
-    """Whether a name can be a path only: a Hub id is `name` or `owner/name`."""
-    if not isinstance(name, str):
-        return True
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
 
 
 def check_model_type(config_class: type, config_dict: dict) -> None:
@@ -120,20 +104,10 @@ def check_model_type(config_class: type, config_dict: dict) -> None:
             "transformers_dualtoken.load_official_tokenizer, or convert it: dualtoken convert FOLDER OUTPUT."
         )
     if model_type is not None and model_type != config_class.model_type:
-        advice = _ADVICE.get(model_type, _OF_LANGUAGE_MODELS)
         raise ValueError(
             f"{config_class.__name__} reads checkpoints of type {config_class.model_type!r}, and this one is of type "
-            f"{model_type!r}: {advice}."
+            f"{model_type!r}: {_ADVICE.get(model_type, _OF_LANGUAGE_MODELS)}."
         )
-
-
-class StrictConfigMixin:
-    """A config that is read from files of its own type only; transformers warns and goes on with other fields."""
-
-    @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        check_model_type(cls, config_dict)
-        return super().from_dict(config_dict, **kwargs)
 
 
 _DOWNLOAD_KEYS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download")
@@ -182,7 +156,7 @@ class StrictLoadingMixin:
             return model, info
         # Under FSDP the first rank reads the checkpoint for the others.
         if not (is_fsdp_enabled() and int(os.environ.get("LOCAL_RANK", 0)) > 0):
-            cls._check_whole(model, name, info)
+            _check_loaded(model, os.fspath(name), info)
         return model
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: LoadStateDictInfo) -> None:
@@ -204,10 +178,7 @@ class StrictLoadingMixin:
             super().load_adapter(peft_model_id, adapter_name, *args, load_config=load_config, **kwargs)
         finally:
             log.removeFilter(_is_no_report)
-        given = {
-            **({} if load_config is None else load_config.download_kwargs),
-            **(kwargs.get("adapter_kwargs") or {}),
-        }
+        given = {**getattr(load_config, "download_kwargs", {}), **(kwargs.get("adapter_kwargs") or {})}
         download = {key: given[key] for key in _DOWNLOAD_KEYS if given.get(key) is not None}
         peft = require("peft", "An adapter")
         name = peft_model_id or load_config.pretrained_model_name_or_path
@@ -219,39 +190,91 @@ class StrictLoadingMixin:
     @classmethod
     def _is_whole(cls, name, kwargs: dict) -> bool:
         """Whether the checkpoint is not one of this class itself: a whole that holds it, or nothing of the kind."""
+        download = {key: kwargs[key] for key in _DOWNLOAD_KEYS if key in kwargs}
         try:
-            config_dict, _ = PreTrainedConfig.get_config_dict(
-                name, **{key: kwargs[key] for key in _DOWNLOAD_KEYS if key in kwargs}
-            )
+            config_dict, _ = PreTrainedConfig.get_config_dict(name, **download)
         except OSError:
             if kwargs.get("config") is None:
                 raise
             return False
         return config_dict.get("model_type") not in (None, cls.config_class.model_type)
 
-    @staticmethod
-    def _check_whole(model, name, info: dict) -> None:
-        # Of an adapter's folder these are the adapter's own, and PEFT sees to them.
-        missing = [] if getattr(model, "_hf_peft_config_loaded", False) else sorted(info["missing_keys"])
-        if missing:
-            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+
+def _check_loaded(model, name: str, info: dict) -> None:
+    """Raise a `ValueError` for weights that are missing, and code vectors that are not finite."""
+    # Of an adapter's folder these are the adapter's own, and PEFT sees to them.
+    missing = [] if getattr(model, "_hf_peft_config_loaded", False) else sorted(info["missing_keys"])
+    if missing:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(
+            f"The checkpoint {name!r} lacks {len(missing)} of the weights of {type(model).__name__}, which would be "
+            f"random: {listed}. With `output_loading_info=True` it is loaded all the same."
+        )
+    for key, buffer in model.named_buffers():
+        if key.endswith("codebook.embeddings") and not buffer.is_meta and not torch.isfinite(buffer).all():
+            raise ValueError(f"The checkpoint {name!r} is damaged: {key} holds values that are not finite.")
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike, *inputs: str | os.PathLike) -> Iterator[Path]:
+    """
+    A folder to write to, which becomes `output` once everything is written; after an error or an interruption nothing
+    of it is left. Enter it before the work, so that what is wrong with `output` is said first.
+
+    Args:
+        output (`str` or `os.PathLike`): a folder that does not exist, whose parents are made, or an empty one.
+        inputs (`str` or `os.PathLike`): folders or Hub ids that are read.
+
+    Raises:
+        ValueError: if `output` is a file, holds anything, or lies in one of `inputs`.
+        OSError: if it cannot be made, or the disk is full.
+    """
+    given, output = os.fspath(output) or os.curdir, Path(os.path.realpath(output))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        what = "is not empty" if output.is_dir() else "is a file"
+        raise ValueError(f"{given} {what}; a checkpoint is written to a new or empty folder only.")
+    for folder in inputs:
+        if os.path.isdir(folder) and output.is_relative_to(os.path.realpath(folder)):
             raise ValueError(
-                f"The checkpoint {os.fspath(name)!r} lacks {len(missing)} of the weights of "
-                f"{type(model).__name__}, which would be random: {shown}. With `output_loading_info=True` it is loaded "
-                "all the same."
+                f"{given} lies in {folder}, which is read; a checkpoint is written to a folder of its own."
             )
-        for key, buffer in model.named_buffers():
-            if key.endswith("codebook.embeddings") and not buffer.is_meta and not torch.isfinite(buffer).all():
-                raise ValueError(
-                    f"The checkpoint {os.fspath(name)!r} is damaged: {key} holds values that are not finite."
-                )
+    # An empty folder stays where it is: it may be the working directory, or where a disk is mounted.
+    place = output if output.is_dir() else output.parent
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    try:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            holder = TemporaryDirectory(prefix=f".{output.name[:100]}-", dir=place)
+        except OSError as error:
+            raise OSError(f"{given} cannot be written: {error}.") from error
+        with holder as name:
+            # Within, for the usual permissions: the temporary folder itself has its owner's only.
+            written = Path(name, "checkpoint")
+            written.mkdir()
+            try:
+                yield written
+            except (SafetensorError, OSError) as error:
+                full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+                if isinstance(error, OSError) and error.errno not in full:
+                    raise
+                raise OSError(f"{given} cannot be written: {error}.") from error
+            if place == output:
+                for path in written.iterdir():
+                    path.rename(output / path.name)
+            else:
+                written.rename(output)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
+        raise
 
 
 __all__ = [
-    "StrictConfigMixin",
     "StrictLoadingMixin",
     "check_model_type",
     "checkpoint_errors",
     "damage_errors",
+    "new_folder",
     "read_json_object",
 ]
