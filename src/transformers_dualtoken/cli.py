@@ -6,31 +6,29 @@ import sys
 from pathlib import Path
 from textwrap import shorten
 
+import torch
+from transformers import AutoTokenizer
+
+from .checkpoints import damage_errors, new_folder
+from .convert import load_official_tokenizer, official_siglip_path
+from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
+from .optional_libraries import needed_libraries
+from .processing_dualtoken import DualTokenVisionTokenizerProcessor
+
 
 def _convert(arguments: argparse.Namespace) -> None:
-    # Imported here: `dualtoken --help` needs no torch.
-    from transformers import AutoTokenizer
-
-    from .checkpoints import damage_errors, new_folder
-    from .convert import load_official_tokenizer, official_siglip_path
-    from .image_processing_pil_dualtoken import DualTokenImageProcessorPil
-    from .processing_dualtoken import DualTokenVisionTokenizerProcessor
-
     with new_folder(arguments.output_dir, arguments.folder) as folder:
         model = load_official_tokenizer(arguments.folder)
         size = model.config.image_size
         processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
         siglip = Path(official_siglip_path(arguments.folder))
         if any((siglip / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model")):
-            length = model.config.text_config.max_position_embeddings
             with damage_errors(f"The text tokenizer in {siglip}"):
                 tokenizer = AutoTokenizer.from_pretrained(siglip)
+            length = model.config.text_config.max_position_embeddings
             processor = DualTokenVisionTokenizerProcessor(processor, tokenizer, text_length=length)
         else:
-            print(
-                f"{siglip} holds no text tokenizer: the checkpoint gets an image processor only, which suffices for "
-                "codes."
-            )
+            print(f"{siglip} holds no text tokenizer: the checkpoint gets an image processor only, enough for codes.")
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     print(
@@ -40,10 +38,6 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from .optional_libraries import needed_libraries
-
     with needed_libraries("`dualtoken merge`"):
         from .training.unified.adapters import merge_adapter
 
@@ -69,23 +63,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     merge.set_defaults(run=_merge)
     arguments = parser.parse_args(argv)
+    status = 1
     try:
         arguments.run(arguments)
+        return 0
     except (ImportError, OSError, ValueError) as error:
-        return _fail(error)
+        message = str(error)
     except KeyboardInterrupt:
-        return _fail("interrupted", status=130)
+        message, status = "interrupted", 130
     except (MemoryError, RuntimeError) as error:
         # On a CPU torch raises a plain RuntimeError.
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        return _fail(f"the memory of this machine does not suffice. {error}")
-    return 0
-
-
-def _fail(error: object, status: int = 1) -> int:
+        message = f"the memory of this machine does not suffice. {error}"
     # Libraries write some of theirs in several lines, with values of any length.
-    print(f"dualtoken: {shorten(str(error), 4000, placeholder=' ...')}", file=sys.stderr)
+    print(f"dualtoken: {shorten(message, 4000, placeholder=' ...')}", file=sys.stderr)
     return status
 
 

@@ -5,7 +5,6 @@ training checkpoint `*.pt` with a `state_dict`, and the configuration of the Sig
 `pretrained_model`.
 """
 
-import math
 import re
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,7 +16,12 @@ from transformers.utils import cached_file
 
 from .checkpoints import check_model_type, checkpoint_errors, damage_errors, read_json_object
 from .configuration_dualtoken import (
+    BOOL,
     CODE_KINDS,
+    COUNT,
+    FRACTION,
+    SIDE,
+    SIZE,
     DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
     Numbers,
@@ -29,18 +33,7 @@ from .configuration_dualtoken import (
 from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 
 
-_KIND_IN_KEYS = {"pixel": "pix", "semantic": "sem"}
-
-
-class _Name(NamedTuple):
-    """What the name of a checkpoint may be."""
-
-    def check(self, name: str, value) -> None:
-        if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 4096:
-            raise ValueError(f"`{name}` must be a folder or Hub id, got {shown(value)}.")
-
-
-class _Depths(NamedTuple):
+class _AtAllDepths(NamedTuple):
     """A number for all depths, or a list of the same number for each, which the authors' code takes as well."""
 
     item: Within
@@ -52,34 +45,35 @@ class _Depths(NamedTuple):
             raise ValueError(f"`{name}` must be the same at every depth, got {shown(value)}.")
 
 
-_SIZE, _SIDE, _COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
-_BOOL = OneOf((True, False))
 # What is read of the authors' configuration, and what it may be; null is as good as missing.
-_MODEL_RULES = {"layer_recon": _COUNT, "layer_sem": _COUNT}
+_RULES = {
+    "rqvaesiglip": {"layer_recon": COUNT, "layer_sem": COUNT},
+    "ddconfig": {
+        "resolution": SIDE,
+        "attn_resolutions": Numbers(SIDE, 0, 1024),
+        "ch": SIZE,
+        "ch_mult": Numbers(SIZE, 1, 16),
+        "num_res_blocks": Within(int, 0, 1024),
+        "decoder_in_channels": SIZE,
+    },
+    **dict.fromkeys(
+        ("vq_sem", "vq_pix"),
+        {
+            "bottleneck_type": OneOf(("rq", "rq_ema")),
+            "code_shape": Numbers(COUNT, 3, 3),
+            "decay": _AtAllDepths(FRACTION._replace(below=True)),
+            "embed_dim": SIZE,
+            "n_embed": _AtAllDepths(SIZE),
+            "restart_unused_codes": BOOL,
+            "shared_codebook": BOOL,
+        },
+    ),
+}
 _OPTIONAL_RULES = {
-    "layer_shortcut": _COUNT,
+    "layer_shortcut": COUNT,
     "weight_shortcut": Within(float, -1000, 1000),
-    "decoder_latent_shape": Numbers(_SIDE, 2, 2),
-    "pretrained_model": _Name(),
+    "decoder_latent_shape": Numbers(SIDE, 2, 2),
 }
-_DECODER_RULES = {
-    "resolution": _SIDE,
-    "attn_resolutions": Numbers(_SIDE, 0, 1024),
-    "ch": _SIZE,
-    "ch_mult": Numbers(_SIZE, 1, 16),
-    "num_res_blocks": Within(int, 0, 1024),
-    "decoder_in_channels": _SIZE,
-}
-_QUANTIZER_RULES = {
-    "bottleneck_type": OneOf(("rq", "rq_ema")),
-    "code_shape": Numbers(_COUNT, 3, 3),
-    "decay": _Depths(Within(float, 0, math.nextafter(1, 0))),
-    "embed_dim": _SIZE,
-    "n_embed": _Depths(_SIZE),
-    "restart_unused_codes": _BOOL,
-    "shared_codebook": _BOOL,
-}
-_PART_RULES = {"ddconfig": _DECODER_RULES, "vq_sem": _QUANTIZER_RULES, "vq_pix": _QUANTIZER_RULES}
 # The authors' names of what can be wrong with another value only.
 _KEYS_OF_FIELDS = {
     "pixel_layer": "layer_recon",
@@ -90,7 +84,6 @@ _KEYS_OF_FIELDS = {
     "decoder_latent_size": "decoder_latent_shape",
     "decoder_block_out_channels": "ddconfig.ch * ddconfig.ch_mult",
 }
-_CODEBOOK_TENSORS = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
 
 # From this project's names to the authors', applied in order.
 _RENAMES = [
@@ -122,11 +115,9 @@ _RENAMES = [
 
 def official_key(key: str, num_levels: int) -> str:
     """
-    The authors' name of a parameter of [`DualTokenVisionTokenizer`]. Codebooks have no one-to-one name.
-
-    Args:
-        key (`str`): for example `pixel_down_proj.attn.qkv.weight`, theirs is `prequant_pix.attn.qkv.weight`.
-        num_levels (`int`): levels of the decoder; the two sides count them from opposite ends.
+    The authors' name of a parameter of [`DualTokenVisionTokenizer`], codebooks excepted: theirs of
+    `pixel_down_proj.attn.qkv.weight` is `prequant_pix.attn.qkv.weight`. They count the decoder's levels from the other
+    end.
     """
     level = re.match(r"^decoder\.up_blocks\.(\d+)\.", key)
     if level:
@@ -137,8 +128,30 @@ def official_key(key: str, num_levels: int) -> str:
 
 
 def official_view(key: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A parameter in the shape it has there: the decoder's attention is made of 1 x 1 convolutions, not linear layers."""
+    """A parameter in their shape: linear layers `(out, in)` of the decoder's attention are convolutions `(out, in, 1, 1)`."""
     return tensor[..., None, None] if re.search(r"\.(to_[qkv]|to_out\.0)\.weight$", key) else tensor
+
+
+def is_official_folder(path: str | Path) -> bool:
+    """
+    Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id.
+
+    Raises:
+        ValueError: if its `config.json` is not a JSON object.
+    """
+    config_path = Path(path) / "config.json"
+    return config_path.is_file() and "rqvaesiglip" in read_json_object(config_path)
+
+
+def official_siglip_path(folder: str | Path) -> str:
+    """
+    Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on. Their
+    `pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`convert_official_config`].
+    """
+    return _siglip_path(Path(folder), _official_fields(Path(folder)))
 
 
 def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfig:
@@ -156,13 +169,8 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     decoder = config["ddconfig"]
     levels = len(decoder["ch_mult"])
     lowest_resolution = decoder["resolution"] // 2 ** (levels - 1)
-    attention_levels = [
-        level
-        for level in range(levels)
-        if lowest_resolution * 2 ** (levels - 1 - level) in decoder["attn_resolutions"]
-    ]
-    vision_config = towers["vision_config"]
-    grid = vision_config.image_size // vision_config.patch_size
+    resolutions = [lowest_resolution * 2 ** (levels - 1 - level) for level in range(levels)]
+    grid = towers["vision_config"].image_size // towers["vision_config"].patch_size
     latent_shape = config.get("decoder_latent_shape") or [grid, grid]
     if latent_shape[0] != latent_shape[1]:
         raise ValueError(f"{config_path}: 'decoder_latent_shape' must be square, got {latent_shape}.")
@@ -178,7 +186,9 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
             decoder_latent_size=latent_shape[0],
             decoder_in_channels=decoder["decoder_in_channels"],
             decoder_block_out_channels=[decoder["ch"] * multiplier for multiplier in decoder["ch_mult"]],
-            decoder_attention_levels=attention_levels,
+            decoder_attention_levels=[
+                level for level in range(levels) if resolutions[level] in decoder["attn_resolutions"]
+            ],
             decoder_num_res_blocks=decoder["num_res_blocks"],
         )
     except (TypeError, ValueError) as error:
@@ -188,9 +198,8 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
         raise ValueError(f"{config_path}, with {siglip_path}: {text}") from error
 
 
-def _official_fields(folder: str | Path) -> dict:
+def _official_fields(folder: Path) -> dict:
     """`rqvaesiglip` of a folder in the authors' format, every key that is read of the right kind."""
-    folder = Path(folder)
     config_path = folder / "config.json"
     with checkpoint_errors(folder):
         if not config_path.is_file():
@@ -199,60 +208,36 @@ def _official_fields(folder: str | Path) -> dict:
     if "rqvaesiglip" not in outer:
         raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
     config = outer["rqvaesiglip"]
-    _check_object(config, {**_MODEL_RULES, **dict.fromkeys(_PART_RULES)}, config_path, "rqvaesiglip")
-    optional = {key: rule for key, rule in _OPTIONAL_RULES.items() if config.get(key) is not None}
-    _check_object(config, optional, config_path, "rqvaesiglip")
-    for name, rules in _PART_RULES.items():
-        _check_object(config[name], rules, config_path, name)
+    for name, rules in _RULES.items():
+        part = config if name == "rqvaesiglip" else config[name]
+        if not isinstance(part, dict):
+            raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(part)}.")
+        required = [*rules, *list(_RULES)[1:]] if part is config else rules
+        missing = [key for key in required if part.get(key) is None]
+        if missing:
+            raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
+        optional = _OPTIONAL_RULES if part is config else {}
+        for key, rule in {**rules, **optional}.items():
+            try:
+                if part.get(key) is not None:
+                    rule.check(f"{name}.{key}", part[key])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{config_path}: {error}") from error
     return config
 
 
-def _check_object(config, rules: dict, config_path: Path, name: str) -> None:
-    """Raise a `ValueError` that names the file unless every key of `rules` is there and as its rule says, if any."""
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(config)}.")
-    missing = [key for key in rules if config.get(key) is None]
-    if missing:
-        raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
-    for key, rule in rules.items():
-        try:
-            if rule is not None:
-                rule.check(f"{name}.{key}", config[key])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path}: {error}") from error
-
-
-def is_official_folder(path: str | Path) -> bool:
-    """
-    Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id.
-
-    Raises:
-        ValueError: if its `config.json` is not a JSON object.
-    """
-    config_path = Path(path) / "config.json"
-    return config_path.is_file() and "rqvaesiglip" in read_json_object(config_path)
-
-
-def official_siglip_path(folder: str | Path) -> str:
-    """
-    Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on.
-
-    Raises:
-        FileNotFoundError, ValueError: as [`convert_official_config`].
-    """
-    return _siglip_path(Path(folder), _official_fields(folder))
-
-
 def _siglip_path(folder: Path, config: dict) -> str:
-    """`pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id."""
-    name = config.get("pretrained_model")
+    name, config_path = config.get("pretrained_model"), folder / "config.json"
+    if name is not None:
+        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 4096:
+            raise ValueError(
+                f"{config_path}: `rqvaesiglip.pretrained_model` must be a folder or Hub id, got {shown(name)}."
+            )
     for candidate in (name, "siglip"):
         if candidate is not None and (folder / candidate / "config.json").is_file():
             return str(folder / candidate)
     if name is None:
-        raise ValueError(
-            f"{folder / 'config.json'} has no 'pretrained_model', and {folder / 'siglip'} does not exist."
-        )
+        raise ValueError(f"{config_path} has no 'pretrained_model', and {folder / 'siglip'} does not exist.")
     return name
 
 
@@ -273,7 +258,7 @@ def _siglip_towers(name: str, config_path: Path) -> tuple[str, dict]:
         towers = {name: _architecture(fields.get(name) or {}) for name in ("vision_config", "text_config")}
         vision_config = as_config(towers["vision_config"], SiglipVisionConfig, "vision_config")
         for side in ("image_size", "patch_size"):
-            _SIDE.check(f"vision_config.{side}", getattr(vision_config, side))
+            SIDE.check(f"vision_config.{side}", getattr(vision_config, side))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {path}: {error}") from error
     return path, {**towers, "vision_config": vision_config}
@@ -283,16 +268,11 @@ def _architecture(fields):
     """A tower's fields without those that any config has (labels, dtype, plans of parallelism), which no weight needs."""
     if not isinstance(fields, dict):
         return fields
-    general = {*PreTrainedConfig.__dataclass_fields__, "quantization_config"}
-    return {
-        name: value
-        for name, value in fields.items()
-        if name == "model_type" or name not in general and not hasattr(PreTrainedConfig, name)
-    }
+    general = {*PreTrainedConfig.__dataclass_fields__, *dir(PreTrainedConfig), "quantization_config"} - {"model_type"}
+    return {name: value for name, value in fields.items() if name not in general}
 
 
 def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:
-    update_rule = config["bottleneck_type"]
     codebook_size, decay = (
         config[key][0] if isinstance(config[key], list) else config[key] for key in ("n_embed", "decay")
     )
@@ -301,9 +281,9 @@ def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:
         code_dim=config["embed_dim"],
         num_depths=config["code_shape"][-1],
         shared_codebook=config["shared_codebook"],
-        update_rule=update_rule,
+        update_rule=config["bottleneck_type"],
         # In the authors' code all depths alias one residual, the final one.
-        ema_vectors="final" if update_rule == "rq_ema" else "own",
+        ema_vectors="final" if config["bottleneck_type"] == "rq_ema" else "own",
         ema_decay=decay,
         restart_unused_codes=config["restart_unused_codes"],
     )
@@ -334,27 +314,24 @@ def convert_official_state_dict(
         converted.update(_convert_codebooks(kind, remaining, model.quantizer(kind).config, problems))
     for name in list(remaining):
         if re.match(r"^(pre|post)quant_(pix|sem|shortcut)\.attn\.zero_k_bias$", name):
-            tensor = remaining.pop(name)
-            fault = _fault(tensor)
-            if fault:
-                problems.append(f"'{name}' {fault}")
-            elif tensor.float().any():
+            tensor = _take(remaining, name, None, problems)
+            if tensor is not None and tensor.any():
                 problems.append(f"'{name}' is not zero, but the projections' keys have no bias")
     problems += [f"unexpected '{name}'" for name in remaining]
     if problems:
-        shown_problems = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
-        raise ValueError(f"The checkpoint does not fit its configuration: {'; '.join(shown_problems)}.")
+        more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
+        raise ValueError(f"The checkpoint does not fit its configuration: {'; '.join(problems[:20] + more)}.")
     return converted
 
 
-def _take(remaining: dict, name: str, shape: tuple, problems: list[str]) -> torch.Tensor | None:
-    """Remove a tensor from `remaining`, in float32; note a problem and return `None` if it is missing or cannot be it."""
+def _take(remaining: dict, name: str, shape: tuple | None, problems: list[str]) -> torch.Tensor | None:
+    """Remove a tensor of `shape` (`None`: any) from `remaining`, in float32; or note what is wrong with it: `None`."""
     if name not in remaining:
         problems.append(f"missing '{name}'")
         return None
     tensor = remaining.pop(name)
     fault = _fault(tensor)
-    if not fault and tuple(tensor.shape) != shape:
+    if not fault and shape is not None and tuple(tensor.shape) != shape:
         fault = f"has shape {tuple(tensor.shape)} instead of {shape}"
     if fault:
         problems.append(f"'{name}' {fault}")
@@ -380,11 +357,12 @@ def _convert_codebooks(
     kind: str, remaining: dict, config: DualTokenQuantizerConfig, problems: list[str]
 ) -> dict[str, torch.Tensor]:
     converted = {}
-    for our_name, name in _CODEBOOK_TENSORS.items():
+    names = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
+    for our_name, name in names.items():
         # The authors' tables end in a padding row.
         rows = config.codebook_size + (name == "weight")
         shape = (rows,) if name == "cluster_size_ema" else (rows, config.code_dim)
-        keys = [f"quantizer_{_KIND_IN_KEYS[kind]}.codebooks.{depth}.{name}" for depth in range(config.num_depths)]
+        keys = [f"quantizer_{kind[:3]}.codebooks.{depth}.{name}" for depth in range(config.num_depths)]
         depths = [_take(remaining, key, shape, problems) for key in keys]
         if any(tensor is None for tensor in depths):
             continue
@@ -447,18 +425,15 @@ def _read_state_dict(path: Path) -> dict:
         except UnpicklingError as error:
             # Not the whole text, which advises to run what the file asks for.
             found = re.search(r"\bGLOBAL (\S+)", str(error))
-            reason = (
-                f"it asks for {found[1]}, and such objects may run code" if found else "not tensors and plain values"
-            )
+            reason = f"it asks for {found[1]}, and such objects may run code" if found else "other objects"
             raise UnpicklingError(reason) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} has no 'state_dict'.")
     official = checkpoint["state_dict"]
     if not isinstance(official, dict):
         raise ValueError(f"{path}: 'state_dict' must be a dict of tensors, got {type(official).__name__}.")
-    prefix = "module."
-    if official and all(type(key) is str and key.startswith(prefix) for key in official):
-        official = {key.removeprefix(prefix): tensor for key, tensor in official.items()}
+    if all(type(key) is str and key.startswith("module.") for key in official):
+        official = {key.removeprefix("module."): tensor for key, tensor in official.items()}
     return official
 
 
