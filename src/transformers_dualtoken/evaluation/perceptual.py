@@ -10,7 +10,7 @@ from huggingface_hub import is_offline_mode
 from safetensors.torch import load_file
 from torch import nn
 
-from ..checkpoint_loading import damage_errors
+from ..checkpoints import damage_errors
 from ..optional_libraries import require
 
 
