@@ -27,7 +27,12 @@ from common import (
 from naive.adversarial_step import adversarial_backward
 from torch import nn
 
-from transformers_dualtoken.training import STAGE_LOSS_WEIGHTS, DualTokenVisionTokenizerTrainer, PatchDiscriminator
+from transformers_dualtoken.training import (
+    STAGE_LOSS_WEIGHTS,
+    DualTokenVisionTokenizerRecipe,
+    DualTokenVisionTokenizerTrainer,
+    PatchDiscriminator,
+)
 
 
 NAMES = ("usual", "ours")
@@ -75,15 +80,14 @@ def run(name, features, last_layer, target, perceptual, discriminator):
         # The trainer's own method, on the few attributes that it reads.
         trainer = SimpleNamespace(
             loss_weights=WEIGHTS,
-            recipe=SimpleNamespace(is_adversarial=True),
+            recipe=DualTokenVisionTokenizerRecipe(loss_weights=WEIGHTS),
             accelerator=Accelerator(cpu=True),
             model=SimpleNamespace(decoder=SimpleNamespace(conv_out=last_layer)),
             perceptual_loss=perceptual,
             adversary=SimpleNamespace(generator_loss=lambda image: -discriminator(image).mean()),
             _last_input=features.detach(),
         )
-        for method in ("image_term", "_image_term_names"):
-            setattr(trainer, method, getattr(DualTokenVisionTokenizerTrainer, method).__get__(trainer))
+        trainer.image_term = DualTokenVisionTokenizerTrainer.image_term.__get__(trainer)
         loss, terms = DualTokenVisionTokenizerTrainer.image_loss(trainer, last_layer(features), target, True)
         loss.backward()
         weight = terms["adaptive_weight"]

@@ -32,7 +32,7 @@ from transformers_dualtoken.data.image_codes import PrecomputeSummary, precomput
 from transformers_dualtoken.data.tokenizer_fingerprint import tokenizer_fingerprint
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings, run_script
-from transformers_dualtoken.training.training_arguments import json_object
+from transformers_dualtoken.training.arguments import json_object
 
 
 with needed_libraries("precompute_codes.py"):

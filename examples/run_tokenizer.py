@@ -50,8 +50,8 @@ from transformers_dualtoken.training import (
     load_image_dataset,
     use_cpu_threads,
 )
-from transformers_dualtoken.training.resume import step_of
-from transformers_dualtoken.training.training_arguments import json_object
+from transformers_dualtoken.training.arguments import json_object
+from transformers_dualtoken.training.checkpoints import step_of
 
 
 @dataclass

@@ -62,8 +62,8 @@ from transformers_dualtoken.training import (
     tokenizer_fingerprint,
     use_cpu_threads,
 )
-from transformers_dualtoken.training.resume import step_of
-from transformers_dualtoken.training.training_arguments import json_object
+from transformers_dualtoken.training.arguments import json_object
+from transformers_dualtoken.training.checkpoints import step_of
 
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformers_dualtoken.training.training_arguments import json_object, use_cpu_threads
+from transformers_dualtoken.training.arguments import json_object, use_cpu_threads
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from training_helpers import FixedItems, Sigterm, quiet
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from transformers_dualtoken.training import DualTokenTrainingArguments, TrainingStopped, base_trainer
 from transformers_dualtoken.training.base_trainer import DualTokenBaseTrainer
@@ -67,8 +67,9 @@ class SigtermToAll(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_workers_outlive_a_signal_to_the_group_and_end_after_training(tmp_path):
-    """The one of training, which is kept, and the one of evaluation."""
+def test_workers_outlive_a_signal_to_the_group_and_end_after_training(tmp_path, monkeypatch):
+    """The one of training, which is kept, and the one of evaluation, which transformers' own loader keeps."""
+    monkeypatch.setattr(DualTokenBaseTrainer, "get_eval_dataloader", Trainer.get_eval_dataloader)
     options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1}
     options |= {"eval_strategy": "steps", "eval_steps": 1}
     signals = SigtermToAll(2)

@@ -132,7 +132,9 @@ def test_terms_and_total_by_hand(siglip_folder, tmp_path, latent_size, reconstru
         "pixel_commitment": output.pixel_commitment_loss,
     }
     # A term of weight 0 is not even computed: neither this one, nor the two that are off.
-    assert "semantic_commitment" not in terms and trainer._image_term_names(False) == ["reconstruction_mse"]
+    assert "semantic_commitment" not in terms and trainer.recipe.image_terms(adversarial=False) == [
+        "reconstruction_mse"
+    ]
     assert terms.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-6)

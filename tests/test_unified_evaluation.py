@@ -19,10 +19,8 @@ from transformers import TrainingArguments
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenProcessor
 from transformers_dualtoken.depth_heads import DualTokenStackedLinear
-from transformers_dualtoken.training.unified.evaluation import (
-    UnifiedLossSums,
-    evaluation_batches,
-)
+from transformers_dualtoken.training.base_trainer import evaluation_batches
+from transformers_dualtoken.training.unified.loss_sums import UnifiedLossSums
 from transformers_dualtoken.training.unified.sample_generation import (
     SampleGenerationCallback,
     SamplePrompt,

@@ -9,32 +9,11 @@ from ..optional_libraries import needed_libraries
 
 
 with needed_libraries("`transformers_dualtoken.training`"):
-    from ..data import (
-        BadSampleError,
-        ChatEncoder,
-        ChatSource,
-        DualTokenChatDataset,
-        DualTokenChatStream,
-        DualTokenDataCollator,
-        DualTokenImageDataset,
-        DualTokenImageStream,
-        SampleStream,
-        StreamProgress,
-        collate_images,
-        load_chat_sources,
-        load_code_source,
-        load_image_dataset,
-        precompute_codes,
-        tokenizer_fingerprint,
-    )
+    from .. import data
+    from ..data import *  # noqa: F403
     from ..evaluation.perceptual import load_lpips
-    from .preemption import TrainingStopped
-    from .resume import find_checkpoint
-    from .training_arguments import (
-        DualTokenTrainingArguments,
-        DualTokenVisionTokenizerTrainingArguments,
-        use_cpu_threads,
-    )
+    from .arguments import DualTokenTrainingArguments, DualTokenVisionTokenizerTrainingArguments, use_cpu_threads
+    from .checkpoints import TrainingStopped, find_checkpoint
     from .unified.sample_generation import SampleGenerationCallback, read_prompts
     from .unified.throughput import ThroughputMeter, TrainingFlops
     from .unified.trainer import DualTokenTrainer, set_trainable
@@ -44,15 +23,8 @@ with needed_libraries("`transformers_dualtoken.training`"):
 
 
 __all__ = [
+    *data.__all__,
     "STAGE_LOSS_WEIGHTS",
-    "BadSampleError",
-    "ChatEncoder",
-    "ChatSource",
-    "DualTokenChatDataset",
-    "DualTokenChatStream",
-    "DualTokenDataCollator",
-    "DualTokenImageDataset",
-    "DualTokenImageStream",
     "DualTokenTrainer",
     "DualTokenTrainingArguments",
     "DualTokenVisionTokenizerRecipe",
@@ -60,20 +32,12 @@ __all__ = [
     "DualTokenVisionTokenizerTrainingArguments",
     "PatchDiscriminator",
     "SampleGenerationCallback",
-    "SampleStream",
-    "StreamProgress",
     "ThroughputMeter",
-    "TrainingStopped",
     "TrainingFlops",
-    "collate_images",
+    "TrainingStopped",
     "find_checkpoint",
-    "load_chat_sources",
-    "load_code_source",
-    "load_image_dataset",
     "load_lpips",
-    "precompute_codes",
     "read_prompts",
     "set_trainable",
-    "tokenizer_fingerprint",
     "use_cpu_threads",
 ]

@@ -1,61 +1,58 @@
-"""What the two trainers share: streams, checkpoints that are whole or none, and the logged terms of the loss."""
+"""What the two trainers share: streams, evaluation, checkpoints that are whole or none, logged terms of the loss."""
 
-import contextlib
 import json
+import math
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from ..data.sample_stream import SampleStream, StreamProgress
-from .preemption import SaveOnSigterm, TrainingStopped
-from .training_arguments import use_cpu_threads
+from ..data import SampleStream, StreamProgress
+from .arguments import use_cpu_threads
+from .checkpoints import SaveOnSigterm, TrainingStopped
 
 
 logger = logging.get_logger(__name__)
 
+# What readers of the data leave in a batch beside what the model takes.
 _COUNTED = ("num_skipped", "num_cut")
+_STREAM_POSITION = "stream_position"
 
 
-class DatasetEpochCallback(TrainerCallback):
+class EpochCallback(TrainerCallback):
     """
-    Tells the training data set the epoch.
+    Tells the training data set the epoch, and the Trainer that of a stream.
 
-    accelerate does it only while nothing wraps the batch sampler: not on several ranks, and not in the rest of an
-    epoch after a resume.
+    accelerate tells a data set only while nothing wraps the batch sampler: not on several ranks, and not in the rest of
+    an epoch after a resume. The Trainer counts a stream's epochs from where a run was resumed; a stream without
+    `steps_per_epoch` is one epoch, as in `Trainer`.
     """
+
+    def __init__(self, is_stream: bool, steps_per_epoch: int | None = None):
+        self.is_stream, self.steps_per_epoch = is_stream, steps_per_epoch
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset = getattr(train_dataloader, "dataset", None)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
 
-
-class StreamEpochCallback(TrainerCallback):
-    """
-    The logged epoch of a stream. The Trainer counts from where a run was resumed, since it skips no batches then.
-
-    Without the length of an epoch the whole run counts as one, as in `Trainer`.
-    """
-
-    def __init__(self, steps_per_epoch: int | None = None):
-        self.steps_per_epoch = steps_per_epoch
-
     def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / (self.steps_per_epoch or state.max_steps)
+        if self.is_stream:
+            state.epoch = state.global_step / (self.steps_per_epoch or state.max_steps)
 
 
 class DualTokenBaseTrainer(Trainer):
     """
-    `Trainer` that logs the terms a loss is made of, keeps data sets with `set_epoch` up to date, and reads streams
-    ([`SampleStream`]), whose position is part of its checkpoints.
+    `Trainer` that logs the terms a loss is made of, evaluates every sample once, keeps data sets with `set_epoch` up to
+    date, and reads streams ([`SampleStream`]), whose position is part of its checkpoints.
 
     A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it)
     and `"num_cut"` (how many were cut), whose sums since the beginning are logged, and a stream's `"stream_position"`.
@@ -66,20 +63,33 @@ class DualTokenBaseTrainer(Trainer):
     be the best one, and callbacks such as early stopping count anew without `restore_callback_states_from_checkpoint`.
     A SIGTERM after the last step is passed on to the handler from before training, or is a warning.
 
-    `cpu_threads` of the training arguments holds from the making of the trainer on ([`use_cpu_threads`]).
+    `args.remove_unused_columns` and `logging_nan_inf_filter` are switched off.
 
     Raises:
         ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
             training set without a length that is no [`SampleStream`].
     """
 
+    # Of a trainer without `args`.
+    arguments_class = TrainingArguments
     # How the logged terms of the ranks are joined.
     terms_reduction = "mean"
     # What `num_skipped` and the samples of `note_batch` are called in the logs.
     noun = "samples"
 
-    def __init__(self, *args, steps_per_epoch: int | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model=None, args=None, *trainer_args, steps_per_epoch: int | None = None, **kwargs):
+        args = self.arguments_class() if args is None else args
+        # Samples hold more than what the model takes.
+        args.remove_unused_columns = False
+        # It would hide what `check_finite` stops for, and wait for the device to do so.
+        args.logging_nan_inf_filter = False
+        if args.device.type == "cpu":
+            # It serves the copy to another device, and torch warns of it at every epoch.
+            args.dataloader_pin_memory = False
+        if args.ddp_broadcast_buffers is None:
+            # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
+            args.ddp_broadcast_buffers = False
+        super().__init__(model, args, *trainer_args, **kwargs)
         if self.args.n_gpu > 1:
             # Its replicas would lose their codebooks' moves, and images are flat over the batch.
             raise ValueError(
@@ -88,10 +98,6 @@ class DualTokenBaseTrainer(Trainer):
             )
         if getattr(self.args, "cpu_threads", None) is not None:
             logger.info(use_cpu_threads(self.args.cpu_threads))
-        self.add_callback(DatasetEpochCallback())
-        self._save_on_sigterm = SaveOnSigterm()
-        self.add_callback(self._save_on_sigterm)
-        self._term_sums, self._term_count = defaultdict(float), 0
         self.is_stream = isinstance(self.train_dataset, SampleStream)
         if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
             raise ValueError(
@@ -99,12 +105,16 @@ class DualTokenBaseTrainer(Trainer):
                 "DualTokenChatStream, which divides itself over ranks and knows its position; got "
                 f"{type(self.train_dataset).__name__}."
             )
-        self.stream_progress = StreamProgress()
         if self.is_stream:
             # A stream goes to its position by itself.
             self.args.ignore_data_skip = True
-            self.add_callback(StreamEpochCallback(steps_per_epoch))
+        self.stream_progress = StreamProgress()
+        self._save_on_sigterm = SaveOnSigterm()
+        self.spare_workers = self._save_on_sigterm.spare_workers
+        self.add_callback(EpochCallback(self.is_stream, steps_per_epoch))
+        self.add_callback(self._save_on_sigterm)
         self._resumed_from: str | None = None
+        self._term_sums, self._term_count = defaultdict(float), 0
         self._counts: dict[str, int | torch.Tensor] = dict.fromkeys(_COUNTED, 0)
         self._num_seen, self._logged_at = 0, time.perf_counter()
 
@@ -115,25 +125,48 @@ class DualTokenBaseTrainer(Trainer):
         if not self.is_stream:
             self.check_ranks_agree(self.train_dataset)
             return super().get_train_dataloader()
-        workers = self.args.dataloader_num_workers
+        persistent = self.args.dataloader_persistent_workers and self.args.dataloader_num_workers > 0
+        options = {"batch_size": self.args.train_batch_size, "drop_last": True, "persistent_workers": persistent}
+        return self._plain_loader(self.train_dataset, **options)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        """Every rank takes its own samples: accelerate would repeat some, so that the ranks have equal numbers."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if eval_dataset is None:
+            raise ValueError("There is no evaluation set: give the trainer an `eval_dataset`.")
+        if not hasattr(eval_dataset, "__len__"):
+            raise ValueError(
+                f"The evaluation set must have a length, so that each rank knows its share of the samples; got "
+                f"{type(eval_dataset).__name__}."
+            )
+        if len(eval_dataset) == 0:
+            raise ValueError("The evaluation set holds no samples.")
+        self.check_ranks_agree(eval_dataset)
+        args = self.args
+        batches, num_counted = evaluation_batches(
+            len(eval_dataset), args.eval_batch_size, args.process_index, args.world_size
+        )
+        loader = self._plain_loader(eval_dataset, batch_sampler=batches)
+        loader.num_counted_batches = num_counted
+        return loader
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return self.get_eval_dataloader(test_dataset)
+
+    def _plain_loader(self, dataset, **options) -> DataLoader:
         loader = DataLoader(
-            self.train_dataset,
-            batch_size=self.args.train_batch_size,
+            dataset,
             collate_fn=self.data_collator,
-            num_workers=workers,
+            num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
             prefetch_factor=self.args.dataloader_prefetch_factor,
-            drop_last=True,
+            **options,
         )
         return self.spare_workers(loader)
 
     def _get_dataloader(self, *args, **kwargs) -> DataLoader:
         return self.spare_workers(super()._get_dataloader(*args, **kwargs))
-
-    def spare_workers(self, loader: DataLoader) -> DataLoader:
-        """Let a SIGTERM to the whole group of processes not end the workers of a loader, before a checkpoint is saved."""
-        return self._save_on_sigterm.spare_workers(loader)
 
     def check_ranks_agree(self, dataset) -> None:
         """Raise unless all ranks have the same samples: they would else wait for each other for ever."""
@@ -164,9 +197,14 @@ class DualTokenBaseTrainer(Trainer):
             if name in inputs:
                 # Summed where it is: to look at it would wait for the device.
                 self._counts[name] = self._counts[name] + inputs.pop(name).sum()
-        position = inputs.pop("stream_position", None)
+        position = inputs.pop(_STREAM_POSITION, None)
         if position is not None:
             self.stream_progress.update(position)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        # Those of an evaluation are not counted.
+        others = (*_COUNTED, _STREAM_POSITION)
+        return super()._prepare_inputs({name: value for name, value in inputs.items() if name not in others})
 
     # Checkpoints
 
@@ -184,22 +222,31 @@ class DualTokenBaseTrainer(Trainer):
         self._num_seen, self._logged_at = 0, time.perf_counter()
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def tensors_to_save(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """What must be finite for a checkpoint to be written, by name."""
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
     def _save_checkpoint(self, model, trial) -> None:
+        # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
+        broken = [name for name, tensor in self.tensors_to_save() if not _is_finite(tensor)]
+        # Together, for a rank that stopped alone would leave the others waiting.
+        count = int(self.accelerator.reduce(torch.tensor(len(broken), device=self.args.device), "sum"))
+        if count:
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {count} "
+                f"weights are not finite{f', {broken[0]} among them' if broken else ''}."
+            )
         if self.args.should_save:
             # One of an earlier run may lie there, whose state would make a half-written one pass for whole.
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        with self._whole_checkpoint() if self._save_on_sigterm.is_stopping else contextlib.nullcontext():
-            super()._save_checkpoint(model, trial)
-
-    @contextlib.contextmanager
-    def _whole_checkpoint(self):
-        """Training goes on from the checkpoint of a SIGTERM, also with `save_only_model`."""
-        before, self.args.save_only_model = self.args.save_only_model, False
+        only_model = self.args.save_only_model
+        # Training goes on from the checkpoint of a SIGTERM.
+        self.args.save_only_model = only_model and not self._save_on_sigterm.is_stopping
         try:
-            yield
+            super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_only_model = before
+            self.args.save_only_model = only_model
 
     def _determine_best_metric(self, metrics, trial) -> bool:
         # What it returns is whether to save, with `save_strategy="best"`.
@@ -207,11 +254,11 @@ class DualTokenBaseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        # Of every rank; rank 0 may not have made the folder yet.
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
         counts = {name: int(count) for name, count in self._counts.items()}
-        state = {"counts": counts, "stream": self.stream_progress.state_dict()}
-        Path(output_dir, self._data_state_name).write_text(json.dumps(state))
+        path = self._data_state(output_dir)
+        # Of every rank; rank 0 may not have made the folder yet.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"counts": counts, "stream": self.stream_progress.state_dict()}))
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -224,7 +271,7 @@ class DualTokenBaseTrainer(Trainer):
         if checkpoint is None:
             return
         self._resumed_from = checkpoint
-        path = Path(checkpoint, self._data_state_name)
+        path = self._data_state(checkpoint)
         if path.is_file():
             state = json.loads(path.read_text())
             self._counts = state["counts"]
@@ -237,11 +284,15 @@ class DualTokenBaseTrainer(Trainer):
                 f"saved by another number of ranks (now {self.args.world_size}), or with `save_only_model`."
             )
 
-    @property
-    def _data_state_name(self) -> str:
-        return f"data_state_{self.args.process_index}.json"
+    def _data_state(self, checkpoint: str) -> Path:
+        return Path(checkpoint, f"data_state_{self.args.process_index}.json")
 
-    # Logs
+    # Evaluation and logs
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        # A loader draws a seed; training must go on as if there had been no evaluation.
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def sample_counts(self) -> dict[str, int]:
         """How many samples were skipped and cut in training so far, on all ranks: `<noun>_skipped`, `<noun>_cut`."""
@@ -254,6 +305,16 @@ class DualTokenBaseTrainer(Trainer):
         for name, term in terms.items():
             self._term_sums[name] += term.detach()
         self._term_count += completes
+
+    def check_finite(self, terms: dict[str, float]) -> None:
+        """Raise `FloatingPointError` if a term of the loss is not finite."""
+        broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
+        if broken:
+            raise FloatingPointError(
+                f"Training stopped at step {self.state.global_step}: the loss is not finite ({broken}). The last "
+                "checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, gradient "
+                "clipping, or a smaller weight for the term named."
+            )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the means of the terms since the last log, over all ranks, and the samples a second."""
@@ -270,3 +331,25 @@ class DualTokenBaseTrainer(Trainer):
             self._num_seen, self._logged_at = 0, now
             logs.update({name: count for name, count in self.sample_counts().items() if count})
         super().log(logs, *args, **kwargs)
+
+
+def evaluation_batches(num_samples: int, batch_size: int, rank: int, num_ranks: int) -> tuple[list[list[int]], int]:
+    """
+    The samples of one rank in batches, each sample on one rank, as many batches on every rank.
+
+    All ranks gather sharded weights (ZeRO-3, FSDP) at once, so that one with fewer samples goes on calling the model:
+    with the first sample, in batches that do not count.
+
+    Returns:
+        The batches, and how many of them, from the first on, count.
+    """
+    own = range(rank, num_samples, num_ranks)
+    batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]
+    num_batches = math.ceil(math.ceil(num_samples / num_ranks) / batch_size)
+    return batches + [[0]] * (num_batches - len(batches)), len(batches)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all of a tensor, or of this rank's share of it (FSDP2, ZeRO-3), is finite."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else getattr(tensor, "ds_tensor", tensor)
+    return bool(local.isfinite().all())

@@ -59,9 +59,10 @@ def lora_config(
         kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
 
     Raises:
-        ValueError: for unknown names, or `"lm_head"` where it is tied to the embeddings.
+        ValueError: for unknown names, or what cannot be trained: `"lm_head"` where it is tied to the embeddings or
+            weights are split, and tied embeddings where weights are split.
     """
-    config = model.config
+    is_tied = model.config.tie_word_embeddings
     unknown = sorted(set(train_in_full) - set(TRAINED_IN_FULL))
     if unknown:
         raise ValueError(f"`train_in_full` takes {', '.join(TRAINED_IN_FULL)}, got {', '.join(unknown)}.")
@@ -70,34 +71,30 @@ def lora_config(
         names = list(BACKBONE_PROJECTIONS if target_modules is None else target_modules)
         adapts_head = "lm_head" in names
         target_modules = _target_modules(model, names)
-    if adapts_head and config.tie_word_embeddings:
+    if adapts_head and is_tied:
         raise ValueError(
             "`target_modules` names lm_head, but it is tied to the embeddings, which merging the adapter would change "
             "with it. Leave it out; `train_in_full` with 'image_tokens' trains the rows of the image tokens."
         )
-    if adapts_head and (is_deepspeed_zero3_enabled() or is_fsdp_enabled()):
+    if adapts_head and _is_split():
         raise ValueError(
             "`target_modules` names lm_head, which does not run where weights are split (ZeRO-3, FSDP): ranks with "
             "unequal numbers of text targets would call it unequally often. Leave it out, or use ZeRO-2."
         )
-    if (
-        "embeddings" in train_in_full
-        and config.tie_word_embeddings
-        and (is_deepspeed_zero3_enabled() or is_fsdp_enabled())
-    ):
+    if "embeddings" in train_in_full and is_tied and _is_split():
         raise ValueError(
             "`train_in_full` names embeddings that are tied to the text head, which are not trained in shards. Leave them "
             "out, or use ZeRO-2 instead of ZeRO-3 or FSDP."
         )
     modules = [module for part, module in _MODULES_IN_FULL.items() if part in train_in_full]
     # PEFT ties to them what it makes of a tied head.
-    layers = ["embed_tokens"] if config.tie_word_embeddings or adapts_head else ["embed_tokens", "lm_head"]
+    layers = ["embed_tokens"] if is_tied or adapts_head else ["embed_tokens", "lm_head"]
     token_indices = None
     if "embeddings" in train_in_full:
         modules += layers
-        kwargs = {"ensure_weight_tying": config.tie_word_embeddings, **kwargs}
+        kwargs = {"ensure_weight_tying": is_tied, **kwargs}
     elif "image_tokens" in train_in_full:
-        token_indices = {layer: sorted(config.special_image_token_ids) for layer in layers}
+        token_indices = {layer: sorted(model.config.special_image_token_ids) for layer in layers}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -110,21 +107,22 @@ def lora_config(
     )
 
 
+def _is_split() -> bool:
+    """Whether an engine will hold every weight in parts."""
+    return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
+
+
 def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
+    """A pattern of what PEFT adapts."""
     blocks = [name for name in names if name != "lm_head"]
-    patterns = [backbone_targets(blocks)] if blocks else []
-    if "lm_head" in names:
-        patterns.append("lm_head")
     modules = [name for name, _ in model.named_modules()]
-    missing = [
-        name for name in blocks if not any(re.fullmatch(backbone_targets([name]), module) for module in modules)
-    ]
-    if missing or not patterns:
+    missing = [name for name in blocks if not any(re.fullmatch(backbone_targets([name]), m) for m in modules)]
+    if missing or not names:
         raise ValueError(
             f"`target_modules` must name layers of the language model's blocks ({', '.join(BACKBONE_PROJECTIONS)}) or "
             f"lm_head, got {', '.join(missing) or 'none'}."
         )
-    return "|".join(patterns)
+    return "|".join([backbone_targets(blocks)] * bool(blocks) + ["lm_head"] * ("lm_head" in names))
 
 
 def add_lora(
@@ -148,14 +146,14 @@ def add_lora(
     if config is not None and kwargs:
         raise ValueError(f"Give `add_lora` a config or its settings, not both; got also {', '.join(sorted(kwargs))}.")
     config = lora_config(model, **kwargs) if config is None else config
-    one_dtype = is_deepspeed_zero3_enabled() or is_fsdp_enabled()
-    if one_dtype and config.trainable_token_indices:
+    is_split = _is_split()
+    if is_split and config.trainable_token_indices:
         raise ValueError(
             "`train_in_full` names 'image_tokens', rows of the embeddings that PEFT cannot train where weights are split "
             "(ZeRO-3, FSDP). Leave them out (`--lora_train_in_full projector heads`), or use ZeRO-2."
         )
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=not one_dtype, revision=revision)
-    if not one_dtype:
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=not is_split, revision=revision)
+    if not is_split:
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 module.modules_to_save.float()
@@ -175,8 +173,7 @@ def merge_adapter(
     Write a whole model, adapter included, that loads without PEFT; with the processor of the adapter's folder or of
     the base model.
 
-    The sum is made in float32 and rounded once. A merge into a bfloat16 model (`merge_and_unload()` on one) rounds
-    too, and what the adapter adds is often smaller than the rounding.
+    The sum is made in float32 and rounded once; `merge_and_unload()` on a bfloat16 model rounds the adapter's part too.
 
     Args:
         adapter (`str` or `os.PathLike`): folder or Hub name of the adapter.
@@ -200,7 +197,7 @@ def merge_adapter(
             )
         with checkpoint_errors(base):
             for name in ("config.json", "generation_config.json"):
-                path = cached_file(base, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+                path = _file(base, name, revision=revision)
                 if path is not None:
                     read_json_object(path)
             with damage_errors(f"The configuration of the base model {base}"):
@@ -211,31 +208,31 @@ def merge_adapter(
             filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(model, adapter)
         model = model.merge_and_unload().to(dtype)
-        wrong = [
-            name
-            for name, tensor in model.state_dict().items()
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-        ]
+        floats = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        wrong = [name for name, tensor in floats.items() if not torch.isfinite(tensor).all()]
         if wrong:
             raise ValueError(
                 f"The base model {base} and the adapter {adapter} have a sum that is not finite in {dtype}: "
                 f"{', '.join(wrong[:5])}."
             )
         model.save_pretrained(folder)
-        for source in (adapter, base):
-            if cached_file(source, "processor_config.json", _raise_exceptions_for_missing_entries=False) is not None:
-                with damage_errors(f"The processor of {source}"):
-                    processor = AutoProcessor.from_pretrained(source)
-                processor.save_pretrained(folder)
-                break
+        source = next((place for place in (adapter, base) if _file(place, "processor_config.json")), None)
+        if source is not None:
+            with damage_errors(f"The processor of {source}"):
+                processor = AutoProcessor.from_pretrained(source)
+            processor.save_pretrained(folder)
     return model
+
+
+def _file(checkpoint: str | os.PathLike, name: str, **kwargs) -> str | None:
+    return cached_file(checkpoint, name, _raise_exceptions_for_missing_entries=False, **kwargs)
 
 
 def _adapter_config(adapter: str | os.PathLike) -> PeftConfig:
     with checkpoint_errors(adapter):
         path = cached_file(adapter, "adapter_config.json")
         names = ("adapter_model.safetensors", "adapter_model.bin")
-        if all(cached_file(adapter, name, _raise_exceptions_for_missing_entries=False) is None for name in names):
+        if all(_file(adapter, name) is None for name in names):
             raise FileNotFoundError(f"The adapter {adapter} holds no {names[0]}.")
     read_json_object(path)
     with damage_errors(f"The adapter's configuration {path}"):

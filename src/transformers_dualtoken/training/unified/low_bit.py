@@ -16,9 +16,6 @@ def low_bit_config(
     """
     A `quantization_config` for `from_pretrained` in the recommended settings.
 
-    By any such config, `from_pretrained` of a unified model changes the linear layers of the language model's blocks
-    only.
-
     Args:
         bits (`int`, defaults to 4): 4 (NF4 with quantised scales, as in QLoRA) or 8.
         library (`str`, defaults to `"bitsandbytes"`): or `"torchao"`, with 8 bits: int8 weights, one scale per output.
@@ -32,8 +29,7 @@ def low_bit_config(
         raise ValueError(
             f"Quantised loading takes 4 or 8 bits of bitsandbytes, or 8 of torchao, got {bits} of {library!r}."
         )
-    available = {"bitsandbytes": is_bitsandbytes_available, "torchao": is_torchao_available}
-    if not available[library]():
+    if not (is_torchao_available() if library == "torchao" else is_bitsandbytes_available()):
         raise MissingLibraryError(f"Loading with {bits} bits", library)
     if library == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
@@ -60,12 +56,7 @@ def load_quantized(
     """
     Load a unified model whose language model has 4 or 8 bits a weight; the rest has `dtype`, the codebooks float32.
 
-    The blocks' weights are frozen; [`add_lora`] adds what can be trained.
-
-    Args:
-        path (`str` or `os.PathLike`): folder or Hub name of a unified model.
-        bits, library, dtype: as in [`low_bit_config`].
-        kwargs: as in `from_pretrained` (`device_map`, `attn_implementation`, ...).
+    The blocks' weights are frozen; [`add_lora`] adds what can be trained. `kwargs` are those of `from_pretrained`.
     """
     config = low_bit_config(bits, library, dtype)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, **kwargs)

@@ -4,12 +4,14 @@ import contextlib
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import nn
 from transformers import TrainerCallback
 
 from ...chat_dualtoken import image_parts, normalize_chats
@@ -17,7 +19,7 @@ from ...generation_dualtoken import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
 from ...sharding import gathered
-from ..vision_tokenizer.reconstruction_grid import send_to_trackers
+from ..trackers import send_to_trackers
 
 
 # A model at the start of its training does not end its answers by itself.
@@ -63,17 +65,15 @@ class SamplePrompt:
     """
 
     def __init__(self, prompt: dict, processor: DualTokenProcessor, number: int):
-        self.number = number
         if not isinstance(prompt, dict) or "messages" not in prompt:
             raise ValueError(f"Sample prompt {number} must be a dict with 'messages', got {prompt!r:.200}.")
-        settings = dict(prompt)
-        messages, self.mode = settings.pop("messages"), settings.pop("mode", "text")
+        self.number, self.settings = number, dict(prompt)
+        messages, self.mode = self.settings.pop("messages"), self.settings.pop("mode", "text")
         if self.mode not in GENERATION_MODES:
             raise ValueError(
                 f"The 'mode' of sample prompt {number} must be one of {', '.join(map(repr, GENERATION_MODES))}, got "
                 f"{self.mode!r}."
             )
-        self.settings = settings
         try:
             ((self.messages,), _) = normalize_chats(messages)
             self.inputs = processor.apply_chat_template(
@@ -87,6 +87,12 @@ class SamplePrompt:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"Sample prompt {number} cannot be used: {error}") from error
+        # As JSON can hold them: images by their names.
+        self.messages = copy.deepcopy(self.messages)
+        for part in image_parts(self.messages):
+            name = image_name(part.get("image")) or "image"
+            part.clear()
+            part.update(type="image", image=name)
 
     def __str__(self) -> str:
         return f"sample prompt {self.number} ({self.mode}): {self.text()!r:.200}"
@@ -96,20 +102,7 @@ class SamplePrompt:
         content = self.messages[-1]["content"]
         if isinstance(content, str):
             return content
-        return " ".join(part["text"] if part["type"] == "text" else f"[{_name(part)}]" for part in content)
-
-    def described(self) -> list[dict]:
-        """The messages as JSON can hold them, images by their names."""
-        messages = copy.deepcopy(self.messages)
-        for part in image_parts(messages):
-            name = _name(part)
-            part.clear()
-            part.update(type="image", image=name)
-        return messages
-
-
-def _name(part: dict) -> str:
-    return image_name(part.get("image")) or "image"
+        return " ".join(part["text"] if part["type"] == "text" else f"[{part['image']}]" for part in content)
 
 
 class SampleGenerationCallback(TrainerCallback):
@@ -176,15 +169,18 @@ class SampleGenerationCallback(TrainerCallback):
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        was_training = model.training
+        devices = [] if model.device.type in ("cpu", "mps", "meta") else [model.device]
+        random_state = {"devices": devices, "device_type": devices[0].type if devices else "cuda"}
+        was_training, answers = model.training, []
         # Dropout and gradient checkpointing, which allows no cache, are for training only.
         model.eval()
-        answers = []
         try:
             with trainer.throughput.paused(), torch.no_grad(), trainer.accelerator.autocast():
                 for prompt in self.prompts:
                     try:
-                        with self._seeded(model.device), _gathered(trainer.model, model):
+                        with torch.random.fork_rng(**random_state), _gathered(trainer.model, model):
+                            # transformers' text sampling knows the global random state only.
+                            torch.manual_seed(self.seed)
                             answers.append(self._answer(model, prompt))
                     except Exception as error:
                         raise RuntimeError(f"Generation failed for {prompt}") from error
@@ -193,99 +189,65 @@ class SampleGenerationCallback(TrainerCallback):
         if trainer.state.is_world_process_zero:
             self._write(answers)
 
-    @contextlib.contextmanager
-    def _seeded(self, device: torch.device):
-        """transformers' text sampling knows the global random state only."""
-        devices = [] if device.type in ("cpu", "mps", "meta") else [device]
-        device_type = device.type if devices else "cuda"
-        with torch.random.fork_rng(devices=devices, device_type=device_type):
-            torch.manual_seed(self.seed)
-            yield
-
     def _answer(self, model, prompt: SamplePrompt) -> list[list[dict]]:
         """Answers as lists of parts, like the content of a message; an image part holds a PIL image."""
         inputs = prompt.inputs.to(model.device)
         settings = {"use_cache": True, **prompt.settings}
         if prompt.mode == "text":
             settings.setdefault("max_new_tokens", _DEFAULT_NEW_TOKENS)
-        if prompt.mode != "text":
+        else:
             settings["generator"] = torch.Generator().manual_seed(self.seed)
         output = model.generate(**inputs, generation_mode=prompt.mode, **settings)
-        sequences, images = output, []
+        sequences, images = output, iter(())
         if prompt.mode != "text":
             sequences = output.sequences
-            images = self.processor.post_process_images(model.decode_images(output))
-        new_ids = sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        remaining = iter(images)
-        return [self._parts(ids, remaining) for ids in new_ids]
+            images = iter(self.processor.post_process_images(model.decode_images(output)))
+        return [self._parts(ids, images) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
-    def _parts(self, ids: list[int], images) -> list[dict]:
+    def _parts(self, ids: list[int], images: Iterator[Image.Image]) -> list[dict]:
         """The parts of an answer; each run of placeholders is the next of `images`."""
-        parts, text, previous = [], [], None
-        image_id, borders = self.processor.image_token_id, self.processor.image_tokens.ids
-
-        def end_text():
+        parts, image_id, borders = [], self.processor.image_token_id, self.processor.image_tokens.ids
+        for is_image, run in groupby(ids, key=lambda token: token == image_id):
+            if is_image:
+                parts.append({"type": "image", "image": next(images)})
+                continue
+            text = self.processor.decode([token for token in run if token not in borders], skip_special_tokens=True)
             if text:
-                decoded = self.processor.decode(text, skip_special_tokens=True)
-                parts.extend([{"type": "text", "text": decoded}] if decoded else [])
-                text.clear()
-
-        for token in ids:
-            if token == image_id:
-                if previous != image_id:
-                    end_text()
-                    parts.append({"type": "image", "image": next(images)})
-            elif token not in borders:
-                text.append(token)
-            previous = token
-        end_text()
+                parts.append({"type": "text", "text": text})
         return parts
 
     def _write(self, answers: list[list[list[dict]]]) -> None:
         step = self.trainer.state.global_step
         folder = Path(self.trainer.args.output_dir, "samples", f"step-{step:06d}")
         folder.mkdir(parents=True, exist_ok=True)
-        samples, pictures = [], []
+        samples, pictures, lines = [], [], [f"# Samples of step {step}", ""]
         for prompt, of_prompt in zip(self.prompts, answers):
-            count = 0
-            for part in (part for answer in of_prompt for part in answer if part["type"] == "image"):
-                count += 1
+            images = [part for answer in of_prompt for part in answer if part["type"] == "image"]
+            for count, part in enumerate(images, start=1):
                 pictures.append(part["image"])
                 part["image"] = f"prompt-{prompt.number}-image-{count}.png"
                 pictures[-1].save(folder / part["image"])
-            samples.append(
-                {
-                    "messages": prompt.described(),
-                    "mode": prompt.mode,
-                    **prompt.settings,
-                    "answers": [{"role": "assistant", "content": answer} for answer in of_prompt],
-                }
-            )
-        text = json.dumps(samples, ensure_ascii=False, indent=2, default=str)
-        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
-        markdown = self._markdown(answers)
-        (folder / "samples.md").write_text(markdown, encoding="utf-8")
-        callbacks = self.trainer.callback_handler.callbacks
-        send_text_to_trackers(callbacks, "samples_text", markdown, step)
-        if pictures:
-            grid = image_grid(pictures)
-            grid.save(folder / "grid.png")
-            send_to_trackers(callbacks, "samples", grid, step)
-
-    def _markdown(self, answers: list[list[list[dict]]]) -> str:
-        lines = [f"# Samples of step {self.trainer.state.global_step}", ""]
-        for prompt, of_prompt in zip(self.prompts, answers):
+            told = [{"role": "assistant", "content": answer} for answer in of_prompt]
+            samples.append({"messages": prompt.messages, "mode": prompt.mode, **prompt.settings, "answers": told})
             lines += [f"## Prompt {prompt.number} ({prompt.mode})", "", prompt.text(), ""]
             for number, answer in enumerate(of_prompt, start=1):
                 lines += [f"### Answer {number}", ""]
                 for part in answer:
-                    shown = part["text"] if part["type"] == "text" else f"![{part['image']}]({part['image']})"
-                    lines += [shown, ""]
-        return "\n".join(lines)
+                    lines += [part["text"] if part["type"] == "text" else f"![{part['image']}]({part['image']})", ""]
+        text = json.dumps(samples, ensure_ascii=False, indent=2, default=str)
+        (folder / "samples.json").write_text(text + "\n", encoding="utf-8")
+        markdown = "\n".join(lines)
+        (folder / "samples.md").write_text(markdown, encoding="utf-8")
+        callbacks = self.trainer.callback_handler.callbacks
+        send_to_trackers(callbacks, "samples_text", markdown, step)
+        if pictures:
+            grid = _image_grid(pictures)
+            grid.save(folder / "grid.png")
+            send_to_trackers(callbacks, "samples", grid, step)
 
 
 @contextlib.contextmanager
-def _gathered(wrapped: torch.nn.Module, model: torch.nn.Module):
+def _gathered(wrapped: nn.Module, model: nn.Module):
     """
     Within this context sharded weights are whole where no forward of their module would gather them.
 
@@ -305,25 +267,9 @@ def _gathered(wrapped: torch.nn.Module, model: torch.nn.Module):
                 unit.reshard()
 
 
-def image_grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
+def _image_grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
     """Pictures of one size, row by row; what is left of the last row is white."""
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
     blank = Image.new("RGB", pictures[0].size, "white")
     return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows, columns)
-
-
-def send_text_to_trackers(callbacks: list[TrainerCallback], name: str, markdown: str, step: int) -> None:
-    """Send a text to the trackers among the Trainer's callbacks that can show one."""
-    for callback in callbacks:
-        kind = type(callback).__name__
-        if kind == "TensorBoardCallback" and callback.tb_writer is not None:
-            callback.tb_writer.add_text(name, markdown, step)
-        elif kind == "WandbCallback" and getattr(callback, "_wandb", None) is not None:
-            table = callback._wandb.Table(columns=["text"], data=[[markdown]])
-            callback._wandb.log({name: table, "train/global_step": step})
-        elif kind == "TrackioCallback" and getattr(callback, "_trackio", None) is not None:
-            callback._trackio.log({name: callback._trackio.Markdown(markdown)})
-
-
-__all__ = ["SampleGenerationCallback", "SamplePrompt", "image_grid", "read_prompts", "send_text_to_trackers"]

@@ -4,13 +4,12 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import nn
 
 from ...depth_heads import NUM_KINDS, DualTokenStackedLinear
-from ...modeling_dualtoken import DualTokenForCausalLM
 from ...modeling_vision_tokenizer import CODE_KINDS
 
 
@@ -44,14 +43,7 @@ PEAK_TFLOPS = {
 
 def peak_flops(device: torch.device | str, peak_tflops: float | None = None) -> float | None:
     """
-    The floating-point operations a second that a device can do at most, in bfloat16.
-
-    Args:
-        device (`torch.device` or `str`).
-        peak_tflops (`float`, *optional*): given instead of looked up, in 1e12 operations a second.
-
-    Returns:
-        `float` or `None`: `None` for a CPU, and for a device that is not in [`PEAK_TFLOPS`].
+    The bfloat16 operations a second that a device can do at most: `peak_tflops` 1e12, or what [`PEAK_TFLOPS`] knows.
 
     Raises:
         ValueError: if `peak_tflops` is not positive.
@@ -74,56 +66,40 @@ def find_peak_flops(device_name: str) -> float | None:
 
 @dataclass
 class StepCounts:
-    """
-    What a step works on, over all of its samples; no padding.
+    """What a step works on, over all of its samples; no padding."""
 
-    Args:
-        tokens (`int`): positions of the sequences, image positions included.
-        attention_pairs (`int`): pairs of a position and one it sees, itself included; a sample of length L has
-            L (L + 1) / 2.
-        text_targets, visual_targets (`int`).
-        images (`int`): of the sequences.
-        encoded_images (`int`): those among them that were given as pixels.
-    """
-
-    tokens: int = 0
-    attention_pairs: int = 0
+    tokens: int = 0  # positions of the sequences, image positions included
+    attention_pairs: int = 0  # a position and one it sees, itself included: L (L + 1) / 2 of a sample of length L
     text_targets: int = 0
     visual_targets: int = 0
-    images: int = 0
-    encoded_images: int = 0
+    images: int = 0  # of the sequences
+    encoded_images: int = 0  # those among them that were given as pixels
 
 
-class _Gradient:
-    """Counts matrix products of a network in the order of its forward, with what its backward will need."""
+class _Products:
+    """FLOPs a position of modules, called in the order of the forward: its products, and those of its backward."""
 
-    def __init__(self, flows: bool):
-        # Whether the input of the next layer needs a gradient.
+    def __init__(self, flows: bool = False):
+        # Whether the input of the next module needs a gradient.
         self.flows = flows
 
-    def product(self, size: int, weight_requires_grad: bool, input_flows: bool) -> int:
-        """FLOPs of a product with a weight of `size` numbers: forward, gradient of the input, and of the weight."""
-        return 2 * size * (1 + input_flows + weight_requires_grad)
-
-    def side_by_side(self, modules: list[nn.Module]) -> int:
-        """Modules that take one input; each module's linear layers come one after the other."""
-        flops, before = 0, self.flows
-        after = before
+    def __call__(self, *modules: nn.Module) -> int:
+        """Modules that take one input; each module's layers come one after the other."""
+        flops, before, after = 0, self.flows, self.flows
         for module in modules:
-            self.flows = before
+            flows = before
             # PEFT's wrapper of trained tokens holds a layer twice.
             for part in dict.fromkeys(_active_modules(module)):
-                if isinstance(part, nn.Linear):
-                    size = part.in_features * part.out_features
-                    flops += self.product(size, part.weight.requires_grad, self.flows)
-                self.pass_parameters(part)
-            after |= self.flows
+                if isinstance(part, (nn.Linear, DualTokenStackedLinear)):
+                    flops += 2 * _size(part) * (1 + flows + part.weight.requires_grad)
+                flows |= any(parameter.requires_grad for parameter in part.parameters(recurse=False))
+            after |= flows
         self.flows = after
         return flops
 
-    def pass_parameters(self, module: nn.Module) -> None:
-        """A module's own parameters make gradients flow from here on."""
-        self.flows |= any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    def pairs(self, width: int) -> int:
+        """FLOPs of a pair in an attention of heads of altogether `width`: query with key, and weight with value."""
+        return 2 * 2 * width * (3 if self.flows else 1)
 
 
 class TrainingFlops:
@@ -143,104 +119,78 @@ class TrainingFlops:
         model ([`DualTokenForCausalLM`], or a `PeftModel` of one).
 
     Attributes:
-        per_token, per_attention_pair, per_text_target, per_visual_target, per_image, per_encoded_image (`int`).
+        per_token, per_attention_pair, per_text_target, per_visual_target, per_image, per_encoded_image (`int`): in the
+            order of [`StepCounts`].
+
+    Raises:
+        AttributeError: for a language model of other blocks than Qwen2's.
     """
 
     def __init__(self, model: nn.Module):
-        model: DualTokenForCausalLM = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config, base = model.config, model.model
-        projector = _Gradient(flows=False)
-        per_position = sum(projector.side_by_side([layer]) for layer in _children(_active(base.visual_projector)))
-        self.per_image = config.num_positions * per_position
-        self.per_encoded_image = self._encoder(base.vision_tokenizer)
-        embedding = _Gradient(projector.flows)
-        for module in _active_modules(base.language_model.get_input_embeddings()):
-            embedding.pass_parameters(module)
-        flows = self._backbone(base.language_model, embedding.flows)
-        head = _Gradient(flows)
-        self.per_text_target = head.side_by_side([model.lm_head])
-        self.per_visual_target = self._depth_heads(_active(model.depth_heads), flows)
-
-    def _backbone(self, language_model: nn.Module, flows: bool) -> bool:
-        """Sets what a token and a pair take; returns whether the last hidden states need a gradient."""
-        config = language_model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # Queries with keys, and weights with values.
-        attention = 2 * 2 * config.num_attention_heads * head_dim
-        gradient = _Gradient(flows)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base, language_model = model.model, model.model.language_model
+        products = _Products()
+        projector = sum(products(layer) for layer in _active(base.visual_projector).children())
+        self.per_image = model.config.num_positions * projector
+        self.per_encoded_image = _encoder_flops(base.vision_tokenizer)
+        products(language_model.get_input_embeddings())
         self.per_token = self.per_attention_pair = 0
         for layer in language_model.layers:
-            gradient.pass_parameters(layer.input_layernorm)
+            products(layer.input_layernorm)
             block = layer.self_attn
-            self.per_token += gradient.side_by_side([block.q_proj, block.k_proj, block.v_proj])
-            self.per_attention_pair += attention * (3 if gradient.flows else 1)
-            self.per_token += gradient.side_by_side([block.o_proj])
-            gradient.pass_parameters(layer.post_attention_layernorm)
-            self.per_token += gradient.side_by_side([layer.mlp.gate_proj, layer.mlp.up_proj])
-            self.per_token += gradient.side_by_side([layer.mlp.down_proj])
-        gradient.pass_parameters(language_model.norm)
-        return gradient.flows
-
-    @staticmethod
-    def _depth_heads(heads: nn.Module, flows: bool) -> int:
-        depths = heads.num_depths
-        gradient = _Gradient(flows)
-
-        def product(layer: DualTokenStackedLinear, times: int = 1) -> int:
-            flops = times * gradient.product(_size(layer.weight), layer.weight.requires_grad, gradient.flows)
-            gradient.pass_parameters(layer)
-            return flops
-
-        flops = product(heads.input_fc1) + product(heads.input_fc2) + product(heads.input_proj)
-        # Its input are code vectors, which have no gradient.
-        code_requires_grad = heads.code_proj.weight.requires_grad
-        flops += (depths - 1) * gradient.product(_size(heads.code_proj.weight), code_requires_grad, False)
-        gradient.pass_parameters(heads.code_proj)
-        for layer in heads.layers:
-            gradient.pass_parameters(layer.input_layernorm)
-            flops += product(layer.qkv_proj, depths)
-            pairs = NUM_KINDS * depths * (depths + 1) // 2
-            flops += 2 * 2 * pairs * layer.num_heads * layer.head_dim * (3 if gradient.flows else 1)
-            flops += product(layer.o_proj, depths)
-            gradient.pass_parameters(layer.post_attention_layernorm)
-            # These have a weight for every depth.
-            flops += product(layer.up_proj) + product(layer.down_proj)
-        gradient.pass_parameters(heads.norm)
-        return flops + product(heads.classifier)
-
-    @classmethod
-    def _encoder(cls, tokenizer: nn.Module) -> int:
-        """From the pixels of an image to both kinds of codes; forward only, since the tokenizer is frozen."""
-        config, vision_model = tokenizer.config, tokenizer.siglip.vision_model
-        positions, width = config.grid_size**2, config.vision_config.hidden_size
-        flops = 2 * positions * _size(vision_model.embeddings.patch_embedding.weight)
-        for layer in vision_model.encoder.layers[: config.semantic_layer]:
-            flops += 2 * positions * _linear_size(layer) + 2 * 2 * positions**2 * width
-        down = ["pixel_down_proj", "semantic_down_proj"]
-        if config.shortcut_layer is not None:
-            down.append("shortcut_down_proj")
-        flops += sum(cls._projection(getattr(tokenizer, name), positions) for name in down)
-        for kind in CODE_KINDS:
-            quantizer = tokenizer.quantizer(kind).config
-            flops += 2 * positions * quantizer.num_depths * quantizer.codebook_size * quantizer.code_dim
-        return flops
-
-    @staticmethod
-    def _projection(projection: nn.Module, positions: int) -> int:
-        """One of the tokenizer's projections down, of an image, forward."""
-        attention, pairs = projection.attn, positions**2
-        return 2 * positions * _linear_size(projection) + 2 * 2 * pairs * attention.num_heads * attention.head_dim
+            self.per_token += products(block.q_proj, block.k_proj, block.v_proj)
+            self.per_attention_pair += products.pairs(language_model.config.num_attention_heads * block.head_dim)
+            self.per_token += products(block.o_proj)
+            products(layer.post_attention_layernorm)
+            self.per_token += products(layer.mlp.gate_proj, layer.mlp.up_proj)
+            self.per_token += products(layer.mlp.down_proj)
+        products(language_model.norm)
+        flows = products.flows
+        self.per_text_target = products(model.lm_head)
+        self.per_visual_target = _depth_head_flops(_active(model.depth_heads), flows)
 
     def __call__(self, counts: StepCounts) -> int:
         """FLOPs of a step that works on `counts`."""
-        return (
-            self.per_token * counts.tokens
-            + self.per_attention_pair * counts.attention_pairs
-            + self.per_text_target * counts.text_targets
-            + self.per_visual_target * counts.visual_targets
-            + self.per_image * counts.images
-            + self.per_encoded_image * counts.encoded_images
-        )
+        per = (self.per_token, self.per_attention_pair, self.per_text_target, self.per_visual_target)
+        per += (self.per_image, self.per_encoded_image)
+        return sum(flops * count for flops, count in zip(per, astuple(counts)))
+
+
+def _depth_head_flops(heads: nn.Module, flows: bool) -> int:
+    """Of both heads, for a position; `flows` says whether its hidden state needs a gradient."""
+    depths, products = heads.num_depths, _Products(flows)
+    flops = products(heads.input_fc1) + products(heads.input_fc2) + products(heads.input_proj)
+    # Its input are code vectors, which have no gradient.
+    codes = _Products()
+    flops += (depths - 1) * codes(heads.code_proj)
+    products.flows |= codes.flows
+    for layer in heads.layers:
+        products(layer.input_layernorm)
+        flops += depths * products(layer.qkv_proj)
+        flops += NUM_KINDS * depths * (depths + 1) // 2 * products.pairs(layer.num_heads * layer.head_dim)
+        flops += depths * products(layer.o_proj)
+        products(layer.post_attention_layernorm)
+        # These have a weight for every depth.
+        flops += products(layer.up_proj) + products(layer.down_proj)
+    products(heads.norm)
+    return flops + products(heads.classifier)
+
+
+def _encoder_flops(tokenizer: nn.Module) -> int:
+    """From the pixels of an image to both kinds of codes; forward only, since the tokenizer is frozen."""
+    config, vision_model = tokenizer.config, tokenizer.siglip.vision_model
+    layers = vision_model.encoder.layers[: config.semantic_layer]
+    projections = [tokenizer.pixel_down_proj, tokenizer.semantic_down_proj]
+    if config.shortcut_layer is not None:
+        projections.append(tokenizer.shortcut_down_proj)
+    weights = vision_model.embeddings.patch_embedding.weight.numel()
+    weights += sum(_size(part) for p in (*layers, *projections) for part in p.modules() if isinstance(part, nn.Linear))
+    for quantizer in (tokenizer.quantizer(kind).config for kind in CODE_KINDS):
+        weights += quantizer.num_depths * quantizer.codebook_size * quantizer.code_dim
+    widths = len(layers) * config.vision_config.hidden_size
+    widths += sum(projection.attn.num_heads * projection.attn.head_dim for projection in projections)
+    positions = config.grid_size**2
+    return 2 * positions * weights + 2 * 2 * positions**2 * widths
 
 
 def _active(module: nn.Module) -> nn.Module:
@@ -258,17 +208,11 @@ def _active_modules(module: nn.Module) -> Iterator[nn.Module]:
         yield from _active_modules(child)
 
 
-def _children(module: nn.Module) -> list[nn.Module]:
-    return list(module.children())
-
-
-def _size(weight: torch.Tensor) -> int:
-    """Numbers of a weight, also where ZeRO-3 has it in parts (FSDP says the whole shape by itself)."""
-    return getattr(weight, "ds_numel", None) or weight.numel()
-
-
-def _linear_size(module: nn.Module) -> int:
-    return sum(part.in_features * part.out_features for part in module.modules() if isinstance(part, nn.Linear))
+def _size(layer: nn.Module) -> int:
+    """Numbers of a weight, also where it is packed (quantised) or in parts (ZeRO-3; FSDP says the whole shape)."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features * layer.out_features
+    return getattr(layer.weight, "ds_numel", None) or layer.weight.numel()
 
 
 class ThroughputMeter:
@@ -303,7 +247,7 @@ class ThroughputMeter:
         """Forget all counts and start the clock."""
         # Tokens, pairs, text targets, visual targets: known to the device alone.
         self._on_device = torch.zeros(4, dtype=torch.int64, device=self.accelerator.device)
-        # Positions, images, encoded images: shapes.
+        # Images, encoded images, positions: shapes.
         self._shapes = [0, 0, 0]
         self._started, self._paused = time.perf_counter(), 0.0
         self._is_paused = False
@@ -330,10 +274,8 @@ class ThroughputMeter:
         is_text = (labels != -100) & ~is_visual
         counts = torch.stack([is_token.sum(), pairs, is_text.sum(), is_visual.sum()])
         self._on_device += counts.to(self._on_device.device, non_blocking=True)
-        pixels, codes = batch.get("pixel_values"), batch.get("pixel_codes")
-        encoded = 0 if pixels is None else len(pixels)
-        images = encoded + (0 if codes is None else len(codes))
-        self._shapes = [a + b for a, b in zip(self._shapes, (input_ids.numel(), images, encoded))]
+        encoded, coded = (0 if batch.get(n) is None else len(batch[n]) for n in ("pixel_values", "pixel_codes"))
+        self._shapes = [a + b for a, b in zip(self._shapes, (encoded + coded, encoded, input_ids.numel()))]
 
     @contextlib.contextmanager
     def paused(self):
@@ -358,28 +300,18 @@ class ThroughputMeter:
             nothing was counted.
         """
         shapes = torch.tensor(self._shapes, device=self.accelerator.device)
-        counts = self.accelerator.reduce(torch.cat([self._on_device, shapes]), "sum").tolist()
+        *counts, positions = self.accelerator.reduce(torch.cat([self._on_device, shapes]), "sum").tolist()
         seconds = time.perf_counter() - self._started - self._paused
         self.reset()
-        tokens, pairs, text_targets, visual_targets, positions, images, encoded = counts
         if positions == 0:
             return {}
+        counts = StepCounts(*counts)
         numbers = {
-            "tokens_per_second": tokens / seconds,
-            "images_per_second": images / seconds,
-            "padding_share": 1 - tokens / positions,
+            "tokens_per_second": counts.tokens / seconds,
+            "images_per_second": counts.images / seconds,
+            "padding_share": 1 - counts.tokens / positions,
         }
         if self.flops is not None and self.peak is not None:
-            flops = self.flops(StepCounts(tokens, pairs, text_targets, visual_targets, images, encoded))
-            numbers["model_flops_utilization"] = flops / (seconds * self.peak * self.accelerator.num_processes)
+            peak = self.peak * self.accelerator.num_processes
+            numbers["model_flops_utilization"] = self.flops(counts) / (seconds * peak)
         return numbers
-
-
-__all__ = [
-    "PEAK_TFLOPS",
-    "StepCounts",
-    "ThroughputMeter",
-    "TrainingFlops",
-    "find_peak_flops",
-    "peak_flops",
-]

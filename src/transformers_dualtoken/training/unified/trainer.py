@@ -5,12 +5,13 @@ from collections import defaultdict
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ...modeling_dualtoken import DualTokenForCausalLM
+from ..arguments import DualTokenTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
-from ..training_arguments import DualTokenTrainingArguments
-from .evaluation import UnifiedEvaluationMixin, UnifiedLossSums
+from .loss_sums import UnifiedLossSums
 from .throughput import ThroughputMeter, TrainingFlops, peak_flops
 
 
@@ -69,14 +70,15 @@ class _EpochLengthGroupedSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
+class DualTokenTrainer(DualTokenBaseTrainer):
     """
     `Trainer` for [`DualTokenForCausalLM`], or a `PeftModel` around it.
 
     Text and visual targets are counted apart, over the whole global batch: each loss is a mean over its own targets,
     whatever the number of accumulation steps and ranks. Logged are the three losses beside their weighted sum, losses
     and accuracies of both heads at every depth, tokens and images a second, and where the device's peak is known the
-    share of it that is used. An evaluation reports the same, exactly, over all samples and ranks.
+    share of it that is used. An evaluation reports [`UnifiedLossSums`] exactly, whatever the batch size and the number of
+    ranks.
 
     `train_sampling_strategy="group_by_length"` puts samples of like length into one batch.
 
@@ -84,12 +86,14 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         learning_rates (`dict[str, float]`, *optional*): rates of parts (`"projector"`, `"language_model"`, `"heads"`)
             that differ from `args.learning_rate`; they share its schedule.
         peak_tflops (`float`, *optional*): what the device can do, in 1e12 operations a second, where it is not known.
-        args, kwargs: as in `Trainer`. `remove_unused_columns` and `logging_nan_inf_filter` are switched off.
+        args, kwargs: as in [`DualTokenBaseTrainer`].
 
     Raises:
         ValueError: for rates of unknown parts, or together with an optimizer of DeepSpeed's config, which knows nothing
-            of them.
+            of them; for label smoothing; for a tokenizer of more tokens than the model.
     """
+
+    arguments_class = DualTokenTrainingArguments
 
     def __init__(
         self,
@@ -106,19 +110,11 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
             raise ValueError(
                 f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {', '.join(unknown)}."
             )
-        args = DualTokenTrainingArguments() if args is None else args
-        if args.label_smoothing_factor:
+        if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` must be 0: the Trainer would smooth the labels of images by the text head, which "
                 f"does not predict them; got {args.label_smoothing_factor}."
             )
-        # Samples hold more than what the model takes.
-        args.remove_unused_columns = False
-        # It would hide what `log` stops for, and wait for the device to do so.
-        args.logging_nan_inf_filter = False
-        if args.device.type == "cpu":
-            # It serves the copy to another device, and torch warns of it at every epoch.
-            args.dataloader_pin_memory = False
         super().__init__(model, args, *trainer_args, **kwargs)
         if self.learning_rates and self.is_deepspeed_enabled:
             config = self.accelerator.state.deepspeed_plugin.deepspeed_config
@@ -130,25 +126,24 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         # Every rank divides by the global counts, so that the ranks' terms are parts of a sum.
         self.terms_reduction = "sum" if self.args.average_tokens_across_devices else "mean"
         unwrapped = self.accelerator.unwrap_model(self.model)
+        self.config = unwrapped.config
         tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
-        vocab_size = unwrapped.config.get_text_config().vocab_size
+        vocab_size = self.config.get_text_config().vocab_size
         if tokenizer is not None and hasattr(tokenizer, "get_vocab") and len(tokenizer) > vocab_size:
             raise ValueError(
                 f"The tokenizer has {len(tokenizer)} tokens and the model {vocab_size}: ids would lie outside its "
                 "vocabulary. Take the model's own tokenizer, or `model.resize_token_embeddings`."
             )
-        self._loss_sums = UnifiedLossSums(unwrapped.config, self.args.device)
+        self._loss_sums = UnifiedLossSums(self.config, self.args.device)
         collator_pad = getattr(self.data_collator, "pad_token_id", None)
         peak = peak_flops(self.args.device, peak_tflops)
         self.throughput = ThroughputMeter(
             self.accelerator,
-            unwrapped.config.image_token_id,
+            self.config.image_token_id,
             -1 if collator_pad is None else collator_pad,
             flops=None if peak is None else _training_flops(unwrapped),
             peak=peak,
         )
-
-    # Data
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -164,9 +159,8 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         """Override of Trainer's count: the pair (text targets, visual targets) of one optimizer step."""
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
-        image_token_id = self.accelerator.unwrap_model(self.model).config.image_token_id
         labels = [batch["labels"][:, 1:] for batch in batch_samples]
-        visual = sum((label == image_token_id).sum() for label in labels)
+        visual = sum((label == self.config.image_token_id).sum() for label in labels)
         text = sum((label != -100).sum() for label in labels) - visual
         counts = torch.stack([text, visual]).to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -215,24 +209,49 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
         self.throughput.reset()
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _save_checkpoint(self, model, trial) -> None:
+        with self.throughput.paused():
+            super()._save_checkpoint(model, trial)
+
+    # Evaluation and logs
+
     def evaluate(self, *args, **kwargs):
         with self.throughput.paused():
             return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial) -> None:
-        # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
-        broken = [name for name, p in self.model.named_parameters() if p.requires_grad and not _is_finite(p)]
-        # Together, for a rank that stopped alone would leave the others waiting.
-        counts = self.accelerator.reduce(torch.tensor(len(broken), device=self.args.device), "sum")
-        if int(counts):
-            raise FloatingPointError(
-                f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {int(counts)} "
-                f"weights are not finite{f', {broken[0]} among them' if broken else ''}."
-            )
-        with self.throughput.paused():
-            super()._save_checkpoint(model, trial)
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """
+        Trainer's loop, which wraps the model as its engine needs it; the metrics are those of all ranks' sums.
 
-    # Logs
+        Raises:
+            ValueError: with `compute_metrics`, since no predictions are kept, or if no sample has a target.
+        """
+        if self.compute_metrics is not None:
+            raise ValueError(
+                "`compute_metrics` is not supported: the logits of a whole evaluation set are never in memory. "
+                "Leave it out; losses, accuracies and perplexity are computed anyway."
+            )
+        # What `prediction_step` adds to.
+        self._evaluation_sums = UnifiedLossSums(self.config, self.args.device)
+        self._batches_to_count = dataloader.num_counted_batches
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        computed = self._evaluation_sums.reduce(self.accelerator).compute()
+        if not computed["num_text_targets"] + computed["num_visual_targets"]:
+            raise ValueError("No sample of the evaluation set has a target: all of its labels are -100.")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in computed.items()}
+        return output._replace(metrics={**output.metrics, **metrics}, num_samples=len(dataloader.dataset))
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """One batch of an evaluation; it hands nothing back, since the sums are all that is wanted."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # The losses make their own logits, a chunk at a time.
+            outputs = model(**self._prepare_inputs(inputs), logits_to_keep=1, use_cache=False)
+        if self._batches_to_count > 0:
+            self._evaluation_sums.update(outputs)
+        self._batches_to_count -= 1
+        return None, None, None
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add losses and accuracies by depth, text accuracy, and throughput since the last log."""
@@ -242,29 +261,13 @@ class DualTokenTrainer(UnifiedEvaluationMixin, DualTokenBaseTrainer):
             logs.update({name: value for name, value in sums.items() if "_depth_" in name or "accuracy" in name})
             logs.update(self.throughput.compute())
         super().log(logs, *args, **kwargs)
-        broken = [f"{name} = {logs[name]}" for name in _LOSS_TERMS if name in logs and logs[name] - logs[name] != 0]
-        if broken:
-            raise FloatingPointError(
-                f"Training stopped at step {self.state.global_step}: the loss is not finite ({', '.join(broken)}). The "
-                "last checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, or "
-                "gradient clipping."
-            )
+        self.check_finite({name: logs[name] for name in _LOSS_TERMS if name in logs})
 
 
 def _training_flops(model: nn.Module) -> TrainingFlops | None:
     """`None`, and a warning, for a language model of other blocks than Qwen2's: its operations cannot be counted."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layer = base.model.language_model.layers[0]
-    wanted = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
-    if all(hasattr(getattr(layer, part, None), name) for part, names in wanted.items() for name in names):
+    try:
         return TrainingFlops(model)
-    logger.warning(
-        f"The utilisation of the device is not logged: the operations of {type(layer).__name__} cannot be counted."
-    )
-    return None
-
-
-def _is_finite(parameter: nn.Parameter) -> bool:
-    """Whether all of a parameter, or of this rank's share of it (FSDP2, ZeRO-3), is finite."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
-    return bool(local.isfinite().all())
+    except AttributeError as error:
+        logger.warning(f"The utilisation of the device is not logged: its operations cannot be counted ({error}).")
+        return None

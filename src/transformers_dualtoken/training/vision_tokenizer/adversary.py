@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import TrainingArguments
 
 from .discriminator import PatchDiscriminator, discriminator_loss
 from .recipe import DualTokenVisionTokenizerRecipe
 
 
-WEIGHTS_NAME = "discriminator.safetensors"
-STATE_NAME = "discriminator_optimizer.pt"
+_WEIGHTS_NAME = "discriminator.safetensors"
+_STATE_NAME = "discriminator_optimizer.pt"
 
 # Bounds of the adaptive weight (code).
 ADAPTIVE_WEIGHT_RANGE = (0.3, 10.0)
@@ -31,12 +32,10 @@ class Adversary:
     Args:
         recipe ([`DualTokenVisionTokenizerRecipe`]).
         accelerator (`accelerate.Accelerator`): places and wraps the discriminator.
-        learning_rate (`float`): peak rate, unless the recipe has one.
-        betas, eps (`tuple[float, float]`, `float`): of Adam.
-        max_grad_norm (`float`): its gradients are clipped to this norm; 0 does not clip.
+        args (`TrainingArguments`): peak rate unless the recipe has one, Adam's settings, the norm that gradients are
+            clipped to, and the seed of the weights, together with how often they were drawn before.
         max_steps (`int`): optimizer steps of the whole training.
         steps_per_epoch (`int`, *optional*): what the recipe's open settings are derived from.
-        seed (`int`): of the weights, together with how often they were drawn before.
 
     Raises:
         ValueError: if the length of an epoch is needed and unknown.
@@ -46,21 +45,16 @@ class Adversary:
         self,
         recipe: DualTokenVisionTokenizerRecipe,
         accelerator: Accelerator,
-        learning_rate: float,
-        betas: tuple[float, float],
-        eps: float,
-        max_grad_norm: float,
+        args: TrainingArguments,
         max_steps: int,
         steps_per_epoch: int | None,
-        seed: int,
     ):
-        self.recipe, self.accelerator, self.max_steps, self.seed = recipe, accelerator, max_steps, seed
+        self.recipe, self.accelerator, self.args, self.max_steps = recipe, accelerator, args, max_steps
         self.peak_rate = recipe.discriminator_learning_rate
         if self.peak_rate is None:
-            self.peak_rate = learning_rate
+            self.peak_rate = args.learning_rate
         if self.peak_rate <= 0:
             raise ValueError(f"The discriminator needs a learning rate above 0, got {self.peak_rate}.")
-        self.betas, self.eps, self.max_grad_norm = betas, eps, max_grad_norm
         steps_per_epoch = recipe.steps_per_epoch or steps_per_epoch
         self.start_step, self.warmup_steps = recipe.discriminator_start_step, recipe.discriminator_warmup_steps
         if steps_per_epoch is None and None in (self.start_step, self.warmup_steps):
@@ -85,10 +79,11 @@ class Adversary:
         """New weights, the same on every rank, with an optimizer and a schedule of their own."""
         self.restarts = restarts
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + restarts)
+            torch.manual_seed(self.args.seed + restarts)
             self.discriminator.load_state_dict(PatchDiscriminator(self.recipe.discriminator_channels).state_dict())
+        betas = self.args.adam_beta1, self.args.adam_beta2
         self.optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=self.peak_rate, betas=self.betas, eps=self.eps
+            self.discriminator.parameters(), lr=self.peak_rate, betas=betas, eps=self.args.adam_epsilon
         )
         start = self.start_step + restarts * (self.recipe.discriminator_restart_steps or 0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -139,8 +134,8 @@ class Adversary:
             weight = 1.0 if global_step < self.first_epoch_steps else self.recipe.loss_weights["discriminator"]
             (weight / accumulation_steps * loss).backward()
         if is_due:
-            if self.max_grad_norm > 0:
-                nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.max_grad_norm)
+            if self.args.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.args.max_grad_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
@@ -151,30 +146,23 @@ class Adversary:
         }
 
     def save(self, folder: str | Path) -> None:
-        save_file(self.discriminator.state_dict(), Path(folder, WEIGHTS_NAME))
-        state = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "restarts": self.restarts,
-        }
-        torch.save(state, Path(folder, STATE_NAME))
+        save_file(self.discriminator.state_dict(), Path(folder, _WEIGHTS_NAME))
+        state = {name: getattr(self, name).state_dict() for name in ("optimizer", "scheduler")}
+        torch.save({**state, "restarts": self.restarts}, Path(folder, _STATE_NAME))
 
     def load(self, folder: str | Path) -> None:
-        """
-        Raises:
-            FileNotFoundError: if the folder holds no discriminator.
-        """
-        for name in (WEIGHTS_NAME, STATE_NAME):
+        """Raises `FileNotFoundError` if the folder holds no discriminator."""
+        for name in (_WEIGHTS_NAME, _STATE_NAME):
             if not Path(folder, name).is_file():
                 raise FileNotFoundError(
                     f"The checkpoint {str(folder)!r} lacks {name}: it was not saved by an adversarial training, or with "
                     "`save_only_model`."
                 )
         device = next(self.discriminator.parameters()).device
-        state = torch.load(Path(folder, STATE_NAME), map_location=device, weights_only=True)
+        state = torch.load(Path(folder, _STATE_NAME), map_location=device, weights_only=True)
         if state["restarts"] != self.restarts:
             self._draw(state["restarts"])
-        self.discriminator.load_state_dict(load_file(Path(folder, WEIGHTS_NAME)))
+        self.discriminator.load_state_dict(load_file(Path(folder, _WEIGHTS_NAME)))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 
@@ -195,27 +183,23 @@ def adaptive_weight(
 
     Args:
         last_input (`torch.Tensor` of shape `(B, C, S, S)`): what went into `last_layer`.
-        last_layer (`nn.Conv2d`).
         reconstruction_gradient, generator_gradient (`torch.Tensor` of shape `(B, 3, S, S)`): of the two losses with
             respect to the image.
-        accelerator (`accelerate.Accelerator`).
 
     Returns:
         The weight, clamped, and before the clamp: scalars.
     """
     # A gradient of half precision would vanish; bfloat16 has the range.
     dtype = last_input.dtype if last_input.dtype != torch.float16 else torch.float32
-    gradients = [
-        nn.grad.conv2d_weight(
-            last_input.to(dtype),
-            last_layer.weight.shape,
-            gradient.to(dtype),
-            stride=last_layer.stride,
-            padding=last_layer.padding,
-        )
-        for gradient in (reconstruction_gradient, generator_gradient)
-    ]
-    gradients = accelerator.reduce(torch.stack(gradients).float(), "mean")
+    inputs, shape = last_input.to(dtype), last_layer.weight.shape
+    options = {"stride": last_layer.stride, "padding": last_layer.padding}
+    gradients = torch.stack(
+        [
+            nn.grad.conv2d_weight(inputs, shape, gradient.to(dtype), **options)
+            for gradient in (reconstruction_gradient, generator_gradient)
+        ]
+    )
+    gradients = accelerator.reduce(gradients.float(), "mean")
     reconstruction_norm, generator_norm = gradients.flatten(1).norm(dim=1)
     weight = reconstruction_norm / (generator_norm + 1e-4)
     return weight.clamp(*ADAPTIVE_WEIGHT_RANGE), weight

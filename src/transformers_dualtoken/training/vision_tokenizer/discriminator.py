@@ -55,22 +55,14 @@ class PatchDiscriminator(nn.Module):
 
 
 # Slope of the "leaky_hinge" loss beyond its margin: the authors' code takes leaky_relu where a hinge has relu.
-_LEAKY_SLOPE = {"leaky_hinge": 0.01, "hinge": 0.0}
-DISCRIMINATOR_LOSSES = tuple(_LEAKY_SLOPE)
+DISCRIMINATOR_LOSSES = {"leaky_hinge": 0.01, "hinge": 0.0}
 
 
 def discriminator_loss(
     real_logits: torch.Tensor, fake_logits: torch.Tensor, kind: str = "leaky_hinge"
 ) -> torch.Tensor:
-    """
-    0.5 [f(1 - real) + f(1 + fake)], each the mean over all logits.
-
-    Args:
-        real_logits, fake_logits (`torch.Tensor`, any shape).
-        kind (`str`, defaults to `"leaky_hinge"`): f is a leaky ReLU of slope 0.01 (code), or a ReLU for `"hinge"`.
-    """
-    slope = _LEAKY_SLOPE[kind]
-    real, fake = (
-        F.leaky_relu(1 + sign * logits.float(), slope).mean() for sign, logits in ((-1, real_logits), (1, fake_logits))
-    )
+    """0.5 [f(1 - real) + f(1 + fake)], each the mean over all logits; f is a leaky ReLU of the slope of the kind."""
+    slope = DISCRIMINATOR_LOSSES[kind]
+    real = F.leaky_relu(1 - real_logits.float(), slope).mean()
+    fake = F.leaky_relu(1 + fake_logits.float(), slope).mean()
     return 0.5 * (real + fake)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
-from ..training_arguments import json_object
+from ..arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
 
 
@@ -15,46 +15,31 @@ SEMANTIC_TERMS = ("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosin
 IMAGE_TERMS = ("reconstruction_mse", "perceptual", "generator")
 PIXEL_TERMS = (*IMAGE_TERMS, "pixel_commitment")
 
-# Keys are the logged names. Code, stages 0 to 2; lambda_sem = 1 in all of them. `discriminator` is the weight of the
+# By stages (code; lambda_sem = 1 in all of them); keys are the logged names. `discriminator` is the weight of the
 # discriminator's own loss after the first epoch, in which it is 1; that loss is no part of the total.
-STAGE_LOSS_WEIGHTS = {
-    0: {
-        "semantic_mse": 0.0,
-        "semantic_cosine": 0.0,
-        "pooler_mse": 5.0,
-        "pooler_cosine": 5.0,
-        "reconstruction_mse": 5.0,
-        "perceptual": 1.0,
-        "generator": 0.0,
-        "pixel_commitment": 5.0,
-        "semantic_commitment": 5.0,
-        "discriminator": 0.75,
-    },
-    1: {
-        "semantic_mse": 5.0,
-        "semantic_cosine": 5.0,
-        "pooler_mse": 1.0,
-        "pooler_cosine": 1.0,
-        "reconstruction_mse": 5.0,
-        "perceptual": 1.0,
-        "generator": 0.75,
-        "pixel_commitment": 5.0,
-        "semantic_commitment": 5.0,
-        "discriminator": 0.75,
-    },
-    2: {
-        "semantic_mse": 0.0,
-        "semantic_cosine": 1.0,
-        "pooler_mse": 5.0,
-        "pooler_cosine": 5.0,
-        "reconstruction_mse": 0.0,
-        "perceptual": 0.0,
-        "generator": 0.0,
-        "pixel_commitment": 0.0,
-        "semantic_commitment": 5.0,
-        "discriminator": 0.75,
-    },
+_STAGE_WEIGHTS = {
+    "semantic_mse": (0.0, 5.0, 0.0),
+    "semantic_cosine": (0.0, 5.0, 1.0),
+    "pooler_mse": (5.0, 1.0, 5.0),
+    "pooler_cosine": (5.0, 1.0, 5.0),
+    "reconstruction_mse": (5.0, 5.0, 0.0),
+    "perceptual": (1.0, 1.0, 0.0),
+    "generator": (0.0, 0.75, 0.0),
+    "pixel_commitment": (5.0, 5.0, 0.0),
+    "semantic_commitment": (5.0, 5.0, 5.0),
+    "discriminator": (0.75, 0.75, 0.75),
 }
+STAGE_LOSS_WEIGHTS = {stage: {name: by[stage] for name, by in _STAGE_WEIGHTS.items()} for stage in (0, 1, 2)}
+
+# What fields must be at least, where they are not None.
+_LEAST = dict.fromkeys(("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"), 1)
+_LEAST |= dict.fromkeys(
+    ("discriminator_start_step", "discriminator_warmup_steps", "discriminator_end_learning_rate"), 0
+)
+
+
+def _option(default, text: str):
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -65,58 +50,40 @@ class DualTokenVisionTokenizerRecipe:
     The defaults are the authors' code; None stands for what depends on the length of an epoch.
     """
 
-    stage: int = field(
-        default=1,
-        metadata={
-            "help": "0: what is new, and the layers above the semantic one; 1: everything but the text tower; 2: the semantic branch "
-            "alone, what makes pixel codes and images stands still"
-        },
+    stage: int = _option(
+        1,
+        "0: what is new, and the layers above the semantic one; 1: everything but the text tower; 2: the semantic branch "
+        "alone, what makes pixel codes and images stands still",
     )
-    loss_weights: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "changes to the stage's loss weights, a JSON object or the path of one, such as "
-            '{"perceptual": 0, "generator": 0}; a term of weight 0 is not computed'
-        },
+    loss_weights: dict | str | None = _option(
+        None,
+        "changes to the stage's loss weights, a JSON object or the path of one, such as "
+        '{"perceptual": 0, "generator": 0}; a term of weight 0 is not computed',
     )
-    perceptual_net: str = field(default="vgg", metadata={"help": "network of the perceptual term: vgg or alex"})
-    perceptual_weights: str | None = field(
-        default=None, metadata={"help": "file of that network's torchvision weights, instead of a download"}
+    perceptual_net: str = _option("vgg", "network of the perceptual term: vgg or alex")
+    perceptual_weights: str | None = _option(None, "file of that network's torchvision weights, instead of a download")
+    steps_per_epoch: int | None = _option(
+        None,
+        "length of an epoch, for streams, whose length is unknown; in the first the discriminator's loss has weight 1",
     )
-    steps_per_epoch: int | None = field(
-        default=None,
-        metadata={
-            "help": "length of an epoch, for streams, whose length is unknown; in the first the discriminator's loss has "
-            "weight 1"
-        },
+    discriminator_start_step: int | None = _option(
+        None, "no adversary before this step (None: half of the first epoch)"
     )
-    discriminator_start_step: int | None = field(
-        default=None, metadata={"help": "no adversary before this step (None: half of the first epoch)"}
+    discriminator_warmup_steps: int | None = _option(
+        None, "steps of linear warm-up of the discriminator's rate (None: half an epoch)"
     )
-    discriminator_warmup_steps: int | None = field(
-        default=None, metadata={"help": "steps of linear warm-up of the discriminator's rate (None: half an epoch)"}
+    discriminator_learning_rate: float | None = _option(None, "peak rate of the discriminator (None: --learning_rate)")
+    discriminator_end_learning_rate: float = _option(4e-5, "what the discriminator's rate falls to, along a cosine")
+    discriminator_restart_steps: int | None = _option(
+        None, "draw a new discriminator every so many steps (None: never)"
     )
-    discriminator_learning_rate: float | None = field(
-        default=None, metadata={"help": "peak rate of the discriminator (None: --learning_rate)"}
+    discriminator_loss: str = _option("leaky_hinge", "leaky_hinge (the authors' code) or hinge (the usual one)")
+    discriminator_channels: int = _option(64, "width of the discriminator's first layer")
+    weight_average_decay: float | None = _option(
+        None, "keep a moving average of the weights, evaluate and save that at the end; such as 0.9999"
     )
-    discriminator_end_learning_rate: float = field(
-        default=4e-5, metadata={"help": "what the discriminator's rate falls to, along a cosine"}
-    )
-    discriminator_restart_steps: int | None = field(
-        default=None, metadata={"help": "draw a new discriminator every so many steps (None: never)"}
-    )
-    discriminator_loss: str = field(
-        default="leaky_hinge", metadata={"help": "leaky_hinge (the authors' code) or hinge (the usual one)"}
-    )
-    discriminator_channels: int = field(default=64, metadata={"help": "width of the discriminator's first layer"})
-    weight_average_decay: float | None = field(
-        default=None,
-        metadata={"help": "keep a moving average of the weights, evaluate and save that at the end; such as 0.9999"},
-    )
-    grid_steps: int | None = field(
-        default=None, metadata={"help": "write originals beside reconstructions every so many steps (None: never)"}
-    )
-    grid_images: int = field(default=8, metadata={"help": "how many images those pictures show"})
+    grid_steps: int | None = _option(None, "write originals beside reconstructions every so many steps (None: never)")
+    grid_images: int = _option(8, "how many images those pictures show")
 
     def __post_init__(self):
         if self.stage not in STAGE_LOSS_WEIGHTS:
@@ -143,34 +110,34 @@ class DualTokenVisionTokenizerRecipe:
             )
         if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
             raise ValueError(f"`weight_average_decay` must lie between 0 and 1, got {self.weight_average_decay}.")
-        for name in ("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
         if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
             raise ValueError(f"`discriminator_learning_rate` must be above 0, got {self.discriminator_learning_rate}.")
-        for name in ("discriminator_start_step", "discriminator_warmup_steps", "discriminator_end_learning_rate"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+
+    def _with_weight(self, names: tuple[str, ...]) -> list[str]:
+        return [name for name in names if self.loss_weights[name]]
 
     @property
     def pixel_terms(self) -> list[str]:
         """Names of the terms with a weight that train what makes pixel codes and images."""
-        return [name for name in PIXEL_TERMS if self.loss_weights[name]]
+        return self._with_weight(PIXEL_TERMS)
 
     @property
     def semantic_terms(self) -> list[str]:
         """Names of the terms with a weight that train what makes semantic codes and the image embedding."""
-        return [name for name in SEMANTIC_TERMS if self.loss_weights[name]]
+        return self._with_weight(SEMANTIC_TERMS)
+
+    def image_terms(self, adversarial: bool) -> list[str]:
+        """Names of the terms with a weight that look at the reconstructed image; `generator` where `adversarial`."""
+        return [name for name in self._with_weight(IMAGE_TERMS) if adversarial or name != "generator"]
 
     @property
     def codes(self) -> tuple[str, ...]:
         """The kinds of codes that the terms need."""
         return ("pixel",) * bool(self.pixel_terms) + ("semantic",) * bool(self.semantic_terms)
-
-    @property
-    def evaluated_terms(self) -> list[str]:
-        """Names of the terms with a weight that an evaluation reports: all but the generator's."""
-        return [name for name in (*SEMANTIC_TERMS, *PIXEL_TERMS) if self.loss_weights[name] and name != "generator"]
 
     @property
     def is_adversarial(self) -> bool:
@@ -182,8 +149,8 @@ class DualTokenVisionTokenizerRecipe:
 
         The text tower and the logit scale and bias always, so that text stays aligned. Stage 0: the encoder up to the
         semantic layer. Stage 2: everything that makes the pixel codes and the image. (The authors' code freezes the
-        layers up to the shortcut's only, which would move the pixel codes under a frozen decoder.)
-        Whatever was held still before moves again.
+        layers up to the shortcut's only, which would move the pixel codes under a frozen decoder.) Whatever was held
+        still before moves again.
         """
         model.requires_grad_(True)
         config, siglip = model.config, model.siglip
@@ -196,9 +163,6 @@ class DualTokenVisionTokenizerRecipe:
         to_image = [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
         above_semantic = [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
 
-        def unreached(*terms: str) -> bool:
-            return not any(self.loss_weights[term] for term in terms)
-
         still: list[nn.Module | nn.Parameter] = [siglip.text_model, siglip.logit_scale, siglip.logit_bias]
         if self.stage == 0:
             still += [vision.embeddings, *layers[: config.semantic_layer]]
@@ -206,13 +170,13 @@ class DualTokenVisionTokenizerRecipe:
             still += [vision.embeddings, *layers[:pixel_depth]]
         if self.stage == 2 or "pixel" not in self.codes:
             still += to_pixel_codes
-        if self.stage == 2 or unreached(*IMAGE_TERMS):
+        if self.stage == 2 or not self._with_weight(IMAGE_TERMS):
             still += to_image
         if "semantic" not in self.codes:
             still += [model.semantic_down_proj, *layers[pixel_depth:]]
-        if unreached("pooler_mse", "pooler_cosine"):
+        if not self._with_weight(("pooler_mse", "pooler_cosine")):
             still += above_semantic
-            if unreached("semantic_mse", "semantic_cosine"):
+            if not self._with_weight(("semantic_mse", "semantic_cosine")):
                 still.append(model.semantic_up_proj)
         for part in still:
             part.requires_grad_(False)

@@ -1,22 +1,27 @@
 """Training of the vision tokenizer: one step for all stages of the paper's recipe."""
 
 import contextlib
+import itertools
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
 from transformers import SiglipVisionModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.codebook_statistics import CodebookUsage
 from ...evaluation.perceptual import load_lpips
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from ..arguments import DualTokenVisionTokenizerTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
-from .recipe import IMAGE_TERMS, DualTokenVisionTokenizerRecipe
-from .reconstruction_grid import ReconstructionGridCallback
-from .weight_average import WeightAverage
+from .callbacks import ReconstructionGridCallback, WeightAverage
+from .recipe import DualTokenVisionTokenizerRecipe
+
+
+# Logged as zero while the adversary waits, so that the names do not change during a run.
+_ADAPTIVE_TERMS = ("adaptive_weight", "adaptive_weight_unclamped")
+_DISCRIMINATOR_TERMS = ("discriminator", "discriminator_real_logits", "discriminator_fake_logits")
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -45,17 +50,17 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     Args:
         model ([`DualTokenVisionTokenizer`]).
         args (`TrainingArguments`): DeepSpeed, FSDP and fp16 are refused; bf16 and several ranks (DDP) are not.
-            `remove_unused_columns` and `logging_nan_inf_filter` are switched off.
         teacher (`SiglipVisionModel`, *optional*): frozen here, and moved to the training device; may be left out
             where no term of the loss asks for it.
         recipe ([`DualTokenVisionTokenizerRecipe`], *optional*): stage 1 by default.
-        kwargs: as in `Trainer`.
+        kwargs: as in [`DualTokenBaseTrainer`].
 
     Raises:
         ValueError: if `args` ask for what is refused, or terms of the loss need a teacher and there is none.
         ImportError: if the perceptual term has a weight and `lpips` cannot be imported.
     """
 
+    arguments_class = DualTokenVisionTokenizerTrainingArguments
     noun = "images"
 
     def __init__(
@@ -68,17 +73,6 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         **kwargs,
     ):
         self.recipe = recipe or DualTokenVisionTokenizerRecipe()
-        if args is not None:
-            # Samples hold more than what the model takes.
-            args.remove_unused_columns = False
-            # It would hide what `_check_finite` stops for, and wait for the device to do so.
-            args.logging_nan_inf_filter = False
-            if args.device.type == "cpu":
-                # It serves the copy to another device, and torch warns of it at every epoch.
-                args.dataloader_pin_memory = False
-            if args.ddp_broadcast_buffers is None:
-                # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
-                args.ddp_broadcast_buffers = False
         super().__init__(model, args, *trainer_args, steps_per_epoch=self.recipe.steps_per_epoch, **kwargs)
         self._check_engine()
         # The loss is a mean per micro-batch; the Trainer divides it by the accumulation steps.
@@ -103,9 +97,10 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self._adversary_images: tuple[torch.Tensor, torch.Tensor] | None = None
         self._last_input: torch.Tensor | None = None
         self.weight_average: WeightAverage | None = None
+        self._grid = None
         if self.recipe.grid_steps is not None:
-            self.add_callback(ReconstructionGridCallback(self))
-        self._grid_pixel_values: torch.Tensor | None = None
+            self._grid = ReconstructionGridCallback(self)
+            self.add_callback(self._grid)
         self._codebook_usage = {
             kind: CodebookUsage(quantizer.num_depths, quantizer.codebook_size, quantizer.shared_codebook)
             for kind in self.recipe.codes
@@ -209,7 +204,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         dtype = torch.promote_types(reconstruction.dtype, torch.float32)
         image = reconstruction.detach().to(dtype).requires_grad_()
         terms, gradients = {}, {}
-        for name in self._image_term_names(adversarial):
+        for name in self.recipe.image_terms(adversarial):
             with torch.enable_grad():
                 term = self.image_term(name, image, target)
             gradients[name] = torch.autograd.grad(term, image)[0]
@@ -218,12 +213,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         if adversarial:
             # Of the plain sum of the terms that compare with the target.
             compared = sum(gradient for name, gradient in gradients.items() if name != "generator")
+            last_layer = self.model.decoder.conv_out
             clamped, unclamped = adaptive_weight(
-                self._last_input,
-                self.model.decoder.conv_out,
-                compared,
-                gradients["generator"],
-                self.accelerator,
+                self._last_input, last_layer, compared, gradients["generator"], self.accelerator
             )
             weights["generator"] = weights["generator"] * clamped
             terms |= {"adaptive_weight": clamped, "adaptive_weight_unclamped": unclamped}
@@ -233,9 +225,6 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         gradient = sum(weight * gradients[name] for name, weight in weights.items())
         return _KnownGradient.apply(reconstruction, gradient, value), terms
 
-    def _image_term_names(self, adversarial: bool) -> list[str]:
-        return [name for name in IMAGE_TERMS if self.loss_weights[name] and (adversarial or name != "generator")]
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixel_values = inputs["pixel_values"]
         training = model.training
@@ -243,12 +232,12 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         output = model(pixel_values=pixel_values, codes=self.recipe.codes)
         terms = self.feature_terms(output, pixel_values)
         loss = sum(self.loss_weights[name] * term for name, term in terms.items())
-        if any(self.loss_weights[name] for name in IMAGE_TERMS):
+        if self.recipe.image_terms(adversarial=True):
             target = self.target_images(pixel_values)
             if training:
                 image_loss, image_terms = self.image_loss(output.reconstruction, target, adversarial)
             else:
-                names = self._image_term_names(adversarial=False)
+                names = self.recipe.image_terms(adversarial=False)
                 image_terms = {name: self.image_term(name, output.reconstruction, target) for name in names}
                 image_loss = sum(self.loss_weights[name] * term for name, term in image_terms.items())
             loss, terms = loss + image_loss, terms | image_terms
@@ -263,8 +252,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.note_batch(inputs, len(inputs["pixel_values"]))
-        if self.recipe.grid_steps is not None and self._grid_pixel_values is None:
-            self._grid_pixel_values = self._choose_grid_images(inputs["pixel_values"])
+        if self._grid is not None:
+            self._grid.choose_images(inputs["pixel_values"])
         loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
         # Without the graph, which would else live until the next step.
         terms, self._terms = {name: term.detach() for name, term in self._terms.items()}, {}
@@ -275,19 +264,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         elif self.recipe.is_adversarial:
             terms |= {name: loss.new_zeros(()) for name in _DISCRIMINATOR_TERMS}
         # Once for all, after the backward was queued and before the optimizer's step.
-        self._check_finite(terms)
+        self.check_finite(dict(zip(terms, torch.stack([term.float() for term in terms.values()]).tolist())))
         self.add_terms(terms)
         return loss
-
-    def _check_finite(self, terms: dict[str, torch.Tensor]) -> None:
-        finite = torch.stack([term.float() for term in terms.values()]).isfinite().tolist()
-        if not all(finite):
-            broken = ", ".join(f"{name} = {term.item()}" for (name, term), ok in zip(terms.items(), finite) if not ok)
-            raise FloatingPointError(
-                f"Training stopped at step {self.state.global_step}: the loss is not finite ({broken}). The last "
-                "checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, or a "
-                "smaller weight for the term named."
-            )
 
     # Optimizers and checkpoints
 
@@ -297,21 +276,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The last that is made before a checkpoint is loaded, and the first to know how long the training is."""
-        self._begin_training(num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def _begin_training(self, num_training_steps: int) -> None:
         if self.recipe.is_adversarial:
             self.adversary = Adversary(
-                self.recipe,
-                self.accelerator,
-                learning_rate=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                max_grad_norm=self.args.max_grad_norm,
-                max_steps=num_training_steps,
-                steps_per_epoch=self._steps_per_epoch(),
-                seed=self.args.seed,
+                self.recipe, self.accelerator, self.args, num_training_steps, self._steps_per_epoch()
             )
         if self.recipe.weight_average_decay is not None:
             if self.weight_average is not None:
@@ -323,6 +290,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             for kind in self.recipe.codes:
                 for buffer in self.model.quantizer(kind).codebook.buffers():
                     dist.broadcast(buffer, 0)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _steps_per_epoch(self) -> int | None:
         if self.is_stream or self.train_dataset is None:
@@ -333,32 +301,23 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save:
-            if self.adversary is not None:
-                self.adversary.save(output_dir)
-            if self.weight_average is not None:
-                self.weight_average.save(output_dir)
+        for part in (self.adversary, self.weight_average):
+            if part is not None and self.args.should_save:
+                part.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
+        for part in (self.adversary, self.weight_average):
+            if part is not None and checkpoint is not None:
+                part.load(checkpoint)
+
+    def tensors_to_save(self):
+        yield from self.model.state_dict().items()
         if self.adversary is not None:
-            self.adversary.load(checkpoint)
-        if self.weight_average is not None:
-            self.weight_average.load(checkpoint)
+            state = self.adversary.discriminator.state_dict()
+            yield from ((f"discriminator.{name}", tensor) for name, tensor in state.items())
 
     def _save_checkpoint(self, model, trial) -> None:
-        # A broken step shows in the loss of the next one only, and must not replace the last good checkpoint.
-        tensors = self.model.state_dict()
-        if self.adversary is not None:
-            tensors |= {f"discriminator.{n}": t for n, t in self.adversary.discriminator.state_dict().items()}
-        broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-        if broken:
-            raise FloatingPointError(
-                f"Training stopped at step {self.state.global_step}, before its checkpoint was written: {len(broken)} "
-                f"weights are not finite, {broken[0]} among them."
-            )
         self._is_saving_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
@@ -379,44 +338,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         """A context in which the model has the weights that are evaluated, and saved at the end."""
         return contextlib.nullcontext() if self.weight_average is None else self.weight_average.in_model()
 
-    # Data
-
-    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        """Every rank takes its own images: accelerate would repeat some, so that the ranks have equal numbers."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        if not hasattr(eval_dataset, "__len__"):
-            raise ValueError(f"The evaluation set must have a length, got {type(eval_dataset).__name__}.")
-        loader = DataLoader(
-            Subset(eval_dataset, range(self.args.process_index, len(eval_dataset), self.args.world_size)),
-            batch_size=self.args.eval_batch_size,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-        )
-        return self.spare_workers(loader)
-
-    def _choose_grid_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The first of the evaluation set or else of the training set, or those at hand if neither has an order."""
-        eval_dataset = self.eval_dataset
-        if isinstance(eval_dataset, dict):
-            eval_dataset = next(iter(eval_dataset.values()))
-        for dataset in (eval_dataset, self.train_dataset):
-            if hasattr(dataset, "__len__"):
-                samples = [dataset[index] for index in range(min(self.recipe.grid_images, len(dataset)))]
-                return self.data_collator(samples)["pixel_values"]
-        return pixel_values[: self.recipe.grid_images].clone()
-
-    def grid_pixel_values(self) -> torch.Tensor:
-        """The images `(N, 3, S, S)` that the pictures of reconstructions show; chosen with the first batch."""
-        return self._grid_pixel_values
-
     # Evaluation and logs
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        # A loader draws a seed; training must go on as if there had been no evaluation.
-        with torch.random.fork_rng(devices=[]):
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     @torch.no_grad()
     def evaluation_loop(
@@ -427,7 +349,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self.model.eval()
         count, sums = torch.zeros((), device=self.args.device), {}
         with self._weights_to_keep(), self.accelerator.autocast():
-            for inputs in dataloader:
+            for inputs in itertools.islice(dataloader, dataloader.num_counted_batches):
                 pixel_values = inputs["pixel_values"].to(self.args.device)
                 loss = self.compute_loss(self.model, {"pixel_values": pixel_values})
                 for name, term in {"loss": loss, **self._terms}.items():
@@ -435,11 +357,10 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 count += len(pixel_values)
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
-        names = ["loss", *self.recipe.evaluated_terms]
+        names = ["loss", *self.recipe.semantic_terms, *self.recipe.pixel_terms]
+        names = [name for name in names if name != "generator"]
         values = torch.stack([*(torch.as_tensor(sums.get(name, 0.0)).to(count) for name in names), count])
         *values, count = self.accelerator.reduce(values, "sum").tolist()
-        if not count:
-            raise ValueError("The evaluation set holds no images.")
         metrics = {f"{metric_key_prefix}_{name}": value / count for name, value in zip(names, values)}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(count))
 
@@ -453,8 +374,3 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             if self.adversary is not None:
                 logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
         super().log(logs, *args, **kwargs)
-
-
-# Logged as zero while the adversary waits, so that the names do not change during a run.
-_ADAPTIVE_TERMS = ("adaptive_weight", "adaptive_weight_unclamped")
-_DISCRIMINATOR_TERMS = ("discriminator", "discriminator_real_logits", "discriminator_fake_logits")

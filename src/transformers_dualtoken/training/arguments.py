@@ -13,9 +13,8 @@ def use_cpu_threads(number: int) -> str:
     """
     Let PyTorch compute with `number` threads, unless the user has set `OMP_NUM_THREADS`.
 
-    Threads of a small model wait for each other at every operation: where another program takes one of the cores, two
-    of them need many times as long as one. How many there are also decides how sums are rounded, so that a number that
-    depended on the machine or its load would train other weights every time.
+    More than one make a small model slow on busy cores. Their number decides how sums are rounded, so it must not
+    depend on the machine.
 
     Returns:
         `str`: a sentence that says how many there are, and why.
@@ -31,7 +30,10 @@ def use_cpu_threads(number: int) -> str:
 
 
 @dataclass
-class _CpuThreads:
+class _SharedArguments(TrainingArguments):
+    lr_scheduler_type: str = field(default="cosine")
+    logging_steps: int = field(default=50)
+    report_to: str = field(default="none")
     cpu_threads: int | None = field(
         default=None,
         metadata={
@@ -42,7 +44,7 @@ class _CpuThreads:
 
 
 @dataclass
-class DualTokenVisionTokenizerTrainingArguments(_CpuThreads, TrainingArguments):
+class DualTokenVisionTokenizerTrainingArguments(_SharedArguments):
     """`TrainingArguments` whose defaults are the optimizer settings of the authors' code."""
 
     output_dir: str = field(default="tokenizer")
@@ -50,41 +52,28 @@ class DualTokenVisionTokenizerTrainingArguments(_CpuThreads, TrainingArguments):
     adam_beta1: float = field(default=0.5)
     adam_beta2: float = field(default=0.9)
     weight_decay: float = field(default=1e-4)
-    lr_scheduler_type: str = field(default="cosine")
-    logging_steps: int = field(default=50)
-    report_to: str = field(default="none")
 
 
 @dataclass
-class DualTokenTrainingArguments(_CpuThreads, TrainingArguments):
+class DualTokenTrainingArguments(_SharedArguments):
     """`TrainingArguments` of the unified model. The default rate is that of the paper's stage 2."""
 
     output_dir: str = field(default="unified")
     learning_rate: float = field(default=2e-5)
-    lr_scheduler_type: str = field(default="cosine")
-    logging_steps: int = field(default=50)
-    report_to: str = field(default="none")
-    # The codebooks never move in this training.
-    ddp_broadcast_buffers: bool | None = field(default=False)
     # Every parameter takes part in every step, on every rank, whatever the batch holds.
     ddp_find_unused_parameters: bool | None = field(default=False)
-    # The Trainer would cut them from what a data set gives.
-    remove_unused_columns: bool = field(default=False)
 
 
 def json_object(value: dict | str | None, name: str) -> dict:
-    """A dict as it is, or read from JSON text or from a `.json` file."""
+    """A dict as it is, or read from JSON text or from a `.json` file; `{}` of `None`."""
+    given = value = {} if value is None else value
     if isinstance(value, str):
-        if value.endswith(".json"):
-            if not Path(value).is_file():
-                raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.")
-            value = Path(value).read_text()
         try:
-            value = json.loads(value)
+            value = json.loads(Path(value).read_text() if value.endswith(".json") else value)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.") from error
         except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}: {error}.") from error
-    if value is None:
-        return {}
+            raise ValueError(f"`{name}` must be a JSON object or the path of one, got {given!r}: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a JSON object or the path of one, got {value!r}.")
+        raise ValueError(f"`{name}` must be a JSON object or the path of one, got {given!r}.")
     return value

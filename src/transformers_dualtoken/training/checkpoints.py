@@ -1,23 +1,70 @@
-"""Training that is told to end (SIGTERM, as of a cluster that takes a machine back): save whole, then exit."""
+"""Runs that are stopped and go on: the last whole checkpoint, and one that is saved at a SIGTERM."""
 
 import contextlib
 import ctypes
 import functools
+import json
 import multiprocessing
 import os
 import signal
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+
+def find_checkpoint(arguments: TrainingArguments) -> str | None:
+    """
+    `arguments.resume_from_checkpoint`, or else the last whole checkpoint in the output folder, or `None`.
+
+    Whole is what has a readable state, which the Trainer writes last (transformers' `get_last_checkpoint` takes the
+    last of any kind). `"true"` means the last one too, but there must be one; `"false"` begins anew.
+
+    Raises:
+        ValueError: if the checkpoint that is asked for is missing or not whole.
+    """
+    wanted = arguments.resume_from_checkpoint
+    wanted = {"true": True, "false": False}.get(str(wanted).lower(), wanted)
+    if wanted is False:
+        return None
+    if wanted not in (None, True):
+        if _state(wanted) is None:
+            raise ValueError(
+                f"`resume_from_checkpoint` names {wanted!r}, which is no whole checkpoint: it has no readable "
+                "trainer_state.json, which is written last. Name an earlier one, or leave the argument out: the last whole "
+                f"one of {arguments.output_dir!r} is taken then."
+            )
+        return str(wanted)
+    folders = Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbers = {folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for folder in folders}
+    whole = [folder for folder, number in numbers.items() if number.isdigit() and _state(folder) is not None]
+    if wanted is True and not whole:
+        raise ValueError(
+            f"`resume_from_checkpoint` asks for the last checkpoint, but {arguments.output_dir!r} holds no whole one."
+        )
+    return str(max(whole, key=lambda folder: int(numbers[folder]))) if whole else None
+
+
+def step_of(checkpoint: str | None) -> int:
+    """The step at which a whole checkpoint was saved; 0 of none. To be asked before training, which may delete it."""
+    return 0 if checkpoint is None else _state(checkpoint)["global_step"]
+
+
+def _state(checkpoint: str | Path) -> dict | None:
+    try:
+        return json.loads(Path(checkpoint, TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class TrainingStopped(SystemExit):
@@ -35,12 +82,11 @@ class TrainingStopped(SystemExit):
 
 class SaveOnSigterm(TrainerCallback):
     """
-    After the step in which a SIGTERM came, to any rank: a log, a checkpoint, and [`TrainingStopped`].
+    After the step in which a SIGTERM came, to any rank: a log, an evaluation if it is due, a checkpoint, and
+    [`TrainingStopped`].
 
-    Between two steps, not within one as transformers' `enable_jit_checkpoint`: a forward of the vision tokenizer has
-    moved the codebooks already, and its batch would move them again after a resume. An evaluation that is due at that
-    step comes before the checkpoint, as always: the learning rate or the end of training may hang on it, and nothing
-    makes up for it. After the last step training ends as usual, with a warning.
+    transformers' `enable_jit_checkpoint` saves within a step: a forward of the vision tokenizer has moved the codebooks
+    by then, and its batch would move them again after a resume.
     """
 
     def __init__(self):
@@ -60,14 +106,11 @@ class SaveOnSigterm(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self, timeout: float):
-        """
-        Within this context SIGTERM is heeded; on all ranks together, which wait for each other for `timeout` seconds.
-        Python lets the main thread only do so.
-        """
+        """Within this context a SIGTERM to the main thread of any rank is heeded; ranks wait `timeout` seconds."""
         self.is_asked = self.is_stopping = False
-        is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # Between hosts: the ranks' flags never wait for a GPU.
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)) if is_distributed else None
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Between hosts: the ranks' flags never wait for a GPU.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask) if is_main else None
         self._is_listening.value = is_main
@@ -95,15 +138,11 @@ class SaveOnSigterm(TrainerCallback):
     def _ask(self, signum, frame) -> None:
         self.is_asked = True
 
-    def _any_rank_is_asked(self) -> bool:
-        if self._group is None:
-            return self.is_asked
-        asked = torch.tensor(int(self.is_asked), device="cpu")
-        dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
-        return bool(asked)
-
     def on_step_end(self, args, state, control, **kwargs):
-        if self._any_rank_is_asked():
+        asked = torch.tensor(int(self.is_asked), device="cpu")
+        if self._group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        if asked:
             control.should_log = control.should_save = True
             # The end of an epoch, which a run that is resumed after it does not come by.
             is_due = args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= state.epoch
@@ -127,10 +166,7 @@ class SaveOnSigterm(TrainerCallback):
 
 
 def _init_worker(worker_id: int, is_training, init) -> None:
-    """
-    First of all that a worker does. Not `SIG_IGN`: at its end the main process ends its workers by SIGTERM and waits
-    for them.
-    """
+    """First of all that a worker does. Not `SIG_IGN`: the main process ends its workers by SIGTERM and waits for them."""
 
     def heed(signum, frame):
         if not is_training.value:
