@@ -6,7 +6,6 @@ import dataclasses
 import glob
 import json
 import math
-import operator
 import os
 import sys
 import types
@@ -19,7 +18,6 @@ from transformers import HfArgumentParser
 from .optional_libraries import MissingLibraryError
 
 
-_ENDINGS = (".json", ".yaml", ".yml")
 # Fields that may name a file or folder to read. What is written (`output_dir`) belongs to whoever starts the script.
 _PATHS = (
     *("model_name_or_path", "siglip_model_name_or_path", "vision_tokenizer_name_or_path"),
@@ -28,6 +26,7 @@ _PATHS = (
     *("config_overrides", "learning_rates", "perceptual_weights", "inception_weights", "lpips_weights"),
     *("deepspeed", "fsdp_config", "accelerator_config", "resume_from_checkpoint"),
 )
+_WRONG_VALUE = (TypeError, ValueError, OverflowError)
 
 
 class SettingsError(ValueError):
@@ -53,10 +52,6 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
     of the Hub and what is in neither stay as they are. On the command line, and of what is written (`output_dir`),
     they are relative to the working directory.
 
-    Args:
-        dataclass_types (`tuple`): as of `HfArgumentParser`.
-        argv (`list[str]`, *optional*): by default the command line's.
-
     Raises:
         SettingsError: a `ValueError`, for a recipe that cannot be read or is no object, fields that are unknown,
             missing or of another type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to
@@ -66,25 +61,19 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
     # Or a misspelt option that begins another is taken for it.
     parser = HfArgumentParser(dataclass_types, allow_abbrev=False)
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0].endswith(_ENDINGS):
-        return parser.parse_dict(_read_recipe(argv[0], parser.dataclass_types, _given(parser, argv[1:])))
-    *settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    _check_unknown(unknown)
+    recipe = argv[0] if argv and argv[0].endswith((".json", ".yaml", ".yml")) else None
+    if recipe is None:
+        *settings, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    else:
+        # The options that are there, without the others' defaults.
+        for action in parser._actions:
+            action.default, action.required = argparse.SUPPRESS, False
+        given, unknown = parser.parse_known_args(argv[1:])
+    if unknown:
+        raise SettingsError(f"The command line has options that do not exist: {' '.join(unknown)}.")
+    if recipe is not None:
+        settings = parser.parse_dict(_read_recipe(recipe, parser.dataclass_types, vars(given)))
     return tuple(settings)
-
-
-def _given(parser: HfArgumentParser, argv: list[str]) -> dict:
-    """The options that are there, without the others' defaults."""
-    for action in parser._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    options, unknown = parser.parse_known_args(argv)
-    _check_unknown(unknown)
-    return vars(options)
-
-
-def _check_unknown(options: list[str]) -> None:
-    if options:
-        raise SettingsError(f"The command line has options that do not exist: {' '.join(options)}.")
 
 
 def _without_duplicates(pairs: list[tuple]) -> dict:
@@ -118,80 +107,62 @@ def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
         ) from error
     if not isinstance(recipe, dict):
         raise SettingsError(f"The recipe {path!r} must be an object of settings, got {type(recipe).__name__}.")
-    fields, hints = {}, {}
-    for dataclass_type in dataclass_types:
-        fields |= {field.name: field for field in dataclasses.fields(dataclass_type) if field.init}
-        hints |= typing.get_type_hints(dataclass_type)
+    fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
+    hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     unknown = sorted(str(name) for name in recipe if name not in fields)
     if unknown:
         raise SettingsError(f"The recipe {path!r} has settings that do not exist: {', '.join(unknown)}.")
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in {**recipe, **given}
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
+    needed = (n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING)
+    missing = [name for name in needed if name not in recipe and name not in given]
     if missing:
         raise SettingsError(f"The recipe {path!r} lacks {', '.join(missing)}.")
-    settings = {}
+    settings = dict(given)
     for name, value in recipe.items():
         if name in given:
             continue
         try:
             settings[name] = _converted(value, hints[name])
-        except (TypeError, ValueError, OverflowError):
-            kind = getattr(hints[name], "__name__", str(hints[name])) if isinstance(hints[name], type) else hints[name]
+        except _WRONG_VALUE:
+            kind = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
             raise SettingsError(f"`{name}` of the recipe {path!r} must be {kind}, got {value!r:.200}.") from None
         if name in _PATHS:
             settings[name] = _located(settings[name], path, name)
-    return {**settings, **given}
+    return settings
 
 
 def _converted(value, hint):
-    """The value as the type says; a number may be written as text, as YAML takes 1e-3 for. Raises otherwise."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = typing.get_args(hint)
-        if value is None and type(None) in kinds:
+    """The value as the type says; a number may be written as text, as YAML takes 1e-3 for. Raises `_WRONG_VALUE`."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
             return None
         # Text is text where it may be, and a whole number an integer.
-        order = sorted((kind for kind in kinds if kind is not type(None)), key=lambda kind: type(value) is not kind)
-        for kind in order:
-            try:
-                return _converted(value, kind)
-            except (TypeError, ValueError, OverflowError):
-                continue
+        for each in sorted(arguments, key=lambda each: type(value) is not each):
+            with contextlib.suppress(*_WRONG_VALUE):
+                return _converted(value, each)
         raise TypeError
-    if hint is typing.Any:
-        return value
-    if origin is list or hint is list:
-        (kind,) = typing.get_args(hint) or (typing.Any,)
-        if not isinstance(value, list):
-            raise TypeError
-        return [_converted(item, kind) for item in value]
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise TypeError
-        return value
-    if hint in (int, float):
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise TypeError
-        if hint is int:
-            with contextlib.suppress(TypeError, ValueError):  # such as 3.0 or "1e3"
-                return int(value) if isinstance(value, str) else operator.index(value)
-        number = float(value)
-        if not math.isfinite(number) or (hint is int and number != int(number)):
-            raise ValueError
-        return value if type(value) is hint else hint(number)
-    if hint is bool and type(value) is int and value in (0, 1):
+    if kind in (int, float):
+        return _number(value, kind)
+    if kind is bool and type(value) is int and value in (0, 1):
         return bool(value)
-    if hint in (str, bool):
-        if not isinstance(value, hint):
-            raise TypeError
-        return value
-    # Enumerations of transformers, which check their own values.
+    if kind in (str, bool, dict, list, type(None)) and not isinstance(value, kind):
+        raise TypeError
+    if kind is list and arguments:
+        return [_converted(item, arguments[0]) for item in value]
+    # Also enumerations of transformers, which check their own values.
     return value
+
+
+def _number(value, kind: type) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError
+    if kind is int and not isinstance(value, float):
+        with contextlib.suppress(ValueError):  # such as "1e3"
+            return int(value)
+    number = float(value)
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        raise ValueError
+    return kind(number)
 
 
 def _located(value, recipe: str, name: str):
