@@ -36,7 +36,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from unified_models import full_size_config, small_config  # noqa: E402
 
-from transformers_dualtoken.data.chat_collator import DualTokenDataCollator  # noqa: E402
+from transformers_dualtoken.data.collators import DualTokenDataCollator  # noqa: E402
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM  # noqa: E402
 from transformers_dualtoken.training.unified.throughput import StepCounts, TrainingFlops, find_peak_flops  # noqa: E402
 

@@ -27,9 +27,8 @@ from transformers import AutoProcessor
 from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
-from transformers_dualtoken.data.chat_sources import load_chat_sources
-from transformers_dualtoken.data.image_codes import PrecomputeSummary, precompute_codes
-from transformers_dualtoken.data.tokenizer_fingerprint import tokenizer_fingerprint
+from transformers_dualtoken.data import load_chat_sources, precompute_codes, tokenizer_fingerprint
+from transformers_dualtoken.data.codes import PrecomputeSummary
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training.arguments import json_object

@@ -34,7 +34,7 @@ with needed_libraries("Training by TRL"):
         get_quantization_config,
     )
 
-    from transformers_dualtoken.data.text_answers import TextAnswerCollator
+    from transformers_dualtoken.data import TextAnswerCollator
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from training_helpers import TINY_IMAGE_POSITIONS as N
 from training_helpers import build_tiny_processor, say, write_images
 
-from transformers_dualtoken.data.chat_collator import pack
-from transformers_dualtoken.data.chat_source import BadSampleError
+from transformers_dualtoken.data.collators import pack
+from transformers_dualtoken.data.samples import BadSampleError
 from transformers_dualtoken.training import (
     ChatEncoder,
     ChatSource,

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from training_helpers import noise
 
-from transformers_dualtoken.data import chat_rows
-from transformers_dualtoken.data.chat_source import BadSampleError, ChatSource
-from transformers_dualtoken.data.chat_sources import load_chat_sources
-from transformers_dualtoken.data.sample_stream import SampleStream
+from transformers_dualtoken.data import files
+from transformers_dualtoken.data.samples import BadSampleError, ChatSource
+from transformers_dualtoken.data.sources import load_chat_sources
+from transformers_dualtoken.data.streams import SampleStream
 from transformers_dualtoken.image_reading import read_image
 
 
@@ -469,11 +469,11 @@ def test_json_arrays_are_read_item_by_item(tmp_path, monkeypatch):
     for padding in range(65_520, 65_540):
         content = " [" + json.dumps({"text": "p" * padding}) + " ,\n" + json.dumps(rows)[1:]
         path = write(tmp_path / "a.json", content)
-        found = [json.loads(row["line"]) for row in chat_rows.iterate_rows([str(path)], "json")]
+        found = [json.loads(row["line"]) for row in files.iterate_rows([str(path)], "json")]
         assert found == [{"text": "p" * padding}, *rows]
         number = write(tmp_path / "b.json", json.dumps([{"text": "p" * padding}, 1234567]))
-        assert [row["line"] for row in chat_rows.iterate_rows([str(number)], "json")][1:] == [b"1234567"]
-    assert [row["number"] for row in chat_rows.iterate_rows([str(path)], "json")] == [1, 2, 3, 4, 5, 6]
+        assert [row["line"] for row in files.iterate_rows([str(number)], "json")][1:] == [b"1234567"]
+    assert [row["number"] for row in files.iterate_rows([str(path)], "json")] == [1, 2, 3, 4, 5, 6]
     for end in (-1, -20, -40_000, 70_000):
         write(path, content[:end])
         with pytest.raises(ValueError, match="a.json' is truncated or damaged at item [2-7] "):
@@ -691,7 +691,7 @@ def test_bad_documents_are_refused(tmp_path, row, match):
 
 
 def test_code_folders_are_handed_on(tmp_path, monkeypatch):
-    from transformers_dualtoken.data import chat_sources
+    from transformers_dualtoken.data import sources as chat_sources
 
     write(tmp_path / "codes/dualtoken_codes.json", "{}")
     calls = []
@@ -759,7 +759,7 @@ def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
         )
         return dataset.to_iterable_dataset() if streaming else dataset
 
-    monkeypatch.setattr("transformers_dualtoken.data.image_sources.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("transformers_dualtoken.data.files.datasets.load_dataset", load_dataset)
     path = write(tmp_path / "m.yaml", "- {path: someone/pairs, name: small, split: test}\n")
     assert examples(path) == [chat("c", [image({"bytes": png(0), "path": None})], id="k")]
     assert asked == [("someone/pairs", "small", "test", False), ("someone/pairs", "small", "test", True)]
@@ -784,10 +784,10 @@ def test_specs_are_checked(tmp_path):
             {"path": path, "format": "caption"},
             r"lacks a column; it has \['text'\], and needs image_column: image or jpg",
         ),
-        ({"path": path, "format": "messages"}, "none of the columns messages"),
+        ({"path": path, "format": "messages"}, "lacks a column; .* needs one of messages, prompt"),
         ({"path": path, "text_column": "body"}, "text_column: body"),
         ({"path": path, "sample_by": "word"}, "`sample_by` .* must be one of document, line"),
-        ({"path": path, "name": "small"}, "configuration of a data set on the Hub"),
+        ({"path": path, "name": "small"}, "`name` and `data_files` are for data sets on the Hub"),
         ({"path": path, "weight": 0}, "must be a finite number above 0"),
         ({"path": path, "weight": True}, "must be a finite number above 0"),
         ([{"path": path, "weight": 1}, path], "Either all sources of a mixture have a weight or none"),

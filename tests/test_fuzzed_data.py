@@ -13,8 +13,8 @@ import pytest
 from training_helpers import TINY_IMAGE_POSITIONS as N
 from training_helpers import build_tiny_processor, noise
 
-from transformers_dualtoken.data.chat_source import BadSampleError
-from transformers_dualtoken.data.chat_sources import RowToExample
+from transformers_dualtoken.data.samples import BadSampleError
+from transformers_dualtoken.data.sources import RowToExample
 from transformers_dualtoken.recipe_files import parse_settings
 from transformers_dualtoken.training import ChatEncoder, load_chat_sources
 

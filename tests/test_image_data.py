@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -22,12 +23,15 @@ from PIL import EpsImagePlugin, Image, ImageFile
 from torch.utils.data import DataLoader
 
 from transformers_dualtoken import DualTokenImageProcessorPil
-from transformers_dualtoken.data import image_sources
-from transformers_dualtoken.data.image_data import DualTokenImageDataset, collate_images
-from transformers_dualtoken.data.image_reading import ImagePreparation
-from transformers_dualtoken.data.image_sources import load_image_dataset, undecoded
-from transformers_dualtoken.data.image_stream import DualTokenImageStream
-from transformers_dualtoken.data.sample_stream import StreamProgress
+from transformers_dualtoken.data import (
+    DualTokenImageDataset,
+    DualTokenImageStream,
+    StreamProgress,
+    collate_images,
+    files,
+    load_image_dataset,
+)
+from transformers_dualtoken.data.images import ImagePreparation, undecoded
 from transformers_dualtoken.image_reading import ImageBounds, UnreadableImageError, read_image
 
 
@@ -504,8 +508,52 @@ def test_columns_to_keep(tmp_path):
     with pytest.raises(ValueError, match="no column 'caption'; it has"):
         load_image_dataset(tmp_path / "images", keep_columns=["caption"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="nothing at .*empty' that `datasets` can read"):
+    with pytest.raises(ValueError, match="There are no images, parquet files or webdataset shards at .*empty'"):
         load_image_dataset(tmp_path / "empty", keep_columns=["label"])
+
+
+@pytest.mark.parametrize("layout", ["cats dogs test", "train test", "flat"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_reads_the_same_with_and_without_labels(tmp_path, layout, streaming):
+    """The same files of the same split; the classes of all splits are numbered together."""
+    places = {
+        "cats dogs test": {"cats/0.png": 0, "cats/1.png": 0, "dogs/2.png": 1, "test/3.png": None},
+        "train test": {"train/cats/0.png": 0, "train/dogs/1.png": 1, "train/cats/2.png": 0, "test/dogs/3.png": 1},
+        "flat": {f"{number}.png": None for number in range(3)} | {"val/3.png": None},
+    }[layout]
+    for number, place in enumerate(places):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(flat(number))
+    other = "validation" if layout == "flat" else "test"
+    for split, expected in (("train", [0, 1, 2]), (other, [3])):
+        plain = load_image_dataset(tmp_path, split=split, streaming=streaming)
+        assert loaded_numbers(plain) == expected
+        arguments = {"split": split, "streaming": streaming, "keep_columns": ["label"]}
+        if layout == "flat" or (layout == "cats dogs test" and split == "test"):  # images without a class
+            with pytest.raises(ValueError, match=r"no column 'label'; it has \['image'\]"):
+                load_image_dataset(tmp_path, **arguments)
+            continue
+        labelled = load_image_dataset(tmp_path, **arguments)
+        assert loaded_numbers(labelled) == expected and labelled.features["label"].names == ["cats", "dogs"]
+        found = {Path(row["image"]["path"]).name: row["label"] for row in labelled}
+        assert found == {Path(place).name: places[place] for place in places if Path(place).name in found}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_columns_of_the_metadata_of_a_folder(tmp_path, ending):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(flat(number))
+    table = pa.table({"file_name": ["0.png", "2.png"], "label": [5, 6], "text": ["a", "b"]})
+    if ending == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, table.to_pylist())))
+    else:
+        {"csv": pyarrow.csv.write_csv, "parquet": pq.write_table}[ending](table, tmp_path / f"metadata.{ending}")
+    for streaming in (False, True):
+        rows = load_image_dataset(tmp_path, streaming=streaming, keep_columns=["text", "label"])
+        assert loaded_numbers(rows) == [0, 1, 2] == loaded_numbers(load_image_dataset(tmp_path, streaming=streaming))
+        assert [(row["text"], row["label"]) for row in rows] == [("a", 5), (None, None), ("b", 6)]
+    with pytest.raises(ValueError, match=r"no column 'caption'; it has \['image'\]"):
+        load_image_dataset(tmp_path, keep_columns=["caption"])
 
 
 @pytest.mark.parametrize("values", [[1, 2], [[1, 2], [3]], [{"a": 1}], [{"bytes": 1}], [{"path": {"bytes": b""}}]])
@@ -566,7 +614,7 @@ def bomb(kind: str, path: Path) -> Path:
 def test_tar_bomb_is_an_unreadable_image(tmp_path, monkeypatch, caplog, kind):
     path = bomb(kind, tmp_path / "a.tar")
     if kind == "large":
-        monkeypatch.setattr(image_sources, "MAX_FILE_BYTES", len(encoded(noise(0))) - 1)
+        monkeypatch.setattr(files, "MAX_FILE_BYTES", len(encoded(noise(0))) - 1)
     rows = list(load_image_dataset(path, streaming=True))
     assert [row["image"]["path"] for row in rows] == [f"{path}/{number}.png" for number in range(3)]
     assert [bool(row["image"]["bytes"]) for row in rows] == [True, False, True]
@@ -745,7 +793,7 @@ def test_broken_shard_names_itself(tmp_path, damage, streaming):
         broken.write_bytes(data[:4] + b"x" * 500 + data[504:])
     else:
         broken.write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=rf"The shard '{broken}' cannot be read, it is truncated or damaged"):
+    with pytest.raises(ValueError, match=rf"The file '{broken}' cannot be read, it is truncated or damaged"):
         list(load_image_dataset(tmp_path, streaming=streaming))
 
 
@@ -930,7 +978,7 @@ def test_stream_with_unreadable_images_counts_and_resumes(tmp_path, image_proces
 
 
 def test_stream_that_can_give_nothing(tmp_path, image_processor, monkeypatch):
-    monkeypatch.setattr("transformers_dualtoken.data.sample_stream.MAX_SKIPPED_IN_A_ROW", 20)
+    monkeypatch.setattr("transformers_dualtoken.data.streams.MAX_SKIPPED_IN_A_ROW", 20)
     broken = datasets.Dataset.from_dict({"image": [b"text"] * 3}).to_iterable_dataset()
     with pytest.raises(ValueError, match="20 images of the stream in a row cannot be read. The last is"):
         next(iter(stream_of(broken, image_processor)))
@@ -946,7 +994,7 @@ def test_broken_shard_names_itself_in_a_worker(tmp_path, image_processor):
     path.write_bytes(path.read_bytes()[:700])
     stream = stream_of(load_image_dataset(tmp_path / "five", streaming=True), image_processor)
     iterator = iter(DataLoader(stream, 3, collate_fn=collate_images, num_workers=2))
-    with pytest.raises(ValueError, match=f"The shard '{path}' cannot be read"):
+    with pytest.raises(ValueError, match=f"The file '{path}' cannot be read"):
         list(iterator)
     iterator._shutdown_workers()  # which takes ten seconds if the garbage collector does it
 

@@ -25,7 +25,7 @@ from training_helpers import build_tiny_processor, say
 from transformers import SiglipImageProcessorPil
 
 from transformers_dualtoken import DualTokenImageProcessorPil, image_reading
-from transformers_dualtoken.data.chat_formats import convert_messages
+from transformers_dualtoken.data.formats import convert_messages
 from transformers_dualtoken.image_reading import (
     IMAGE_SOURCES,
     ImageBounds,

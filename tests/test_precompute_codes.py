@@ -26,11 +26,15 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizer,
     DualTokenVisionTokenizerProcessor,
 )
-from transformers_dualtoken.data import code_folder, image_codes
-from transformers_dualtoken.data.chat_source import BadSampleError, ChatSource
-from transformers_dualtoken.data.code_folder import is_code_folder, read_description
-from transformers_dualtoken.data.image_codes import load_code_source, precompute_codes
-from transformers_dualtoken.data.tokenizer_fingerprint import tokenizer_fingerprint
+from transformers_dualtoken.data import (
+    BadSampleError,
+    ChatSource,
+    load_code_source,
+    precompute_codes,
+    tokenizer_fingerprint,
+)
+from transformers_dualtoken.data import codes as codes_module
+from transformers_dualtoken.data.codes import is_code_folder, read_description
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -218,7 +222,7 @@ def test_integers_are_as_narrow_as_the_codebook_allows(
 def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monkeypatch):
     settings = {"batch_size": 2, "samples_per_shard": 2}
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "whole", **settings)
-    stopped, write = tmp_path / "stopped", code_folder._write_table
+    stopped, write = tmp_path / "stopped", codes_module._write_table
     num_written = []
 
     def failing(table, file):
@@ -228,7 +232,7 @@ def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monk
         num_written.append(1)
         write(table, file)
 
-    monkeypatch.setattr(code_folder, "_write_table", failing)
+    monkeypatch.setattr(codes_module, "_write_table", failing)
     with pytest.raises(KeyboardInterrupt):
         precompute_codes(tokenizer, image_processor, sources, stopped, **settings)
     monkeypatch.undo()
@@ -327,7 +331,7 @@ def test_bad_samples_are_skipped_and_counted(tokenizer, image_processor, images,
 
 
 def test_nothing_but_bad_samples_is_refused(tokenizer, image_processor, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(image_codes, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(codes_module, "MAX_SKIPPED_IN_A_ROW", 3)
     source = make_source(images, [("faulty", [])] * 4)
     with pytest.raises(ValueError, match="3 samples in a row cannot be used. The last is 2 of chats: it is faulty"):
         precompute_codes(tokenizer, image_processor, [source], tmp_path, on_bad_sample="skip")

@@ -13,7 +13,7 @@ from tiny_models import tiny_tokenizer_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
-from transformers_dualtoken.data.chat_sources import _check_keys
+from transformers_dualtoken.data.sources import _check_spec
 from transformers_dualtoken.recipe_files import SettingsError, parse_settings, run_script
 
 
@@ -137,7 +137,7 @@ def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
     assert model.model_name_or_path == before and settings["output_dir"] == f"unified_stage{stage}"
     sources = yaml.safe_load((EXAMPLES / "configs" / data.train_dataset).read_text())["sources"]
     for source in sources:
-        _check_keys(source)
+        _check_spec(source)
         assert source["weight"] > 0
 
 

@@ -9,7 +9,7 @@ from datasets import Dataset
 from tiny_models import lively_unified_model, tiny_unified_config
 from training_helpers import build_tiny_processor, noise
 
-from transformers_dualtoken.data.text_answers import TextAnswerCollator
+from transformers_dualtoken.data import TextAnswerCollator
 
 
 IMAGE = 51

@@ -48,8 +48,7 @@ class ImageBatches:
     ):
         # With libraries that the core does not need.
         with needed_libraries("`ImageBatches`"):
-            from ..data.image_reading import ImagePreparation
-            from ..data.image_sources import undecoded
+            from ..data.images import ImagePreparation, undecoded
 
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
@@ -104,7 +103,7 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> tuple[torch.Tensor, int | None, list[str]] | None:
         """Image `(3, S, S)`, label and captions of a row of the data set; `None` if its image cannot be read."""
-        from ..data.image_reading import report_skipped
+        from ..data.images import report_skipped
 
         value = row[self.image_column]
         name, label, captions = image_name(value) or "(without a name)", None, []

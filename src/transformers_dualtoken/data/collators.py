@@ -1,6 +1,24 @@
-"""Batches of conversations and documents, padded or packed."""
+"""Batches: of images, and of conversations and documents, padded or packed."""
+
+from collections.abc import Callable
 
 import torch
+
+
+def collate_images(samples: list[dict]) -> dict:
+    """
+    A batch of samples: `pixel_values` `(B, 3, S, S)`, `num_skipped` `(1,)`, their sum, and of a stream
+    `stream_position`, where it is after the last of them.
+    """
+    if not samples:
+        raise ValueError("A batch must have at least one sample, got none.")
+    batch = {
+        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
+        "num_skipped": torch.tensor([sum(sample["num_skipped"] for sample in samples)]),
+    }
+    if "stream_position" in samples[-1]:
+        batch["stream_position"] = samples[-1]["stream_position"]
+    return batch
 
 
 class DualTokenDataCollator:
@@ -99,3 +117,34 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
         if max(fill) <= capacity:
             return rows + packed
         count += 1
+
+
+class TextAnswerCollator:
+    """
+    Another collator, whose labels are checked: no image may be a target.
+
+    TRL's `SFTTrainer` computes the loss itself, over every label, by the text head: it would teach the text head to
+    say `<image_pad>`, and the depth heads nothing. Images belong into questions there, and questions are no targets
+    (`assistant_only_loss=True`). Answers with images take [`DualTokenTrainer`].
+
+    Args:
+        collator (`Callable`): samples -> a batch with `labels` `(B, L)`, for instance the `data_collator` of an
+            `SFTTrainer`.
+        image_token_id (`int`): of the model's config.
+
+    Raises:
+        ValueError: when called, if an image is labelled; names the samples by their number in the batch.
+    """
+
+    def __init__(self, collator: Callable, image_token_id: int):
+        self.collator, self.image_token_id = collator, image_token_id
+
+    def __call__(self, samples: list) -> dict[str, torch.Tensor]:
+        batch = self.collator(samples)
+        rows = (batch["labels"] == self.image_token_id).any(-1).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"The samples {rows} of this batch have images among their targets, but only text is learned here. "
+                "Images in questions: set `assistant_only_loss=True`. Images in answers: train with DualTokenTrainer."
+            )
+        return batch

@@ -1,4 +1,4 @@
-"""Samples from streams of `datasets`, which go on exactly where a stopped run was."""
+"""Samples from streams, which go on exactly where a stopped run was."""
 
 import itertools
 import random
@@ -8,7 +8,18 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 from transformers.utils.versions import require_version
 
-from .image_reading import MAX_NAMED, MAX_SKIPPED_IN_A_ROW
+from ..image_reading import UnreadableImageError, image_name
+from .encoding import ChatEncoder
+from .images import ImagePreparation, undecoded
+from .samples import (
+    MAX_NAMED,
+    MAX_SKIPPED_IN_A_ROW,
+    BadSampleError,
+    ChatSource,
+    check_bad_sample_rule,
+    check_weights,
+    refusal,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -23,18 +34,14 @@ class SampleStream(IterableDataset):
     Base of the streams that training reads: rows of one streamed data set, or of several mixed by weight.
 
     The rows are divided over the readers: the workers of the `DataLoader` on all ranks. A reader gets shards of its
-    own where there are enough (a multiple of the readers, or at least four each), and else every n-th row of all
-    shards; then each reader reads everything, but prepares its own share only. In every epoch of a data set its shards
-    come in another order, and each reader shuffles the raw rows of one block of `shuffle_buffer_size` after the other.
-    From which data set the next sample comes is drawn by weight. All of this depends on the seed, the epoch, the rank
-    and the worker only, and so does what is drawn for a sample.
+    own where there are enough (at least four each), and else every n-th row of all shards; then each reader reads
+    everything, but prepares its own share only. In every epoch of a data set its shards come in another order, and each
+    reader shuffles the raw rows of one block of `shuffle_buffer_size` after the other, which it holds in memory. All of
+    this, and what is drawn for a sample, depends on the seed, the epoch, the rank and the worker only.
 
     Every sample carries its `"stream_position"`. A run that is resumed by `load_state_dict`, with what
-    [`StreamProgress`] made of the positions, gets bit for bit the samples an uninterrupted one would have got, from
-    the same data, and with the same numbers of ranks and workers. Only the blocks at hand are read again (and, without
-    decoding, what `datasets` has to read of their shards to get there).
-
-    A block of raw rows of each data set is held in memory by every worker.
+    [`StreamProgress`] made of the positions, gets bit for bit the samples an uninterrupted one would have got, from the
+    same data and with the same numbers of ranks and workers. Only the blocks at hand are read again.
 
     Args:
         datasets (`list[datasets.IterableDataset]`): of raw rows.
@@ -51,7 +58,7 @@ class SampleStream(IterableDataset):
 
     Raises:
         ValueError: for settings out of range, a reader without rows, more unusable rows in a row than
-            [`MAX_SKIPPED_IN_A_ROW`], and a position of a stream with other settings.
+            `MAX_SKIPPED_IN_A_ROW`, and a position of a stream with other settings.
     """
 
     # What a sample of this stream is called in messages.
@@ -127,10 +134,9 @@ class SampleStream(IterableDataset):
         position = self._resumed["positions"].get(worker, {"drawn": 0, "sources": [_BEGINNING] * len(self.datasets)})
         position = {**position, **settings, "worker": worker}
 
-        reader = _Reader(position["rank"] * num_workers + worker, position["world_size"] * num_workers)
         places = list(position["sources"])
         rows = [
-            self._rows(dataset, place, position, reader, f"{position['seed']}/{source}")
+            self._rows(dataset, place, position, f"{position['seed']}/{source}")
             for source, (dataset, place) in enumerate(zip(self.datasets, places))
         ]
         left, drawn, num_skipped, num_named = list(range(len(rows))), position["drawn"], 0, 0
@@ -166,12 +172,12 @@ class SampleStream(IterableDataset):
             }
             num_skipped = 0
 
-    def _rows(self, dataset, place: dict, position: dict, reader: "_Reader", seed: str):
+    def _rows(self, dataset, place: dict, position: dict, seed: str):
         """The rows of one data set for one reader, each with the seed of what is drawn for it, and the place after it."""
         for epoch in itertools.count(place["epoch"]) if self.repeat else (place["epoch"],):
             has_rows = False
             key = f"{seed}/{epoch}/{position['rank']}/{position['worker']}"
-            for rows, start in self._blocks(dataset, place, epoch, position, reader, seed):
+            for rows, start in self._blocks(dataset, place, epoch, position, seed):
                 has_rows = True
                 order = list(range(len(rows)))
                 random.Random(f"{key}/block {start['block']}").shuffle(order)
@@ -188,15 +194,16 @@ class SampleStream(IterableDataset):
                 )
             place = {**_BEGINNING, "epoch": epoch + 1}
 
-    def _blocks(self, dataset, place: dict, epoch: int, position: dict, reader: "_Reader", seed: str):
+    def _blocks(self, dataset, place: dict, epoch: int, position: dict, seed: str):
         """The raw rows of block after block of one epoch, each with the place of its beginning."""
         # By turns: some have a shard more than others, and with few shards a reader would see the same rows always.
-        turn = (reader.index + epoch) % reader.count
+        num_readers = position["world_size"] * position["num_workers"]
+        turn = (position["rank"] * position["num_workers"] + position["worker"] + epoch) % num_readers
         # A new data set every time, since the epoch of `dataset` is in memory that all workers share.
-        if dataset.num_shards >= _MIN_SHARDS_PER_READER * reader.count:
-            stream = dataset.shard(reader.count, turn, contiguous=False)
+        if dataset.num_shards >= _MIN_SHARDS_PER_READER * num_readers:
+            stream = dataset.shard(num_readers, turn, contiguous=False)
         else:
-            stream = split_dataset_by_node(dataset, rank=turn, world_size=reader.count)
+            stream = split_dataset_by_node(dataset, rank=turn, world_size=num_readers)
         # What `datasets` calls the epoch is the seed of the order of the shards; 0 would be their own.
         stream.set_epoch(random.Random(f"{seed}/{epoch}/shards").randrange(1, 2**62))
         if place["state"] is not None:
@@ -207,13 +214,6 @@ class SampleStream(IterableDataset):
             yield [dict(zip(columns, values)) for values in zip(*block.values())], place
             # Where the next block begins; the places within a block share this object.
             place = {**place, "block": place["block"] + 1, "index": 0, "state": stream.state_dict()}
-
-
-class _Reader:
-    """Which of how many readers of a stream one worker is."""
-
-    def __init__(self, index: int, count: int):
-        self.index, self.count = index, count
 
 
 class StreamProgress:
@@ -235,3 +235,81 @@ class StreamProgress:
         """Begin from a saved state: until they deliver a batch again, its workers' positions stay as they are."""
         self._positions = {str(worker): position for worker, position in state["positions"].items()}
         self._next_worker = state["next_worker"]
+
+
+class DualTokenImageStream(SampleStream):
+    """
+    Images of a streamed `datasets` data set as `pixel_values`, with the augmentation of [`DualTokenImageDataset`].
+
+    Args:
+        dataset (`datasets.IterableDataset`): with a column of images.
+        image_processor, image_column, crop_scale, reducing_gap: see [`DualTokenImageDataset`].
+        kwargs: of [`SampleStream`].
+
+    Yields:
+        `{"pixel_values": (3, S, S) float32, "num_skipped": int, "stream_position": dict}`: the image, how many
+        unreadable ones were passed over before it, and where the stream is after it.
+
+    Raises:
+        ValueError: as [`SampleStream`], and for a column that is missing.
+    """
+
+    noun = "image"
+    passed_over = (UnreadableImageError,)
+
+    def __init__(
+        self,
+        dataset,
+        image_processor,
+        image_column: str = "image",
+        crop_scale=(0.9, 1.0),
+        seed: int = 0,
+        reducing_gap: float | None = 2.0,
+        **kwargs,
+    ):
+        super().__init__([undecoded(dataset, image_column)], seed=seed, **kwargs)
+        self.image_preparation = ImagePreparation(image_processor, crop_scale, reducing_gap)
+        self.image_column = image_column
+
+    def prepare(self, source: int, row: dict, key: str) -> dict:
+        return {"pixel_values": self.image_preparation(row[self.image_column], key)}
+
+    def row_name(self, source: int, row: dict) -> str | None:
+        return image_name(row[self.image_column])
+
+
+class DualTokenChatStream(SampleStream):
+    """
+    Samples of streamed sources, as [`ChatEncoder`] makes them; `"num_cut"` (`int`) says whether one was cut to the
+    encoder's `max_length`.
+
+    Args:
+        sources (`list[ChatSource]`): of `load_chat_sources(..., streaming=True)`; several need weights.
+        encoder ([`ChatEncoder`]).
+        on_bad_sample (`str`, defaults to `"error"`): `"error"` ends the stream at a sample that cannot be trained on,
+            and names it; `"skip"` passes it over, counts it and logs its name.
+        kwargs: of [`SampleStream`].
+    """
+
+    def __init__(self, sources: list[ChatSource], encoder: ChatEncoder, on_bad_sample: str = "error", **kwargs):
+        check_bad_sample_rule(on_bad_sample)
+        if not sources:
+            raise ValueError("There are no sources to train on.")
+        weights = [source.weight for source in sources]
+        check_weights([source.name for source in sources], weights)
+        super().__init__([source.dataset for source in sources], None if None in weights else weights, **kwargs)
+        self.sources, self.encoder = sources, encoder
+        self.passed_over = (BadSampleError,) if on_bad_sample == "skip" else ()
+
+    def prepare(self, source: int, row: dict, key: str) -> dict:
+        try:
+            encoded = self.encoder.encode(self.sources[source].to_example(row))
+            return {**self.encoder.sample(encoded, key), "num_cut": int(encoded.cut)}
+        except BadSampleError as error:
+            if self.passed_over:
+                raise
+            raise refusal(self.row_name(source, row) or f"at {key} of {self.sources[source].name}", error) from error
+
+    def row_name(self, source: int, row: dict) -> str | None:
+        identity = self.sources[source].sample_id(row)
+        return None if identity is None else f"{identity} of {self.sources[source].name}"

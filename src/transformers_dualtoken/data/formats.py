@@ -9,7 +9,7 @@ import numpy as np
 
 from ..chat_dualtoken import CODE_KEYS, ROLES, normalize_chats, part_image
 from ..image_reading import UnreadableImageError, locate_image
-from .chat_source import BadSampleError
+from .samples import BadSampleError
 
 
 TASKS = ("draw", "describe", "both")

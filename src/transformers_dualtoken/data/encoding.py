@@ -19,7 +19,7 @@ from ..chat_dualtoken import (
 )
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..processing_dualtoken import DualTokenProcessor
-from .chat_source import BadSampleError
+from .samples import BadSampleError
 
 
 @dataclass

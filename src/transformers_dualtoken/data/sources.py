@@ -5,7 +5,7 @@ import glob
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,16 +15,25 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
-from .chat_formats import FORMATS, TASKS, Format, detect_format
-from .chat_rows import find_files, iterate_rows, kind_of, load_rows, parse_line, parse_tar_sample
-from .chat_source import BadSampleError, ChatSource, check_weights
-from .code_folder import is_code_folder
-from .image_codes import load_code_source
-from .image_sources import HUB_NAME, ROWS_LOOKED_AT, load_from_hub, load_saved
+from .codes import is_code_folder, load_code_source
+from .files import (
+    LINE_FEATURES,
+    ROWS_LOOKED_AT,
+    TAR_FEATURES,
+    choose_files,
+    dataset_of_shards,
+    find_files,
+    is_local,
+    iterate_rows,
+    load_ready,
+    may_be_hub_name,
+    parse_row,
+)
+from .formats import FORMATS, TASKS, detect_format
+from .samples import BadSampleError, ChatSource, check_weights
 
 
 _SPEC_KEYS = ("path", "format", "weight", "split", "name", "image_folder")
-_MIXTURE_ENDINGS = (".json", ".yaml", ".yml")
 # A larger JSON file (1 MiB) is data and no mixture.
 _MAX_MIXTURE_BYTES = 2**20
 # Of so many files rows are looked at for the columns.
@@ -37,7 +46,7 @@ class RowToExample:
     Makes a raw row an example.
 
     Attributes:
-        format (`str`): of [`FORMATS`].
+        format (`str`): of `FORMATS`.
         kind (`str`): of the row: `"line"` of a file, `"tar"` sample, or `"columns"`.
         folder (`str`, *optional*): of relative image paths; `None` is that of the row's file.
         options (`dict`): of the format.
@@ -49,31 +58,19 @@ class RowToExample:
     options: dict = field(default_factory=dict)
 
     def __call__(self, row: Mapping) -> dict:
-        name = {"line": "{file}:{number}", "tar": "{key}", "columns": ""}[self.kind].format_map(row)
-        name = os.path.basename(name) if self.kind == "line" else name
+        name, folder = "", self.folder
+        if self.kind != "columns":
+            name = row["key"] if self.kind == "tar" else f"{os.path.basename(row['file'])}:{row['number']}"
+            folder = os.path.dirname(row["file"]) if folder is None else folder
         try:
-            record = read_record(row, self.kind)
-            name = next(
-                (str(record[key]) for key in ("id", "__key__") if isinstance(record.get(key), (str, int))), name
-            )
-            folder = self.folder
-            if folder is None and self.kind != "columns":
-                folder = os.path.dirname(row["file"])
+            record = parse_row(row, self.kind)
+            own = [record[key] for key in ("id", "__key__") if isinstance(record.get(key), (str, int))]
+            name = str(own[0]) if own else name
             example = FORMATS[self.format].convert(record, folder, **self.options)
         except BadSampleError as error:
             error.sample_id = name or None
             raise
         return {**example, "id": name} if name else example
-
-
-def read_record(row: Mapping, kind: str) -> Mapping:
-    """The columns of a raw row. Raises [`BadSampleError`] for what cannot be parsed."""
-    if kind == "line":
-        return parse_line(row)
-    if kind == "tar":
-        return parse_tar_sample(row)
-    # The metadata of a webdataset on the Hub.
-    return {**row["json"], **row} if isinstance(row.get("json"), Mapping) else row
 
 
 def load_chat_sources(
@@ -94,32 +91,30 @@ def load_chat_sources(
                 and `{"type": "image", "image"}` (or OpenAI's `image_url`), or `prompt` and `completion`, two lists of
                 messages. Image parts without an image get those of the column `images` or `image`, in reading order;
               - `"llava"`: `conversations` of `{"from", "value"}`, `<image>` in the values for those of `image`;
-              - `"caption"`: an image and a caption; options `task` (`"draw"` the caption, `"describe"` the image, or
-                `"both"`, two sources that share the weight; default `"draw"`), `image_column`, `caption_column`,
-                `draw_prompt` (default `"{caption}"`), `describe_prompt` (default `"Describe this image."`);
+              - `"caption"`: an image and a caption; options `task` (`"draw"` the caption, the default, `"describe"` the
+                image, or `"both"`, two sources that share the weight), `image_column`, `caption_column`, `draw_prompt`
+                (default `"{caption}"`), `describe_prompt` (default `"Describe this image."`);
               - `"edit"`: an image, an instruction, the edited image; options `input_column`, `instruction_column`,
                 `edited_column`;
               - `"text"`: plain text; options `text_column`, `sample_by` of `.txt` files (`"document"`, the default, or
                 `"line"`);
               - `"interleaved"`: documents as `content`, a list of parts, or as `images` and `texts` with `None` where
                 the other one stands;
-              - `"codes"`: a folder with precomputed codes;
+              - `"codes"`: a folder of `precompute_codes`;
             - `weight` (`float`, *optional*): above 0; of all sources of a mixture or of none;
             - `split` (`str`, *optional*), `name` (`str`, *optional*): the configuration of a data set on the Hub;
             - `image_folder` (`str`, *optional*): folder or URL of relative image paths. By default that of the file
               they stand in; of parquet files in several folders the one that holds all of them.
 
-            Files are JSON lines, JSON (one array), CSV, `.txt` (the first three also compressed), parquet, or
-            webdataset shards. A folder of images with `metadata.jsonl` (or `.csv`, `.parquet`) is read by that file.
-            A webdataset sample has the fields of its `json`, `txt`, and `image` (or, of several, `input_image.jpg` as
-            `input_image`).
+            Files are JSON lines, JSON (one array), CSV, `.txt` (these also compressed), parquet, or webdataset shards.
+            A folder of images with `metadata.jsonl` (or `.csv`, `.parquet`) is read by that file. A webdataset sample
+            has the fields of its `json`, `txt`, and `image` (or, of several, `input_image.jpg` as `input_image`).
         split (`str`, defaults to `"train"`): of the sources that do not name one. Files and patterns are taken whole.
-        streaming (`bool`, defaults to `False`): read while training. Else rows are copied to the cache of `datasets`
-            and memory-mapped.
+        streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
         fingerprint (`str`, *optional*): of the vision tokenizer, which precomputed codes must have.
 
-    An image may be a URL, of any protocol that `fsspec` knows, and is then fetched while training: take data from people
-    you trust. Of a source with `task` `"both"` every image is read, and by `precompute_codes` encoded, twice.
+    An image may be a URL, of any protocol that `fsspec` knows, and is then fetched while training: take data from
+    people you trust. Of a source with `task` `"both"` every image is read twice.
 
     Raises:
         ValueError: for a source that cannot be read, unknown keys, a format that cannot be told, columns that are
@@ -127,9 +122,8 @@ def load_chat_sources(
     """
     specs = _read_specs(spec)
     for source in specs:
-        _check_keys(source)
-    # By number: a mixture may name a path twice.
-    check_weights({f"{source['path']} ({number})": source.get("weight") for number, source in enumerate(specs, 1)})
+        _check_spec(source)
+    check_weights([source["path"] for source in specs], [source.get("weight") for source in specs])
     sources = []
     for source in specs:
         sources += _load_source({"split": split, **source}, streaming, fingerprint)
@@ -162,22 +156,22 @@ def _read_specs(spec) -> list[dict]:
         source = {"path": source} if isinstance(source, (str, os.PathLike)) else source
         if not isinstance(source, Mapping) or not isinstance(source.get("path"), (str, os.PathLike)):
             raise ValueError(f"A source of data is a path, or a dict with a 'path', got {source!r:.200}.")
-        source = {key: value for key, value in source.items() if value is not None}
-        source["path"] = os.path.expanduser(os.fspath(source["path"]))
-        if folder is not None:
-            source["path"] = _relative_to(folder, source["path"])
+        specs[index] = source = {key: value for key, value in source.items() if value is not None}
+        source["path"] = path = os.path.expanduser(os.fspath(source["path"]))
+        # Of a mixture file; but what is not there may be the name of a data set on the Hub, which looks like a path.
+        joined = os.path.join(folder or "", path)
+        source["path"] = path if may_be_hub_name(path) and not os.path.exists(joined) else joined
         if isinstance(source.get("image_folder"), (str, os.PathLike)):
             place = os.path.expanduser(os.fspath(source["image_folder"]))
             source["image_folder"] = place if "://" in place else os.path.join(folder or "", place)
-        specs[index] = source
     return specs
 
 
 def _read_mixture(path: str):
     """What a JSON or YAML file says if it is a mixture; `None` if it is something else, such as data."""
-    if not path.lower().endswith(_MIXTURE_ENDINGS) or not os.path.isfile(path):
-        return None
     is_json = path.lower().endswith(".json")
+    if not path.lower().endswith((".json", ".yaml", ".yml")) or not os.path.isfile(path):
+        return None
     if is_json and os.path.getsize(path) > _MAX_MIXTURE_BYTES:
         return None
     with open(path, encoding="utf-8") as file:
@@ -199,56 +193,46 @@ def _read_mixture(path: str):
     )
 
 
-def _relative_to(folder: str, path: str) -> str:
-    """A path of a mixture file. What is not there may be the name of a data set on the Hub, which looks like one."""
-    joined = os.path.join(folder, path)
-    is_hub_name = HUB_NAME.fullmatch(path) and kind_of(path) is None
-    return path if is_hub_name and not os.path.exists(joined) else joined
-
-
-def _check_keys(source: Mapping) -> None:
+def _check_spec(source: Mapping) -> None:
     """Raise for what is wrong with a source whatever its data is."""
+    path, name = source["path"], source.get("format")
     if not all(isinstance(key, str) for key in source):
         raise ValueError(f"The keys of a source must be strings, got {list(source)!r:.200}.")
     formats = {**{name: [*known.roles, *known.options] for name, known in FORMATS.items()}, "codes": []}
-    name = source.get("format")
     if name is not None and name not in list(formats):  # which compares, where the name may be anything
-        raise ValueError(f"The format of {source['path']!r} must be one of {', '.join(formats)}, got {name!r}.")
-    options = formats[name] if name is not None else [option for known in formats.values() for option in known]
-    unknown = sorted(set(source) - {*_SPEC_KEYS, *options})
+        raise ValueError(f"The format of {path!r} must be one of {', '.join(formats)}, got {name!r}.")
+    keys = [*_SPEC_KEYS, *(formats[name] if name is not None else itertools.chain.from_iterable(formats.values()))]
+    unknown = sorted(set(source) - set(keys))
     if unknown:
         of_format = f" of the format {name!r}" if name is not None else ""
         raise ValueError(
-            f"The source {source['path']!r} has the unknown keys {', '.join(unknown)}; the keys{of_format} are "
-            f"{', '.join([*_SPEC_KEYS, *options])}."
+            f"The source {path!r} has the unknown keys {', '.join(unknown)}; the keys{of_format} are {', '.join(keys)}."
         )
     for key, value in source.items():
         if key not in ("path", "weight") and not isinstance(value, str):
-            raise ValueError(f"`{key}` of {source['path']!r} must be a string, got {value!r:.100}.")
+            raise ValueError(f"`{key}` of {path!r} must be a string, got {value!r:.100}.")
     for option, values in (("task", TASKS), ("sample_by", ("document", "line"))):
-        if option in source and source[option] not in values:
-            raise ValueError(
-                f"`{option}` of {source['path']!r} must be one of {', '.join(values)}, got {source[option]!r}."
-            )
+        if source.get(option, values[0]) not in values:
+            raise ValueError(f"`{option}` of {path!r} must be one of {', '.join(values)}, got {source[option]!r}.")
     if "{caption}" not in source.get("draw_prompt", "{caption}"):
         raise ValueError(
             f"`draw_prompt` must have '{{caption}}' where the caption goes, got {source['draw_prompt']!r}."
         )
     folder = source.get("image_folder")
     if folder is not None and "://" not in folder and not os.path.isdir(folder):
-        raise ValueError(f"The `image_folder` {folder!r} of {source['path']!r} is not a folder.")
+        raise ValueError(f"The `image_folder` {folder!r} of {path!r} is not a folder.")
 
 
 def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[ChatSource]:
     path, weight = spec["path"], spec.get("weight")
-    if spec.get("format", "codes") == "codes" and (is_code_folder(path) or "format" in spec):
+    is_codes = is_code_folder(path)
+    if spec.get("format", "codes") == "codes" and (is_codes or "format" in spec):
         return [load_code_source(path, weight=weight, streaming=streaming, fingerprint=fingerprint)]
-    if is_code_folder(path):
+    if is_codes:
         raise ValueError(
             f"The folder {path!r} holds precomputed codes: its format is 'codes', not {spec['format']!r}."
         )
-
-    dataset, kind, folder, rows = _load_rows(spec, streaming)
+    dataset, kind, folder, rows = _open_rows(path, spec, streaming)
     columns = set().union(*rows)
     name = spec.get("format") or detect_format(columns)
     if name is None:
@@ -256,86 +240,99 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
             f"The format of {path!r} cannot be told from its columns {sorted(columns)}. Say which by `format`: "
             f"{', '.join(FORMATS)}."
         )
-    _check_keys({**spec, "format": name})
+    _check_spec({**spec, "format": name})
     known = FORMATS[name]
-    roles = _find_roles(known, rows, spec)
-    if roles is None:
-        wanted = "; ".join(
-            f"{role}: {spec[role] if role in spec else ' or '.join(names)}" for role, names in known.roles.items()
-        )
+    # The column of each role, as most rows have them; of incomplete rows alone, as all of them together do.
+    found = collections.Counter(
+        tuple(roles.items()) for row in rows if (roles := known.find_columns(row, spec)) is not None
+    )
+    roles = dict(found.most_common(1)[0][0]) if found else known.find_columns(columns, spec)
+    if roles is None or not (known.roles or columns.intersection(known.columns)):
+        names = {role: spec[role] if role in spec else " or ".join(names) for role, names in known.roles.items()}
+        wanted = "; ".join(f"{role}: {name}" for role, name in names.items()) or f"one of {', '.join(known.columns)}"
         raise ValueError(
             f"The data {path!r} of format {name!r} lacks a column; it has {sorted(columns)}, and needs {wanted}."
-        )
-    if not (known.roles or set(known.columns) & set(columns)):
-        raise ValueError(
-            f"The data {path!r} has none of the columns {', '.join(known.columns)}; it has {sorted(columns)}."
         )
     if kind == "columns":
         dataset = _undecoded(dataset, [*known.columns, *roles.values(), "id", "__key__", "json"])
     options = {**known.options, **{option: spec[option] for option in known.options if option in spec}, **roles}
-    tasks = ("draw", "describe") if options.get("task") == "both" else (options.get("task"),)
-    if len(tasks) > 1 and weight is None and streaming:
-        weight = 1.0  # a single source, then: its two tasks are mixed evenly
-    sources = []
-    for task in tasks:
-        options_of_task = {**options, "task": task} if "task" in options else options
-        sources.append(
-            ChatSource(
-                name=_short_name(path) + (f" ({task})" if len(tasks) > 1 else ""),
-                dataset=dataset,
-                to_example=RowToExample(name, kind, spec.get("image_folder", folder), options_of_task),
-                weight=None if weight is None else weight / len(tasks),
-            )
+    folder, short_name = spec.get("image_folder", folder), _short_name(path)
+    if options.get("task") != "both":
+        return [ChatSource(short_name, dataset, RowToExample(name, kind, folder, options), weight)]
+    weight = 1.0 if weight is None and streaming else weight  # of a single source: its two tasks are mixed evenly
+    return [
+        ChatSource(
+            f"{short_name} ({task})",
+            dataset,
+            RowToExample(name, kind, folder, {**options, "task": task}),
+            weight and weight / 2,
         )
-    return sources
+        for task in ("draw", "describe")
+    ]
 
 
 def _short_name(path: str) -> str:
-    if not os.path.exists(path) and not glob.has_magic(path):
+    if not is_local(path):
         return path  # on the Hub
     path = Path(os.path.abspath(path))
     return os.path.join(path.parent.name, path.name) if glob.has_magic(path.name) else path.name
 
 
-def _load_rows(spec: Mapping, streaming: bool):
+def _open_rows(path: str, spec: Mapping, streaming: bool):
     """A source's data set, the kind of its rows, the folder of its relative image paths, and the columns of some rows."""
-    path, split = spec["path"], spec["split"]
-    if not os.path.exists(path) and not glob.has_magic(path):
-        dataset = load_from_hub(path, split, streaming, kind_of(path) is not None, name=spec.get("name"))
-        return dataset, "columns", None, _columns_of(dataset, path)
-    if "name" in spec:
-        raise ValueError(f"`name` is the configuration of a data set on the Hub, and {path!r} is a local path.")
-    if any(os.path.isfile(os.path.join(path, file)) for file in ("state.json", "dataset_dict.json")):
-        dataset = load_saved(path, split, streaming)
-        return dataset, "columns", path, _columns_of(dataset, path)
-    kind, files = find_files(path, split)
+    dataset = load_ready(path, spec["split"], streaming, name=spec.get("name"))
+    if dataset is not None:
+        return dataset, "columns", path if is_local(path) else None, _columns_of(dataset, path)
+    kind, files = _find_data(path, spec["split"])
     if kind == "parquet":
         dataset = _load_parquet(files, streaming)
         folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
         return dataset, "columns", folder, _columns_of(dataset, path)
-    sample_by = spec.get("sample_by", FORMATS["text"].options["sample_by"])
-    row_kind = "tar" if kind == "tar" else "line"
-    columns = _columns_of_files(files, kind, sample_by, path)
-    return load_rows(kind, files, streaming, sample_by), row_kind, None, columns
-
-
-def _columns_of_files(files: list[str], kind: str, sample_by: str, path: str) -> list[set[str]]:
-    """The columns of the first rows of the first file and of some others."""
+    row_kind, features = ("tar", TAR_FEATURES) if kind == "tar" else ("line", LINE_FEATURES)
+    options = {"kind": kind, "sample_by": spec.get("sample_by", "document")}
+    # The first rows of the first file and of some others.
     chosen = files[:: -(-len(files) // _FILES_LOOKED_AT)]
-    rows = itertools.chain.from_iterable(
-        itertools.islice(iterate_rows([file], kind, sample_by), -(-ROWS_LOOKED_AT // len(chosen))) for file in chosen
+    count = -(-ROWS_LOOKED_AT // len(chosen))
+    rows = itertools.chain.from_iterable(itertools.islice(iterate_rows([file], **options), count) for file in chosen)
+    columns = _columns_of_rows(rows, row_kind, path)
+    return dataset_of_shards(iterate_rows, files, features, streaming, **options), row_kind, None, columns
+
+
+def _find_data(path: str, split: str) -> tuple[str, list[str]]:
+    """The kind of files at a path or pattern, and those of the split."""
+    found = find_files(path)
+    metadata = {
+        kind: [file for file in found.get(kind, ()) if Path(file).name.split(".")[0] == "metadata"]
+        for kind in ("json", "csv", "parquet")
+    }
+    has_images = bool(found.get("image"))
+    kinds = [kind for kind in ("json", "csv", "parquet", "tar") if kind in found]
+    if os.path.isdir(path) and any(metadata.values()):
+        found = metadata
+    elif not kinds and not has_images:  # text counts where there is nothing else
+        kinds = ["txt"]
+    wanted = (
+        "is no data of conversations, captions or text (JSON lines, JSON, parquet, CSV, webdataset shards (.tar), text "
+        "(.txt) without images, or images with a metadata.jsonl)"
     )
-    return _columns_of_rows(rows, "tar" if kind == "tar" else "line", path)
+    return choose_files(path, found, kinds, split, wanted)
 
 
-def _columns_of_rows(rows, kind: str, path: str) -> list[set[str]]:
+def _columns_of(dataset, path: str) -> list[set[str]]:
+    if dataset.features is None:  # a stream of files without a schema
+        return _columns_of_rows(dataset.take(ROWS_LOOKED_AT), "columns", path)
+    fields = dataset.features.get("json")
+    return [{*dataset.features, *(fields if isinstance(fields, dict) else ())}]
+
+
+def _columns_of_rows(rows: Iterable, kind: str, path: str) -> list[set[str]]:
     """The columns of every row that can be parsed."""
     columns, error, count = [], None, 0
     try:
         for row in rows:
             count += 1
             try:
-                columns.append(set(read_record(row, kind)))
+                columns.append(set(parse_row(row, kind)))
             except BadSampleError as failure:
                 error = failure
     except ValueError:  # a file is damaged, which is named again where it is read
@@ -348,29 +345,13 @@ def _columns_of_rows(rows, kind: str, path: str) -> list[set[str]]:
     return columns
 
 
-def _columns_of(dataset, path: str) -> list[set[str]]:
-    if dataset.features is None:  # a stream of files without a schema
-        return _columns_of_rows(dataset.take(ROWS_LOOKED_AT), "columns", path)
-    fields = dataset.features.get("json")
-    return [{*dataset.features, *(fields if isinstance(fields, dict) else ())}]
-
-
-def _find_roles(known: Format, rows: list[set[str]], spec: Mapping) -> dict[str, str] | None:
-    """The column of each role, as most rows have them; of incomplete rows alone, as all of them together do."""
-    found = collections.Counter(
-        tuple(roles.items()) for columns in rows if (roles := known.find_columns(columns, spec)) is not None
-    )
-    return dict(found.most_common(1)[0][0]) if found else known.find_columns(set().union(*rows), spec)
-
-
 def _load_parquet(files: list[str], streaming: bool):
     try:
         # Of all files: one may lack a column, or hold nothing in it.
         schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
-        features = datasets.Features.from_arrow_schema(schema)
-        features = datasets.Features({name: _undecoded_feature(feature) for name, feature in features.items()})
+        features = _undecoded_feature(dict(datasets.Features.from_arrow_schema(schema)))
         return datasets.load_dataset(
-            "parquet", data_files=files, split="train", streaming=streaming, features=features
+            "parquet", data_files=files, split="train", streaming=streaming, features=datasets.Features(features)
         )
     except (OSError, pa.ArrowException, DatasetGenerationError) as error:
         reason = error.__cause__ or error
@@ -381,11 +362,8 @@ def _undecoded(dataset, columns: list[str]):
     """The columns that are wanted, of those there are, with no image decoded, wherever in a row it stands."""
     if dataset.features is None:
         return dataset  # nothing is decoded without features
-    dataset = dataset.with_format(None)
-    wanted = [column for column in dataset.features if column in columns]
-    if wanted != list(dataset.features):
-        dataset = dataset.select_columns(wanted)
-    features = datasets.Features({name: _undecoded_feature(dataset.features[name]) for name in wanted})
+    dataset = dataset.with_format(None).select_columns([name for name in dataset.features if name in columns])
+    features = datasets.Features(_undecoded_feature(dict(dataset.features)))
     if features == dataset.features:
         return dataset
     if isinstance(dataset, datasets.IterableDataset):

@@ -1,13 +1,17 @@
-"""A source of conversations and documents, and what becomes of its samples that cannot be trained on."""
+"""A source of samples for unified training, and what becomes of those that cannot be trained on."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import datasets
 
 
 BAD_SAMPLE_RULES = ("error", "skip")
+# More unusable samples than this in a row are a broken data set, not a few broken files.
+MAX_SKIPPED_IN_A_ROW = 1000
+# So many of them are named in a process's log; all are counted.
+MAX_NAMED = 20
 
 
 class BadSampleError(ValueError):
@@ -34,27 +38,40 @@ class ChatSource:
     to_example: Callable[[dict], dict]
     weight: float | None = None
 
+    def sample_id(self, row: dict) -> str | None:
+        """The name that the sample of a raw row has by itself."""
+        try:
+            return self.to_example(row).get("id")
+        except BadSampleError as error:
+            return error.sample_id
+
+    def sample_name(self, number: int, row: dict) -> str:
+        """How a message names a sample: by its place, its source and, where it has one, its id."""
+        identity = self.sample_id(row)
+        return f"{number} of {self.name}" + (f" (id {identity})" if identity is not None else "")
+
 
 def check_bad_sample_rule(rule: str) -> None:
     if rule not in BAD_SAMPLE_RULES:
         raise ValueError(f"`on_bad_sample` must be one of {', '.join(BAD_SAMPLE_RULES)}, got {rule!r}.")
 
 
-def check_weights(weights: Mapping[str, float | None]) -> None:
+def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> None:
     """
     Raises:
-        ValueError: unless all sources, by name, have a weight or none has, and the weights are finite numbers above 0
-            whose sum is finite.
+        ValueError: unless all sources have a weight or none has, and the weights are finite numbers above 0 whose sum
+            is finite.
     """
-    for name, weight in weights.items():
+    names = [f"{name} ({number})" for number, name in enumerate(names, 1)]  # a mixture may name a path twice
+    for name, weight in zip(names, weights):
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if weight is not None and not (is_number and 0 < weight < math.inf):
             raise ValueError(f"The weight of {name!r} must be a finite number above 0, got {weight!r:.100}.")
-    without = [name for name, weight in weights.items() if weight is None]
-    if 0 < len(without) < len(weights):
+    without = [name for name, weight in zip(names, weights) if weight is None]
+    if 0 < len(without) < len(names):
         raise ValueError(f"Either all sources of a mixture have a weight or none; without one are {without}.")
-    if not without and not sum(map(float, weights.values())) < math.inf:
-        raise ValueError(f"The sum of the weights must be finite, got {list(weights.values())}.")
+    if not without and not sum(map(float, weights)) < math.inf:
+        raise ValueError(f"The sum of the weights must be finite, got {list(weights)}.")
 
 
 def refusal(name: str, error: BadSampleError) -> ValueError:
@@ -63,12 +80,3 @@ def refusal(name: str, error: BadSampleError) -> ValueError:
         f"The sample {name} cannot be trained on: {error}. Mend it, or pass such samples over and have them counted with "
         "`on_bad_sample` = 'skip'."
     )
-
-
-def sample_name(source: ChatSource, row: int, raw: dict) -> str:
-    """How a message names a sample: by its source, its place there and, where it has one, its id."""
-    try:
-        identity = source.to_example(raw).get("id")
-    except BadSampleError as error:
-        identity = error.sample_id
-    return f"{row} of {source.name}" + (f" (id {identity})" if identity is not None else "")

@@ -1,0 +1,369 @@
+"""Images for tokenizer training: any source as a data set of undecoded images, and one image as `pixel_values`."""
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from transformers.utils import logging
+
+from ..image_reading import UnreadableImageError, read_image
+from .files import (
+    IMAGE_EXTENSIONS,
+    MAX_SHARDS,
+    ROWS_LOOKED_AT,
+    SPLITS,
+    choose_files,
+    dataset_of_shards,
+    find_files,
+    load_ready,
+    naming_file,
+    read_tar,
+)
+from .samples import MAX_SKIPPED_IN_A_ROW
+
+
+logger = logging.get_logger(__name__)
+
+_UNDECODED = datasets.Image(decode=False)
+# Keys of a webdataset sample that are integers, by its convention.
+_INTEGER_KEYS = ("cls", "cls2", "index", "inx")
+_METADATA_READERS = {".jsonl": pa.json.read_json, ".csv": pa.csv.read_csv, ".parquet": pq.read_table}
+
+
+def load_image_dataset(
+    source,
+    *,
+    name: str | None = None,
+    data_files=None,
+    split: str = "train",
+    streaming: bool = False,
+    image_column: str = "image",
+    keep_columns=(),
+):
+    """
+    Any source of images as a `datasets` data set with one column, of undecoded images, and others if asked for.
+
+    Args:
+        source (`str` or `os.PathLike`): a folder of images, with or without subfolders; a folder of `.parquet` files,
+            or of webdataset shards (`.tar`); a file, or a pattern such as `shards/*.tar`, of any of these kinds, taken
+            whole; a folder written by `save_to_disk`; the name of a data set on the Hub.
+
+            In a folder the subfolders and, for shards, the words of the file names say what belongs to a split
+            (`train`, `val`, `test` and their like); what names no split belongs to `"train"`. How many files are left
+            out is logged.
+        name (`str`, *optional*), data_files (*optional*): of a data set on the Hub, as in `datasets.load_dataset`.
+        split (`str`, defaults to `"train"`).
+        streaming (`bool`, defaults to `False`): read while training instead of at once (shards are else copied to the
+            cache of `datasets`).
+        image_column (`str`, defaults to `"image"`): where a parquet file or a data set holds the images; the column
+            of the result. In a webdataset any key that is an image's ending counts, unless the samples have this key.
+        keep_columns (`Iterable[str]`, *optional*): columns to leave beside the images, such as labels and captions. A
+            folder of images has those of its `metadata.jsonl` (or `.csv`, `.parquet`) or, without one, `"label"`, the
+            subfolder. A webdataset has its keys: integers where they are called `cls` or `index`, else text, and
+            `None` where a sample lacks one.
+
+    Returns:
+        `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`, with the column `image_column` of
+        `datasets.Image(decode=False)`: `{"bytes": ..., "path": ...}`, of which one may be `None`; and `keep_columns`.
+
+    Raises:
+        ValueError: if there is nothing at `source`, no image in it, no such split or column, or if a shard is
+            truncated or damaged, which it names; in a stream that is raised where the shard is read.
+    """
+    source, keep = os.path.expanduser(os.fspath(source)), tuple(keep_columns)
+    dataset = load_ready(source, split, streaming, name=name, data_files=data_files)
+    if dataset is not None:
+        return undecoded(_with_image_column(dataset, source, image_column), image_column, keep)
+
+    found = find_files(source)
+    data = {kind: [path for path in paths if not _is_metadata(path)] for kind, paths in found.items()}
+    wanted = "are no images, parquet files or webdataset shards"
+    kind, files = choose_files(source, data, ("image", "parquet", "tar"), split, wanted)
+    if kind == "image":
+        dataset = _image_files(source, files, found, streaming, image_column, keep)
+        return undecoded(dataset, image_column, keep)
+    features = {image_column: _UNDECODED}
+    if kind == "tar":
+        _check_tars(files, image_column)
+        features |= {key: datasets.Value("int64" if key in _INTEGER_KEYS else "string") for key in keep}
+        return dataset_of_shards(
+            _tar_rows, files, datasets.Features(features), streaming, image_column=image_column, keep=keep
+        )
+    row_groups = []
+    for path in files:  # which also finds files that were cut off
+        found_features, number = _inspect_parquet(path, image_column, keep)
+        row_groups += [(path, group) for group in range(number)]
+        features = {**features, **{column: found_features[column] for column in keep if column not in features}}
+    return dataset_of_shards(
+        _parquet_rows, row_groups, datasets.Features(features), streaming, image_column=image_column, keep=keep
+    )
+
+
+def undecoded(dataset, image_column: str, keep=()):
+    """
+    The column of images of a data set as `datasets.Image(decode=False)`, and the columns `keep`; all others are
+    dropped before anything of them is decoded. Of a stream without features, and of a data set with a transform, the
+    images stay as they are.
+
+    Raises:
+        ValueError: for a column that is missing, and an image column of another type.
+    """
+    wanted = list(dict.fromkeys((image_column, *keep)))
+    columns = dataset.column_names
+    if columns is None:  # a stream that was mapped
+        columns = list(dict.fromkeys(column for row in dataset.take(ROWS_LOOKED_AT) for column in row))
+    for column in wanted:
+        if column not in columns:
+            raise ValueError(f"The data set has no column {column!r}; it has {columns}.")
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+        return dataset  # a transform decides by itself what the column gives
+    dataset = dataset.with_format(None)
+    if columns != wanted:
+        dataset = dataset.select_columns(wanted)
+    if dataset.features is None or dataset.features[image_column] == _UNDECODED:
+        return dataset
+    _check_holds_images(dataset.features[image_column], f"The column {image_column!r}")
+    return dataset.cast_column(image_column, _UNDECODED)
+
+
+def _check_holds_images(feature, column: str) -> None:
+    if not _holds_images(feature):
+        raise ValueError(f"{column} must hold images (or the bytes or paths of image files), got {feature}.")
+
+
+def _holds_images(feature) -> bool:
+    """Whether a column of this type can be cast to undecoded images: images, their bytes, their paths, or both."""
+    if isinstance(feature, dict):
+        parts = [feature[name] for name in ("bytes", "path") if name in feature]
+        return bool(parts) and all(not isinstance(part, dict) and _holds_images(part) for part in parts)
+    types = ("string", "large_string", "binary", "large_binary", "null")
+    return isinstance(feature, datasets.Image) or (isinstance(feature, datasets.Value) and feature.dtype in types)
+
+
+def _with_image_column(dataset, source: str, image_column: str):
+    """A webdataset as `datasets` reads it, with a column of every key, has the images of any ending in one."""
+    columns = dataset.column_names or []
+    if image_column in columns or "__key__" not in columns:
+        return dataset
+    keys = _image_keys(columns, image_column)
+    if len(keys) != 1:
+        raise ValueError(
+            f"The webdataset {source!r} has {len(keys)} columns of images, of {columns}. Say which by `image_column`."
+        )
+    return dataset.rename_column(keys[0], image_column)
+
+
+def _image_files(source: str, files: list[str], found: dict, streaming: bool, image_column: str, keep: tuple):
+    """Image files, with what stands of them in a metadata file, or the class that is their subfolder."""
+    columns, features = {image_column: files}, {image_column: _UNDECODED}
+    if keep:
+        metadata = [path for kind in ("json", "csv", "parquet") for path in found.get(kind, ()) if _is_metadata(path)]
+        rows = {}
+        for path in metadata:
+            with naming_file(path):
+                table = _METADATA_READERS[Path(path).suffix](path).to_pylist()
+            place = os.path.dirname(path)
+            rows |= {
+                os.path.normpath(os.path.join(place, row["file_name"])): row for row in table if row.get("file_name")
+            }
+        for column in keep:
+            if any(column in row for row in rows.values()):
+                columns[column] = [rows.get(os.path.normpath(path), {}).get(column) for path in files]
+        labels = [_class_of(path, source) for path in files]
+        if "label" in keep and not metadata and None not in labels:
+            # Of all splits: the classes have the same numbers in each.
+            names = sorted({_class_of(path, source) for path in found["image"]} - {None})
+            columns["label"] = [names.index(label) for label in labels]
+            features["label"] = datasets.ClassLabel(names=names)
+    elif streaming:
+        # A stream shuffles within blocks only, and folders are sorted by class: it starts from another order.
+        random.Random(0).shuffle(files)
+    dataset = datasets.Dataset.from_dict(columns)
+    for column, feature in features.items():
+        dataset = dataset.cast_column(column, feature)
+    return dataset.to_iterable_dataset(min(len(files), MAX_SHARDS)) if streaming else dataset
+
+
+def _is_metadata(path: str) -> bool:
+    return Path(path).stem == "metadata" and Path(path).suffix in _METADATA_READERS
+
+
+def _class_of(path: str, source: str) -> str | None:
+    """The subfolder that an image lies in, unless that is the source itself, or a split's."""
+    if not os.path.isdir(source):
+        return os.path.basename(os.path.dirname(path))
+    folders = Path(os.path.relpath(path, source)).parts[:-1]
+    return None if not folders or (len(folders) == 1 and folders[0].lower() in SPLITS) else folders[-1]
+
+
+def _check_tars(files: list[str], image_column: str) -> None:
+    """
+    Raise if the first samples show that all are not as they should be: none has an image, or most have several. A
+    single one that is not is passed over when it is read.
+    """
+    several, all_keys, num_whole, num_samples = [], set(), 0, 0
+    samples = ((path, *sample) for path in files for sample in read_tar(path, lambda keys: ()))
+    try:
+        for path, sample, keys, _ in itertools.islice(samples, MAX_SKIPPED_IN_A_ROW):
+            images = _image_keys(keys, image_column)
+            num_whole += len(images) == 1
+            if len(images) > 1:
+                several.append((path, sample, sorted(images)))
+            all_keys.update(keys)
+            num_samples += 1
+            if num_samples >= ROWS_LOOKED_AT and num_whole + len(several) > 0:
+                break
+    except ValueError:  # a damaged shard, which is named again where it is read
+        if not num_samples:
+            raise
+    if several and len(several) >= num_whole:
+        path, sample, images = several[0]
+        raise ValueError(
+            f"The sample {sample!r} of the webdataset shard {path!r} has {len(images)} images, with the keys {images}. "
+            "Say which by `image_column`."
+        )
+    if not num_whole:
+        raise ValueError(
+            f"The webdataset shard {files[0]!r} holds no images"
+            + (f", nor do those after it, {len(files)} in all" if len(files) > 1 else "")
+            + f": its samples have the keys {sorted(all_keys)}, of which none is {image_column!r} or the ending of an "
+            "image, such as 'jpg', 'png' or 'webp'."
+        )
+
+
+def _image_keys(keys: list[str], image_column: str) -> list[str]:
+    return [image_column] if image_column in keys else [key for key in keys if key.lower() in IMAGE_EXTENSIONS]
+
+
+def _tar_rows(shards: list[str], image_column: str, keep: tuple[str, ...]) -> Iterator[dict]:
+    for path in shards:
+        for sample, keys, files in read_tar(path, lambda keys: [*_image_keys(keys, image_column), *keep]):
+            images, contents = _image_keys(keys, image_column), dict(files)
+            # What has no image, or several, is counted as an image that cannot be read.
+            image = {"bytes": b"", "path": f"{path}/{sample}"}
+            if len(images) == 1:
+                image = {"bytes": contents[images[0]], "path": f"{path}/{sample}.{images[0]}"}
+            elif images:
+                logger.warning_once(f"{path}/{sample} has the images {sorted(images)}; `image_column` may say which.")
+            row = {image_column: image}
+            for key in keep:
+                text = contents[key].decode("utf-8", "replace") if key in contents else None
+                try:
+                    row[key] = int(text) if text is not None and key in _INTEGER_KEYS else text
+                except ValueError as error:
+                    raise ValueError(f"{path}/{sample}.{key} must hold an integer, got {text!r:.100}.") from error
+            yield row
+
+
+def _inspect_parquet(path: str, image_column: str, keep: tuple[str, ...]) -> tuple[datasets.Features, int]:
+    """The types of the columns, and the number of row groups: what can be read at once."""
+    with naming_file(path), pq.ParquetFile(path) as file:
+        schema, num_row_groups = file.schema_arrow, file.num_row_groups
+    for column in (image_column, *keep):
+        if column not in schema.names:
+            raise ValueError(f"The parquet file {path!r} has no column {column!r}; it has {schema.names}.")
+    columns = [schema.field(column) for column in dict.fromkeys((image_column, *keep))]
+    features = datasets.Features.from_arrow_schema(pa.schema(columns, schema.metadata))
+    _check_holds_images(features[image_column], f"The column {image_column!r} of the parquet file {path!r}")
+    return features, num_row_groups
+
+
+def _parquet_rows(shards: list[tuple[str, int]], image_column: str, keep: tuple[str, ...]) -> Iterator[dict]:
+    columns = list(dict.fromkeys((image_column, *keep)))
+    for path, row_group in shards:
+        with naming_file(path), pq.ParquetFile(path) as file:
+            before = sum(file.metadata.row_group(group).num_rows for group in range(row_group))
+            batches = file.iter_batches(batch_size=64, row_groups=[row_group], columns=columns)
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, before):
+                value = row[image_column]
+                if isinstance(value, bytes):
+                    value = {"bytes": value}
+                if isinstance(value, dict) and value.get("bytes") is not None:
+                    # Not its own name, which `datasets` would take for a file's if there is one.
+                    value = {"bytes": value["bytes"], "path": f"{path}/{value.get('path') or f'row {number}'}"}
+                elif isinstance(value, dict) and value.get("path") is None:
+                    value = None
+                yield {**row, image_column: value}
+
+
+def report_skipped(name: str, reason: UnreadableImageError) -> None:
+    """Log, once in this process, that an image was passed over."""
+    logger.warning_once(f"The image {name} is skipped: {reason}.")
+
+
+class ImagePreparation:
+    """
+    From an entry of a column of images to `pixel_values`, with the paper's augmentation: a random crop of 90 to 100 %
+    of the area, resized (code, stage 1; no flip).
+
+    Args:
+        image_processor: makes `pixel_values` `(1, 3, S, S)` of a PIL image.
+        crop_scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): range of the crop's share of the area; `(1, 1)`
+            switches the augmentation off.
+        reducing_gap (`float`, *optional*, defaults to 2.0): see [`read_image`]; large images are then also averaged
+            over whole pixels before they are resized (`PIL.Image.Image.resize`). The difference cannot be seen, and a
+            photograph takes a fraction of the time. `None` decodes and resizes at full size, as the image processor
+            does by itself.
+
+    Raises:
+        ValueError: for a `crop_scale` outside (0, 1] and a `reducing_gap` below 1.
+    """
+
+    def __init__(self, image_processor, crop_scale=(0.9, 1.0), reducing_gap: float | None = 2.0):
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise ValueError(f"`crop_scale` must be a range within (0, 1], got {crop_scale}.")
+        if reducing_gap is not None and reducing_gap < 1:
+            raise ValueError(f"`reducing_gap` must be at least 1, or None for none, got {reducing_gap}.")
+        self.image_processor, self.crop_scale, self.reducing_gap = image_processor, crop_scale, reducing_gap
+        self.size = None
+        if image_processor.do_resize:
+            self.size = (image_processor.size["width"], image_processor.size["height"])
+
+    def __call__(self, value, seed: str) -> torch.Tensor:
+        """`pixel_values` `(3, S, S)`; what is drawn depends on `seed` only. Raises [`UnreadableImageError`]."""
+        # The crop takes away from the sides, by the share and by its aspect ratio.
+        min_size = self.size and math.ceil(max(self.size) / math.sqrt(self.crop_scale[0] * 3 / 4))
+        image = read_image(value, min_size, self.reducing_gap)
+        box = (0, 0, *image.size)
+        if self.crop_scale[0] < 1:
+            box = self.random_box(image.size, random.Random(seed))
+        image = self._crop(image, box)
+        return self.image_processor(images=image, return_tensors="pt").pixel_values[0]
+
+    def random_box(self, size: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of a crop of an image of `size` (width, height), in fractions of pixels."""
+        width, height = size
+        area = width * height * rng.uniform(*self.crop_scale)
+        # Aspect ratios between 3:4 and 4:3, as usual for this augmentation.
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        crop_height = min(height, area / min(width, math.sqrt(area * ratio)))
+        # Where the ratio does not fit, the area is kept and not the ratio.
+        crop_width = min(width, area / crop_height)
+        left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+        return (left, top, min(width, left + crop_width), min(height, top + crop_height))
+
+    def _crop(self, image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+        """What the box holds, at the model's size where the image processor would do no more than resize."""
+        # A fractional box: a small picture would otherwise move by whole pixels only.
+        if self.size is not None and self.image_processor.resize_mode == "squash":
+            resample = Image.Resampling(self.image_processor.resample)
+            return image.resize(self.size, resample, box=box, reducing_gap=self.reducing_gap)
+        if box == (0, 0, *image.size):
+            return image
+        # The image processor goes on from here: it gets the shape of the whole picture, and no more pixels than help.
+        scale = 1.0
+        if self.size is not None and self.reducing_gap is not None:
+            scale = min(1.0, self.reducing_gap * max(self.size) / min(image.size))
+        size = tuple(math.ceil(scale * side) for side in image.size)
+        return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=self.reducing_gap)

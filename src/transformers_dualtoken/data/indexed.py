@@ -1,0 +1,342 @@
+"""Training sets of known length, whose samples are asked for by their index."""
+
+import functools
+import zlib
+from collections.abc import Mapping, Sequence
+
+import datasets
+import numpy as np
+import torch
+import transformers
+from datasets.fingerprint import Hasher
+from torch.utils.data import Dataset
+from transformers.utils import logging
+
+from ..image_reading import UnreadableImageError, image_name
+from .encoding import ChatEncoder, EncodedExample
+from .images import ImagePreparation, report_skipped, undecoded
+from .samples import (
+    MAX_NAMED,
+    MAX_SKIPPED_IN_A_ROW,
+    BadSampleError,
+    ChatSource,
+    check_bad_sample_rule,
+    check_weights,
+    refusal,
+)
+
+
+logger = logging.get_logger(__name__)
+
+# So many skipped samples are named in the log; the others are counted.
+_NAMED_SAMPLES = 5
+# So many cached faults are looked at again.
+_RECHECKED = 20
+# To be raised whenever the ids of an example change: it keeps those of an older version out of use.
+_ENCODING_VERSION = 2
+_ENCODED_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "is_target": datasets.List(datasets.Value("bool")),
+        "length": datasets.Value("int32"),
+        "cut": datasets.Value("bool"),
+        "name": datasets.Value("string"),
+        "fault": datasets.Value("string"),
+    }
+)
+
+
+class _EpochDataset(Dataset):
+    """A data set whose samples depend on the epoch, which the Trainer sets."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        # Shared, so that workers which live on from epoch to epoch (`persistent_workers`) see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+
+class DualTokenImageDataset(_EpochDataset):
+    """
+    Images of a `datasets` table as `pixel_values`, with the paper's augmentation: a random crop of 90 to 100 % of the
+    area, resized (code, stage 1; no flip).
+
+    What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a resumed run sees
+    what an uninterrupted one would have seen. In the place of an image that cannot be read (see [`read_image`]) stands
+    the next one that can; each such file is logged once by every process.
+
+    Args:
+        dataset (`datasets.Dataset`): with a column of images, decoded or not.
+        image_processor: makes `pixel_values` `(1, 3, S, S)` of a PIL image.
+        image_column (`str`, defaults to `"image"`).
+        crop_scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): range of the crop's share of the area; `(1, 1)`
+            switches the augmentation off.
+        seed (`int`, defaults to 0).
+        reducing_gap (`float`, *optional*, defaults to 2.0): see [`ImagePreparation`]; `None` for evaluation.
+
+    Raises:
+        ValueError: for a data set without rows, a column that is missing and settings out of range; by `[]`, if all
+            images that may stand in (at most `MAX_SKIPPED_IN_A_ROW`) cannot be read either.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        image_processor,
+        image_column: str = "image",
+        crop_scale=(0.9, 1.0),
+        seed: int = 0,
+        reducing_gap: float | None = 2.0,
+    ):
+        super().__init__(seed)
+        if not len(dataset):
+            raise ValueError("The data set holds no images.")
+        self.dataset = undecoded(dataset, image_column)
+        self.prepare = ImagePreparation(image_processor, crop_scale, reducing_gap)
+        self.image_column = image_column
+        self._unreadable = set()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """
+        `{"pixel_values": (3, S, S) float32, "num_skipped": int}`: the image, and 1 if it stands in for the one at
+        `index`, which cannot be read, else 0.
+        """
+        tries = min(len(self), MAX_SKIPPED_IN_A_ROW)
+        for step in range(tries):
+            place = (index + step) % len(self)
+            # Known ones are not read again, for many in a row would slow down everyone who falls among them.
+            if place in self._unreadable:
+                continue
+            value = self.dataset[place][self.image_column]
+            try:
+                pixel_values = self.prepare(value, f"{self.seed}/{self.epoch}/{index}")
+            except UnreadableImageError as error:
+                self._unreadable.add(place)
+                report_skipped(image_name(value) or f"number {place} of the data set", error)
+                continue
+            # The others in between count where they are asked for.
+            return {"pixel_values": pixel_values, "num_skipped": int(step > 0)}
+        raise ValueError(
+            f"None of the {tries:,} images from number {index} on can be read (the data set holds {len(self):,}); the "
+            "log names them with the reasons."
+        )
+
+
+class _EncodedSource:
+    """
+    The samples of one source that can be trained on, as ids; what its images hold stays where it is.
+
+    The ids lie beside the source in the cache of `datasets`, mapped into memory: ranks and workers share them, and a
+    run that is started again finds them there.
+    """
+
+    def __init__(self, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str, num_workers: int):
+        self.source, self.encoder = source, encoder
+        encode = functools.partial(_encode_row, source=source, encoder=encoder, on_bad_sample=on_bad_sample)
+        tokens = _encode_rows(encode, num_workers)
+        faults = _faulty_rows(tokens)
+        # A sample of them: what is mended, such as a folder of images, seldom is one row.
+        if any(encode(source.dataset[int(index)], int(index))["fault"] is None for index in faults[:_RECHECKED]):
+            tokens = _encode_rows(encode, num_workers, use_cache=False)
+            faults = _faulty_rows(tokens)
+        self.faults = [(row["name"], row["fault"]) for row in tokens.select(faults)]
+        columns = tokens.with_format("numpy")
+        self.rows = np.setdiff1d(np.arange(len(tokens)), faults)
+        self.lengths = np.asarray(columns["length"][:], dtype=np.int64)[self.rows]
+        self.num_cut = int(np.asarray(columns["cut"][:]).sum())
+        self.tokens = columns.select_columns(["input_ids", "is_target"])
+        if not len(self.rows):
+            reason = f", the first because {self.faults[0][1]}" if self.faults else ""
+            raise ValueError(
+                f"The source {source.name} has no sample that can be trained on; {len(self.faults)} were "
+                f"skipped{reason}."
+            )
+
+    def name(self, index: int) -> str:
+        row = int(self.rows[index])
+        return self.source.sample_name(row, self.source.dataset[row])
+
+    def sample(self, index: int, key: str) -> dict[str, torch.Tensor]:
+        row = int(self.rows[index])
+        tokens = self.tokens[row]
+        encoded = EncodedExample(tokens["input_ids"], tokens["is_target"])
+        num_images = len(self.encoder.image_starts(encoded.input_ids))
+        if num_images:
+            example = self.source.to_example(self.source.dataset[row])
+            encoded.images = self.encoder.images(example)[:num_images]
+        return self.encoder.sample(encoded, key)
+
+
+def _encode_row(row: dict, index: int, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str) -> dict:
+    """A raw row as ids, or as what is wrong with it."""
+    name = fault = None
+    try:
+        encoded = encoder.encode(source.to_example(row))
+    except BadSampleError as error:
+        name, fault = source.sample_name(index, row), str(error)
+        if on_bad_sample == "error":
+            raise refusal(name, error) from error
+        encoded = EncodedExample(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=bool))
+    ids = {"input_ids": encoded.input_ids, "is_target": encoded.is_target}
+    return {**ids, "length": len(encoded.input_ids), "cut": encoded.cut, "name": name, "fault": fault}
+
+
+def _encode_rows(encode: functools.partial, num_workers: int, use_cache: bool = True) -> datasets.Dataset:
+    source, encoder = encode.keywords["source"], encode.keywords["encoder"]
+    rows = source.dataset
+    if not isinstance(rows, datasets.Dataset) or not len(rows):  # of none, `map` would make no columns
+        encoded = [encode(row, index) for index, row in enumerate(rows)]
+        columns = {name: [row[name] for row in encoded] for name in _ENCODED_FEATURES}
+        return datasets.Dataset.from_dict(columns, features=_ENCODED_FEATURES)
+    versions = [_ENCODING_VERSION, transformers.__version__]
+    state = [versions, rows._fingerprint, source.to_example, encoder.settings, encode.keywords["on_bad_sample"]]
+    return rows.with_format(None).map(
+        encode,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=_ENCODED_FEATURES,
+        num_proc=num_workers or None,
+        load_from_cache_file=use_cache,
+        new_fingerprint=Hasher.hash(state),
+        desc=f"Tokenising {source.name}",
+    )
+
+
+def _faulty_rows(tokens: datasets.Dataset) -> np.ndarray:
+    column = tokens.with_format("arrow")["fault"][:]
+    return np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False)) if len(tokens) else np.zeros(0, dtype=int)
+
+
+class DualTokenChatDataset(_EpochDataset):
+    """
+    Samples of one or several sources, as [`ChatEncoder`] makes them.
+
+    All samples are tokenised when the data set is first made (the ids are kept in the cache of `datasets`), and
+    whatever is wrong with one is found then: a missing image file, a placeholder without an image, an image that
+    `max_length` would cut, a sample without anything to learn. Images are read when their sample is asked for.
+
+    Without weights every sample comes once in an epoch. With weights an epoch has as many samples as all sources
+    together, divided by weight; a source goes on in the next epoch where it stopped, and in another order whenever it
+    begins anew. What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a
+    resumed run goes on as it would have.
+
+    Args:
+        sources (`list[ChatSource]` or `list[dict]`): of [`load_chat_sources`], or examples themselves.
+        encoder ([`ChatEncoder`]).
+        seed (`int`, defaults to 0).
+        on_bad_sample (`str`, defaults to `"error"`): `"error"` refuses the data set and names the sample; `"skip"`
+            passes such samples over, counts them and names the first ones. An image that turns out to be broken when
+            it is read is treated likewise; in the place of its sample stands the next one.
+        num_workers (`int`, defaults to 0): processes that tokenise.
+
+    Attributes:
+        num_skipped, num_cut (`int`): samples that were passed over, and cut to `max_length`, at the beginning.
+
+    Raises:
+        ValueError: for a bad sample, which it names; for sources without a usable sample.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ChatSource] | Sequence[dict],
+        encoder: ChatEncoder,
+        seed: int = 0,
+        on_bad_sample: str = "error",
+        num_workers: int = 0,
+    ):
+        super().__init__(seed)
+        check_bad_sample_rule(on_bad_sample)
+        if not sources:
+            raise ValueError("There are no sources to train on.")
+        kinds = {isinstance(source, ChatSource) for source in sources}
+        if len(kinds) > 1 or not all(isinstance(source, (ChatSource, Mapping)) for source in sources):
+            raise ValueError(
+                "`sources` must be ChatSources, as of load_chat_sources, or all of them examples (dicts), got "
+                f"{', '.join(sorted({type(source).__name__ for source in sources}))}."
+            )
+        if kinds == {False}:
+            sources = [ChatSource("the examples", list(sources), dict)]
+        weights = [source.weight for source in sources]
+        check_weights([source.name for source in sources], weights)
+        self.encoder, self.on_bad_sample, self.is_weighted = encoder, on_bad_sample, weights[0] is not None
+        self.sources = [_EncodedSource(source, encoder, on_bad_sample, num_workers) for source in sources]
+        faults = [fault for source in self.sources for fault in source.faults]
+        self.num_skipped, self.num_cut = len(faults), sum(source.num_cut for source in self.sources)
+        if faults:
+            named = "; ".join(f"{name}: {reason}" for name, reason in faults[:_NAMED_SAMPLES])
+            logger.warning(f"{len(faults)} samples are skipped, such as {named}.")
+        if self.num_cut:
+            logger.warning(f"{self.num_cut} samples are cut to `max_length` = {encoder.max_length} tokens.")
+        self.counts = [len(source.rows) for source in self.sources]  # of an epoch
+        if self.is_weighted:
+            self.counts = [max(1, round(sum(self.counts) * weight / sum(weights))) for weight in weights]
+        self._starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._num_named = 0
+        self._items_of: dict[tuple[int, int], np.ndarray] = {}
+
+    @property
+    def digest(self) -> int:
+        """A checksum of which samples these are and how long, by which ranks find out whether theirs are the same."""
+        value = 0
+        for source in self.sources:
+            value = zlib.crc32(source.lengths.tobytes(), zlib.crc32(source.rows.tobytes(), value))
+        return value
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of every sample of this epoch, prompts included, `(len(self),)`."""
+        return np.concatenate([source.lengths[self._items(number)] for number, source in enumerate(self.sources)])
+
+    def _items(self, number: int) -> np.ndarray:
+        """Which items of a source are this epoch's, in their order, `(counts[number],)`."""
+        key = (number, self.epoch)
+        if key not in self._items_of:
+            # Those of the epoch before are no longer asked for.
+            self._items_of.pop((number, self.epoch - 1), None)
+            self._items_of[key] = self._choose_items(number)
+        return self._items_of[key]
+
+    def _choose_items(self, number: int) -> np.ndarray:
+        count, length = self.counts[number], len(self.sources[number].rows)
+        if not self.is_weighted:
+            return np.arange(count)
+        cycles, items = np.divmod(self.epoch * count + np.arange(count), length)
+        for cycle in np.unique(cycles):
+            in_cycle = cycles == cycle
+            items[in_cycle] = np.random.default_rng([self.seed, number, cycle]).permutation(length)[items[in_cycle]]
+        return items
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """What [`ChatEncoder.sample`] makes, and `"num_skipped"`: 1 if it stands in for a sample that cannot be read."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no sample {index} among {len(self)}.")
+        key, num_skipped = f"{self.seed}/{self.epoch}/{index}", 0
+        while True:
+            place = (index + num_skipped) % len(self)
+            number = int(np.searchsorted(self._starts, place, side="right")) - 1
+            source, item = self.sources[number], int(self._items(number)[place - int(self._starts[number])])
+            try:
+                return {**source.sample(item, key), "num_skipped": int(num_skipped > 0)}
+            except BadSampleError as error:
+                if self.on_bad_sample == "error":
+                    raise refusal(source.name(item), error) from error
+                num_skipped += 1
+                self._num_named += 1
+                if self._num_named <= MAX_NAMED:
+                    logger.warning(f"The sample {source.name(item)} is skipped: {error}.")
+                if num_skipped == min(len(self), MAX_SKIPPED_IN_A_ROW):
+                    raise ValueError(
+                        f"{num_skipped:,} samples in a row cannot be read. The last is {source.name(item)}: {error}."
+                    ) from error
