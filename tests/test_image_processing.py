@@ -21,7 +21,7 @@ from transformers.utils import is_torchvision_available
 
 from transformers_dualtoken.configuration_dualtoken import DualTokenVisionTokenizerConfig
 from transformers_dualtoken.image_processing_dualtoken import DualTokenImageProcessor
-from transformers_dualtoken.image_processing_pil_dualtoken import DualTokenImageProcessorPil, plan_resize
+from transformers_dualtoken.image_processing_pil_dualtoken import DualTokenImageProcessorPil, _middle, plan_resize
 
 
 @pytest.fixture
@@ -210,13 +210,15 @@ def test_pad_fills_grey_by_default_and_rescaled_images_alike(processor):
 
 
 def test_geometry():
-    assert plan_resize((100, 200), (50, 50), "squash").resized == (50, 50)
-    crop = plan_resize((100, 201), (50, 50), "center_crop")
-    assert crop.resized == (50, 100) and crop.crop_offset == (0, 25)
-    pad = plan_resize((100, 200), (51, 51), "pad")
-    assert pad.resized == (26, 51) and pad.pad_offset == (12, 0)
-    assert plan_resize((1, 10000), (50, 50), "pad").resized == (1, 50)
-    assert max(plan_resize((1, 10000), (50, 50), "center_crop").resized) == 200
+    """The part that is kept, and the size it is resized to; what is cut or padded lies on both sides alike."""
+    assert plan_resize((100, 200), (50, 50), "squash") == ((100, 200), (50, 50))
+    assert plan_resize((100, 201), (50, 50), "center_crop") == ((100, 201), (50, 100))
+    assert plan_resize((100, 200), (51, 51), "pad") == ((100, 200), (26, 51))
+    assert plan_resize((1, 10000), (50, 50), "pad") == ((1, 10000), (1, 50))
+    assert plan_resize((1, 10000), (50, 50), "center_crop") == ((1, 4), (50, 200))
+    columns, rows = np.arange(100)[None], np.arange(51)[:, None]
+    assert _middle(columns, (1, 50))[0].tolist() == list(range(25, 75))
+    assert _middle(rows, (26, 1))[:, 0].tolist() == list(range(12, 38))
 
 
 def test_wrong_settings(processor):

@@ -4,7 +4,7 @@ Nothing a stranger sends is read without bounds ([`ImageBounds`]), and what cann
 """
 
 import base64
-import binascii
+import contextlib
 import http.client
 import math
 import os
@@ -25,13 +25,9 @@ import fsspec
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 
-# An image is decoded to at most this many pixels, told by its header before it is decoded. PIL holds them in 268 MB as
-# RGB; with the array that the image processor makes of them it is 520 MB at most, measured.
-MAX_DECODED_PIXELS = 2**26
-# A download is given up beyond this many bytes, and after so many seconds.
+MAX_DECODED_PIXELS = 2**26  # told by the header; as RGB, with the image processor's array of it, 520 MB at most
 MAX_DOWNLOADED_BYTES = 2**26
 DOWNLOAD_SECONDS = 60
 # `data`: bytes, base64 text and data URLs; `local`: paths and file URLs; `url`: http and https; `fsspec`: what other
@@ -47,10 +43,16 @@ _IMAGE_START = re.compile(
     rb"|.{4}ftyp|\0\0\0\x0cj[Pp]  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
-# Files of these formats hold a file of another one, which PIL decodes whatever its size: their header does not bound
-# them. An ICO is decoded while it is opened, and therefore told by its first bytes.
-_WRAPPERS = ("BLP", "ICNS", "IPTC")
+# What PIL would decode by its content, whatever its name: PostScript starts Ghostscript, and a file of the others holds
+# a file of another format, not bounded by its header. An ICO is decoded while it is opened: told by its first bytes.
 _ICO_START = b"\0\0\1\0"
+_HOLDS_OTHERS = (
+    "it is of the format {}, which holds pictures of any size; save it as PNG, JPEG, WebP or another format"
+)
+_REFUSED_FORMATS = {
+    "EPS": "it is PostScript, a program and no image",
+    **{name: _HOLDS_OTHERS.format(name) for name in ("BLP", "ICNS", "IPTC")},
+}
 _TIFF_TILE = (322, 323)  # the tags of its width and height
 # Protocols of fsspec that read, by another name, what other sources stand for.
 _FSSPEC_SOURCES = {
@@ -63,6 +65,7 @@ _STRIP_PIXELS = 2**22
 _HALF_LEVEL = 0.5 / 255
 # A decoded image may overshoot [-1, 1], an untrained decoder's by much; levels of 0..255 lie beyond this.
 MAX_RECONSTRUCTION = 16.0
+_OF_DECODED = "Of decoded images, which lie in [-1, 1], `post_process_images` makes images."
 
 
 class UnreadableImageError(ValueError):
@@ -72,15 +75,8 @@ class UnreadableImageError(ValueError):
 @dataclass(frozen=True)
 class ImageBounds:
     """
-    What may be read, and how much of it. The defaults are those of inference.
-
-    Args:
-        sources (`str` or `tuple[str, ...]`): of [`IMAGE_SOURCES`]. Images in memory (PIL, arrays, tensors) are always read.
-        max_pixels (`int`, *optional*): of an image. `None`: as many as Pillow decodes (`PIL.Image.MAX_IMAGE_PIXELS`).
-        max_bytes (`int`, *optional*): of a download. `None`: any number.
-
-    Raises:
-        ValueError: for an unknown source and a limit below 1.
+    What may be read, by default at inference: from which of [`IMAGE_SOURCES`] (images in memory are always read), pixels
+    of an image (`None`: as many as Pillow decodes), and bytes of a download (`None`: any number).
     """
 
     sources: tuple[str, ...] = ("data", "local", "url")
@@ -95,7 +91,7 @@ class ImageBounds:
             )
         object.__setattr__(self, "sources", tuple(sources))
         for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
-            if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+            if limit is not None and (type(limit) is not int or limit < 1):
                 raise ValueError(f"`{name}` must be a whole number from 1 on, or None for no limit, got {limit!r}.")
 
     def check_source(self, source: str) -> None:
@@ -115,6 +111,17 @@ class ImageBounds:
 
 # The data of a training run are its owner's choice.
 TRAINING_BOUNDS = ImageBounds(sources=IMAGE_SOURCES)
+
+
+@contextlib.contextmanager
+def _unreadable(reason: str):
+    """Errors of Pillow, whose decoders raise many kinds on damaged data, as one."""
+    try:
+        yield
+    except (MemoryError, UnreadableImageError):
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"{reason} ({error})") from error
 
 
 def image_name(value) -> str | None:
@@ -147,9 +154,8 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
     URL, or, unchanged, an image in memory (PIL, array, tensor).
 
     Args:
-        value: bytes, a file object, a path, a `file://` URL, another URL, a `data:` URL, base64 text, an image in
-            memory, or a dict with one of these under one of [`IMAGE_KEYS`]. Bare base64 text must begin as an image of
-            a known format does, or it is a path.
+        value: bytes, a file object, a path, a URL of any kind, base64 text (which must begin as an image of a known
+            format does, or it is a path), an image in memory, or a dict with one of these under an [`IMAGE_KEYS`].
         folder (`str`, *optional*): where relative paths begin, a path or a URL; a `file:` URL is whole by itself.
         bounds ([`ImageBounds`]): without `local`, text is not looked for in the file system.
 
@@ -162,11 +168,13 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         if key is None:
             keys = ", ".join(map(repr, value)) or "no keys"
             raise UnreadableImageError(f"the entry holds no image (it has {keys}, none of {', '.join(IMAGE_KEYS)})")
-        if key == "bytes":
-            return {**locate_image(_as_bytes(value[key])), "path": image_name(value.get("path"))}
         if key == "base64":
             return {"bytes": _decode_base64(value[key]), "path": None}
-        return locate_image(value[key], folder, bounds)
+        if key != "bytes":
+            return locate_image(value[key], folder, bounds)
+        if not isinstance(value[key], (bytes, bytearray, memoryview)):
+            raise TypeError(f"The 'bytes' of an image must be bytes, got {type(value[key]).__name__}.")
+        return {"bytes": bytes(value[key]), "path": image_name(value.get("path"))}
     if value is None:
         raise UnreadableImageError("the entry holds no image")
     if isinstance(value, Image.Image) or is_array(value):
@@ -177,19 +185,26 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         return {"bytes": _read_file_object(value), "path": image_name(value)}
     if isinstance(value, os.PathLike):
         return _local_path(os.fsdecode(value), folder)
-    if not isinstance(value, str):
-        raise TypeError(
-            "An image must be a path, a URL, base64 text, bytes, a file object, {'bytes': ..., 'path': ...}, a PIL "
-            f"image, an array or a tensor, got {type(value).__name__}."
-        )
-    if not value:
+    if isinstance(value, str):
+        return _locate_text(value, folder, "local" in bounds.sources)
+    raise TypeError(
+        "An image must be a path, a URL, base64 text, bytes, a file object, {'bytes': ..., 'path': ...}, a PIL "
+        f"image, an array or a tensor, got {type(value).__name__}."
+    )
+
+
+def _locate_text(text: str, folder: str | None, may_be_local: bool):
+    if not text:
         raise UnreadableImageError("the path of an image is empty")
-    scheme = value[:8].lower()
+    scheme = text[:8].lower()
     if scheme.startswith("data:"):
-        return {"bytes": _decode_data_url(value), "path": None}
-    may_be_local = "local" in bounds.sources
+        head, comma, data = text.partition(",")
+        if not comma:
+            raise UnreadableImageError("a data URL needs a comma before its data")
+        data = urllib.parse.unquote_to_bytes(data)
+        return {"bytes": _decode_base64(data) if head.rstrip().lower().endswith(";base64") else data, "path": None}
     if scheme.startswith("file:"):
-        host, path = re.fullmatch(r"(?://([^/]*))?(.*)", value[len("file:") :], re.DOTALL).groups()
+        host, path = re.fullmatch(r"(?://([^/]*))?(.*)", text[len("file:") :], re.DOTALL).groups()
         if (host or "").lower() not in ("", "localhost"):
             raise UnreadableImageError(
                 f"a file URL must be of this machine (file:///a/b.png), and this one names the host {host!r:.200}"
@@ -197,17 +212,17 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         # Percent signs are an escape in a URL, and none where somebody wrote "file://" before a path.
         return path if may_be_local and os.path.isfile(path) else urllib.parse.unquote(path)
     if scheme.startswith(("http://", "https://")):
-        return value
-    path = _local_path(value, folder)
+        return text
+    path = _local_path(text, folder)
     if may_be_local and os.path.isfile(path):
         return path
-    if "://" in value[:4096]:
-        return value
+    if "://" in text[:_LONGEST_PATH]:
+        return text
     try:
-        data = _decode_base64(value)
+        data = _decode_base64(text)
     except UnreadableImageError:
         return path
-    return {"bytes": data, "path": None} if len(value) > _LONGEST_PATH or _IMAGE_START.match(data) else path
+    return {"bytes": data, "path": None} if len(text) > _LONGEST_PATH or _IMAGE_START.match(data) else path
 
 
 def _local_path(path: str, folder: str | None) -> str:
@@ -216,66 +231,40 @@ def _local_path(path: str, folder: str | None) -> str:
     return os.path.join(folder or "", os.path.expanduser(path))
 
 
-def _as_bytes(value) -> bytes:
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"The 'bytes' of an image must be bytes, got {type(value).__name__}.")
-    return bytes(value)
-
-
 def _read_file_object(file) -> bytes:
-    try:
+    with _unreadable("the file object cannot be read"):
         # As Pillow does: a buffer that an image was just written to stands at its end.
         if getattr(file, "seekable", bool)():
             file.seek(0)
         data = file.read()
-    except (OSError, ValueError) as error:
-        raise UnreadableImageError(f"the file object cannot be read ({error})") from error
     if not isinstance(data, bytes):
         raise TypeError(f"A file object must be open for bytes (mode 'rb'), got one that gives {type(data).__name__}.")
     return data
 
 
 def _decode_base64(text) -> bytes:
-    try:
-        # Encoders break lines; blanks say nothing.
-        data = text if isinstance(text, bytes) else "".join(text.split())
-        return base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError, AttributeError) as error:
-        raise UnreadableImageError(f"the base64 text of an image cannot be decoded ({error})") from error
-
-
-def _decode_data_url(url: str) -> bytes:
-    head, comma, data = url.partition(",")
-    if not comma:
-        raise UnreadableImageError("a data URL needs a comma before its data")
-    data = urllib.parse.unquote_to_bytes(data)
-    return _decode_base64(data.decode("latin-1")) if head.rstrip().lower().endswith(";base64") else data
+    with _unreadable("the base64 text of an image cannot be decoded"):
+        data = text.encode() if isinstance(text, str) else text
+        return base64.b64decode(b"".join(data.split()), validate=True)  # encoders break lines
 
 
 def read_image(
-    value,
-    min_size: int | None = None,
-    reducing_gap: float | None = None,
-    bounds: ImageBounds = TRAINING_BOUNDS,
+    value, min_size: int | None = None, reducing_gap: float | None = None, bounds: ImageBounds = TRAINING_BOUNDS
 ) -> Image.Image:
     """
-    What holds an image as an upright RGB image.
-
-    Modes are converted as the image processor does it: transparent pixels are composited on white, 16-bit grey is
-    scaled to 8 bit, CMYK (inverted by Adobe or not) and palettes become RGB.
+    What holds an image as an upright RGB image, its mode converted as the image processor does it ([`pil_to_rgb`]).
 
     Args:
-        value: see [`locate_image`]. Arrays and tensors as [`array_to_rgb`] takes them.
+        value: see [`locate_image`], and for arrays and tensors [`as_tensor`].
         min_size (`int`, *optional*): pixels that either side needs at least. With it a JPEG is decoded at 1/2, 1/4 or
-            1/8 of its size where it has more than `bounds.max_pixels`, or where `reducing_gap` asks for it.
+            1/8 of its size where it has more than `bounds.max_pixels`.
         reducing_gap (`float`, *optional*): a JPEG is decoded at the smallest size with sides of at least
-            `reducing_gap * min_size`, as in `PIL.Image.Image.thumbnail`. `None` decodes at full size.
+            `reducing_gap * min_size`, as in `PIL.Image.Image.thumbnail`.
         bounds ([`ImageBounds`])
 
     Raises:
-        UnreadableImageError: for an entry without an image, a file that is missing, empty, truncated, damaged or no
-            image, an image with too many pixels, of floating-point values without a defined range, or PostScript, and
-            for what `bounds` excludes.
+        UnreadableImageError: for what is missing, empty, truncated, damaged, of a refused format or no image, has too
+            many pixels or values without a defined range, and for what `bounds` excludes.
         TypeError: for another kind of entry.
         OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
             nothing is there; no image is passed over because of the network.
@@ -286,7 +275,8 @@ def read_image(
         image = open_image(value, bounds, min_size, reducing_gap)
     try:
         if is_array(image):
-            return Image.fromarray(np.moveaxis(array_to_rgb(to_8_bit(as_channels_first(image))), 0, -1))
+            rgb = to_rgb(to_8_bit(as_tensor(image)))
+            return Image.fromarray(rgb.permute(1, 2, 0).cpu().contiguous().numpy())
         if image.mode == "RGB" and "transparency" not in image.info:
             return image
         rgb = Image.new("RGB", image.size)
@@ -299,33 +289,23 @@ def read_image(
         raise UnreadableImageError(str(error).rstrip(".")) from error
 
 
-def open_image(
-    value,
-    bounds: ImageBounds,
-    min_size: int | None = None,
-    reducing_gap: float | None = None,
-):
-    """
-    What holds an image as a PIL image, decoded and upright, its mode as it is; arrays and tensors pass through.
-    Arguments and errors are those of [`read_image`].
-    """
+def open_image(value, bounds: ImageBounds, min_size: int | None = None, reducing_gap: float | None = None):
+    """As [`read_image`], but the mode stays as it is, and arrays and tensors pass through."""
     value = locate_image(value, bounds=bounds)
     if is_array(value):
         return value
     if isinstance(value, Image.Image):
         return decode_image(value, bounds)
     if isinstance(value, Mapping):
-        bounds_source, file = "data", BytesIO(value["bytes"])
+        source, opener = "data", lambda: BytesIO(value["bytes"])
     elif "://" not in value or os.path.isfile(value):
-        bounds_source, file = "local", None
+        source, opener = "local", lambda: _open_local(value)
+    elif value[:8].lower().startswith(("http://", "https://")):
+        source, opener = "url", lambda: BytesIO(_download(value, bounds.max_bytes))
     else:
-        bounds_source, file = "url" if value[:8].lower().startswith(("http://", "https://")) else "fsspec", None
-    bounds.check_source(bounds_source)
-    if bounds_source == "local":
-        file = _open_local(value)
-    elif file is None:
-        file = BytesIO(_download(value, bounds) if bounds_source == "url" else _read_fsspec(value, bounds))
-    with file:
+        source, opener = "fsspec", lambda: BytesIO(_read_fsspec(value, bounds))
+    bounds.check_source(source)
+    with opener() as file:
         if not file.read(1):
             raise UnreadableImageError("the file is empty (0 bytes)")
         file.seek(0)
@@ -336,13 +316,11 @@ def _open_local(path: str):
     where = "" if os.path.isabs(path) else f", looked for in {os.getcwd()!r}"
     try:
         # Before it is opened: opening a pipe would wait for its other end.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnreadableImageError(f"{path!r} is a folder or a device and no file")
-        return open(path, "rb")
+        if stat.S_ISREG(os.stat(path).st_mode):
+            return open(path, "rb")
     except (OSError, ValueError) as error:
-        if isinstance(error, UnreadableImageError):
-            raise
         raise UnreadableImageError(f"the file cannot be read ({error}{where})") from error
+    raise UnreadableImageError(f"{path!r} is a folder or a device and no file")
 
 
 def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
@@ -360,35 +338,34 @@ def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
         raise UnreadableImageError(f"there is no way to read this URL ({url}: {error})") from error
     try:
         with filesystem.open(path) as file:
-            return _read_bounded(file.read, bounds.max_bytes)
+            return _read_bounded(file, bounds.max_bytes)
     except FileNotFoundError as error:
         if "url" in needed:  # fsspec calls every fault of http a missing file
             raise urllib.error.URLError(f"no file, or no answer, from {url!r:.200}: {error!r}") from error
         raise UnreadableImageError(f"there is no file at this URL ({error})") from error
 
 
-def _too_large(size: str, max_bytes: int) -> UnreadableImageError:
-    return UnreadableImageError(
-        f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
-    )
-
-
-def _read_bounded(read, max_bytes: int | None) -> bytes:
-    data = bytearray()
-    while chunk := read(2**16):
+def _read_bounded(file, max_bytes: int | None, announced: int | None = None) -> bytes:
+    data, size = bytearray(), f"{announced or 0:,}"
+    is_too_large = max_bytes is not None and (announced or 0) > max_bytes
+    while not is_too_large and (chunk := file.read(2**16)):
         data += chunk
-        if max_bytes is not None and len(data) > max_bytes:
-            raise _too_large(f"more than {max_bytes:,}", max_bytes)
+        is_too_large, size = max_bytes is not None and len(data) > max_bytes, f"more than {max_bytes or 0:,}"
+    if is_too_large:
+        raise UnreadableImageError(
+            f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
+        )
     return bytes(data)
 
 
-class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+class _TimedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
     """Keeps the sockets of a download, to cut them off when its time is over: their own timeout is one per read."""
+
+    handler_order = urllib.request.FTPHandler.handler_order - 1
 
     def __init__(self):
         super().__init__()
-        self.sockets: list[socket.socket] = []
-        self.is_over = False
+        self.sockets, self.is_over = [], False
 
     def do_open(self, http_class, request, **options):
         handler = self
@@ -404,71 +381,46 @@ class _Handler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
 
         return super().do_open(Connection, request, **options)
 
-    def unknown_open(self, request):
+    def ftp_open(self, request):
         raise UnreadableImageError(f"it leads to a URL of the kind {request.type!r}, which is not followed")
 
     def cut(self) -> None:
         self.is_over = True
         for connection in self.sockets:
-            try:
+            with contextlib.suppress(OSError):  # it has ended by itself
                 connection.shutdown(socket.SHUT_RDWR)
-            except OSError:  # it has ended by itself
-                pass
 
 
-def _download(url: str, bounds: ImageBounds) -> bytes:
+def _download(url: str, max_bytes: int | None) -> bytes:
     """The body of an http(s) URL. Redirects are followed to http(s) only, as often as urllib does."""
-    handler = _Handler()
-    opener = urllib.request.OpenerDirector()  # `build_opener` would add ftp, file and data
-    for kind in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(kind())
-    opener.add_handler(handler)
+    handler = _TimedHandler()
     timer = threading.Timer(DOWNLOAD_SECONDS, handler.cut)
     timer.daemon = True
     timer.start()
     try:
         # Some servers refuse Python's own name.
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
-        with opener.open(request, timeout=DOWNLOAD_SECONDS) as response:
-            data = _read_response(response, handler, bounds.max_bytes)
-        if not handler.is_over:
+        with urllib.request.build_opener(handler).open(request, timeout=DOWNLOAD_SECONDS) as response:
+            data = _read_bounded(response, max_bytes, response.length)
+            if handler.is_over:
+                raise TimeoutError
+            if response.length:  # a connection that broke off, and no fault of the image
+                raise urllib.error.URLError(
+                    f"the server sent {len(data):,} bytes and announced {response.length:,} more"
+                )
             return data
-        raise TimeoutError
     except (ValueError, http.client.HTTPException, OSError) as error:
         if handler.is_over:
             raise TimeoutError(f"{url!r:.200} was not read to its end within {DOWNLOAD_SECONDS} seconds") from error
-        if isinstance(error, UnreadableImageError):
-            raise
         if isinstance(error, urllib.error.HTTPError) and (error.code in (404, 410) or 300 <= error.code < 400):
             raise UnreadableImageError(f"there is no file at this URL ({url}: {error})") from error
-        if isinstance(error, urllib.error.URLError):
+        if isinstance(error, (UnreadableImageError, urllib.error.URLError)):
             raise
         if isinstance(error, (ValueError, http.client.InvalidURL)):
             raise UnreadableImageError(f"it is no valid URL ({error})") from error
         raise urllib.error.URLError(f"no valid answer from {url!r:.200}: {error!r}") from error
     finally:
         timer.cancel()
-
-
-def _read_response(response: http.client.HTTPResponse, handler: _Handler, max_bytes: int | None) -> bytes:
-    if max_bytes is not None and response.length is not None and response.length > max_bytes:
-        raise _too_large(f"{response.length:,}", max_bytes)
-
-    def read(size):
-        if handler.is_over:
-            raise TimeoutError
-        return response.read(size)
-
-    data = _read_bounded(read, max_bytes)
-    if response.length:
-        # A connection that broke off, and no fault of the image.
-        raise urllib.error.URLError(f"the server sent {len(data):,} bytes and announced {response.length:,} more")
-    return data
 
 
 def _quoted(url: str) -> str:
@@ -482,77 +434,52 @@ def _quoted(url: str) -> str:
 
 def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float | None) -> Image.Image:
     if file.read(len(_ICO_START)) == _ICO_START:
-        raise _wrapper("ICO")
+        raise UnreadableImageError(_HOLDS_OTHERS.format("ICO"))
     file.seek(0)
-    try:
-        image = Image.open(file)
-        width, height = image.size
-        is_large = bounds.max_pixels is not None and width * height > bounds.max_pixels
+    with _unreadable("it is damaged"):
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError as error:
+            raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UnreadableImageError(f"it has too many pixels ({error})") from error
+        is_large = bounds.max_pixels is not None and math.prod(image.size) > bounds.max_pixels
         if min_size is not None and (is_large or reducing_gap is not None):
             # Does nothing for other formats than JPEG.
             side = min_size if is_large else math.ceil(min_size * reducing_gap)
             image.draft(None, (side, side))
-    except MemoryError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UnreadableImageError(f"it has too many pixels ({error})") from error
-    except Exception as error:  # readers of headers raise errors of many kinds on damaged data
-        raise UnreadableImageError(f"it is damaged ({error})") from error
-    return image
-
-
-def _wrapper(format: str) -> UnreadableImageError:
-    return UnreadableImageError(
-        f"it is of the format {format}, which holds pictures of any size; save it as PNG, JPEG, WebP or another format"
-    )
+        return image
 
 
 def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
-    """
-    Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation.
-
-    Raises:
-        UnreadableImageError: for an image that is truncated, damaged, without pixels, too large, or PostScript,
-            and for a format that holds pictures of any size.
-    """
-    if image.format == "EPS":  # PIL goes by the content and not by the name, and would start Ghostscript
-        raise UnreadableImageError("it is PostScript, a program and no image")
-    if image.format in _WRAPPERS:
-        raise _wrapper(image.format)
+    """Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation."""
+    if image.format in _REFUSED_FORMATS:
+        raise UnreadableImageError(_REFUSED_FORMATS[image.format])
     bounds.check_pixels(*image.size)
     if image.format == "TIFF":  # its tiles may be larger than the image, and are decoded whole
         tile = [image.tag_v2.get(tag) for tag in _TIFF_TILE]
         if all(isinstance(side, int) for side in tile):
             bounds.check_pixels(*tile)
-    try:
+    with _unreadable("it is truncated or damaged"):
         image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # as above: decoders are no better
-        raise UnreadableImageError(f"it is truncated or damaged ({error})") from error
     if 0 in image.size:
         raise UnreadableImageError(f"it must have at least one pixel, and its size is {image.width} x {image.height}")
-    try:
-        # Without one `exif_transpose` would make a copy.
-        return ImageOps.exif_transpose(image) if image.getexif().get(ExifTags.Base.Orientation, 1) != 1 else image
-    except MemoryError:
-        raise
-    except Exception:
-        # Unreadable EXIF data says nothing about the orientation; the pixels are fine.
-        return image
+    # Unreadable EXIF data says nothing about the orientation; the pixels are fine.
+    with contextlib.suppress(UnreadableImageError), _unreadable("its EXIF data is damaged"):
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # `exif_transpose` makes a copy
+            return ImageOps.exif_transpose(image)
+    return image
 
 
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """
-    A decoded PIL image of any mode as `uint8` (H, W, 3), in memory channels first. Transparent pixels are composited on
-    white; 16-bit grey is scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
+    A decoded PIL image of any mode as `uint8` (3, H, W). Transparent pixels are composited on white; 16-bit grey is
+    scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
     """
     planes = np.empty((3, image.height, image.width), np.uint8)
     for top, strip in _rgb_strips(image):
         planes[:, top : top + len(strip)] = np.moveaxis(strip, -1, 0)
-    return np.moveaxis(planes, 0, -1)
+    return planes
 
 
 def _rgb_strips(image: Image.Image):
@@ -564,30 +491,24 @@ def _rgb_strips(image: Image.Image):
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        if image.mode.startswith("I"):
-            array = np.asarray(strip)
-            if array.min() < 0 or array.max() > 65535:
-                raise UnreadableImageError(
-                    f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
-                )
-            yield top, np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
+        if not image.mode.startswith("I"):
+            with _unreadable("it cannot be converted to RGB"):  # a palette or transparency that does not fit
+                array = np.asarray(_on_white(strip).convert("RGB"))
+            yield top, array
             continue
-        try:
-            array = np.asarray(_on_white(strip).convert("RGB"))
-        except MemoryError:
-            raise
-        except Exception as error:  # a palette or transparency that does not fit
-            raise UnreadableImageError(f"it cannot be converted to RGB ({error})") from error
-        yield top, array
+        array = np.asarray(strip)
+        if array.min() < 0 or array.max() > 65535:
+            raise UnreadableImageError(
+                f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
+            )
+        yield top, np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
     bands = image.getbands()
     if not ("A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info)):
         return image
-    if image.mode in ("La", "PA"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")
-    image = image.convert("RGBA")
+    image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
 
 
@@ -596,128 +517,106 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
     return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def as_numpy(image) -> np.ndarray:
-    """An array or tensor as a plain array of numbers; lower precisions become `float32`."""
-    if isinstance(image, torch.Tensor):
-        if (
-            image.is_nested
-            or image.layout != torch.strided
-            or image.is_quantized
-            or image.is_complex()
-            or image.is_meta
-        ):
-            raise ValueError(
-                f"An image tensor must be dense and of real numbers, got {image.dtype}, {image.layout}"
-                f"{', nested' if image.is_nested else ''}, {image.device}."
-            )
-        image = image.detach().cpu()
-        return (image.float() if image.is_floating_point() and image.dtype != torch.float64 else image).numpy()
-    if isinstance(image, np.ma.MaskedArray):
-        if np.ma.is_masked(image):
-            raise ValueError("An image array must not have masked values; fill them first (`array.filled(...)`).")
-        image = image.data
-    image = np.asarray(image)
-    if image.dtype.kind not in "buif":
-        raise ValueError(f"An image array must hold real numbers, got dtype {image.dtype}.")
-    return image.astype(np.float32) if image.dtype == np.float16 else image
-
-
-def as_channels_first(image, input_data_format=None) -> np.ndarray:
-    """An array or tensor as an array (C, H, W), see [`channels_first`]."""
-    return channels_first(as_numpy(image), input_data_format)
-
-
-def channels_first(image, input_data_format=None):
+def as_tensor(image, input_data_format=None) -> torch.Tensor:
     """
-    (H, W), (H, W, C) or (C, H, W), NumPy or torch, as (C, H, W). Without a format it is inferred from the shape: of
-    two sides that may be the channels it is the one of 3, or else the first.
-    """
-    shape = tuple(image.shape)
-    if image.ndim not in (2, 3):
-        raise ValueError(f"An image array must have 2 or 3 dimensions, got shape {shape}.")
-    if 0 in shape:
-        raise ValueError(f"An image must have at least one pixel, got an array of shape {shape}.")
-    if image.ndim == 2:
-        return image[None]
-    if input_data_format is None:
-        if shape[0] not in (1, 3, 4) and shape[2] not in (1, 3, 4):
-            raise ValueError(f"An image array must have 1, 3 or 4 channels, the first or the last side, got {shape}.")
-        is_last = shape[2] == 3 and shape[0] != 3
-        input_data_format = (
-            ChannelDimension.LAST if is_last else infer_channel_dimension_format(image, num_channels=(1, 3, 4))
-        )
-    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
-        return image
-    return image.permute(2, 0, 1) if isinstance(image, torch.Tensor) else np.moveaxis(image, -1, 0)
-
-
-def float_scale(image) -> float:
-    """
-    What a floating-point image, array or tensor, is multiplied with to lie in 0..255: 1 if it does, 255 for [0, 1].
+    An array or tensor (H, W), (H, W, C) or (C, H, W) of real numbers as a tensor (C, H, W): `uint8` of integers, which
+    must be levels of 255 (`uint16` is scaled from 16 bit) or booleans (0 and 255), `float32` or `float64` of finite
+    floating-point values. Without a format it is inferred: of two sides that may be the channels it is the one of 3,
+    or else the first.
 
     Raises:
-        ValueError: for other values. Between 1 and 2 only whole numbers are levels of 255, for decoded images end there.
+        ValueError: for another shape, kind or range.
     """
-    low, high = float(image.min()), float(image.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if isinstance(image, torch.Tensor):
+        is_dense = image.layout == torch.strided and not (image.is_nested or image.is_quantized or image.is_meta)
+        if not is_dense or image.is_complex():
+            kind = f"{image.dtype}, {image.layout}, {image.device}"
+            raise ValueError(f"An image tensor must be dense and of real numbers, got {kind}.")
+        image = image.detach()
+    elif np.ma.is_masked(image):
+        raise ValueError("An image array must not have masked values; fill them first (`array.filled(...)`).")
+    elif image.dtype.kind not in "buif":
+        raise ValueError(f"An image array must hold real numbers, got dtype {image.dtype}.")
+    shape = tuple(image.shape)
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise ValueError(f"An image array must have 2 or 3 dimensions and at least one pixel, got shape {shape}.")
+    if len(shape) == 2:
+        image, input_data_format = image[None], "channels_first"
+    is_last = input_data_format == "channels_last"
+    if input_data_format is None:
+        is_last = shape[0] not in (1, 3, 4) or (shape[2] == 3 and shape[0] != 3)
+    if not isinstance(image, torch.Tensor):
+        image = _from_array(np.asarray(image))
+    elif not image.is_floating_point() and image.dtype != torch.uint8:
+        image = _from_array(image.cpu().numpy())
+    elif image.dtype not in (torch.uint8, torch.float64):
+        image = image.float()
+    if image.is_floating_point() and not all(map(math.isfinite, image.aminmax())):
         raise ValueError("The image array contains NaN or infinite values.")
-    if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
-        return 255.0
-    below = 0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL
-    if low < -below or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
-        raise ValueError(
-            f"A floating-point image must have values from 0 to 255, or from 0 to 1, got {low:g} to {high:g}. Of "
-            "decoded images, which lie in [-1, 1], `post_process_images` makes images."
-        )
-    return 1.0
+    return image.permute(2, 0, 1) if is_last else image
 
 
-def check_rescaled(image) -> None:
-    """Raise a `ValueError` for an image that is to be normalised without having been rescaled to [0, 1]."""
-    if "float" not in str(image.dtype):
-        raise ValueError(
-            f"With `do_rescale=False` an image must be floating-point with values in [0, 1], got {image.dtype}."
-        )
-    low, high = float(image.min()), float(image.max())
-    if not (-_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL):
-        raise ValueError(
-            f"With `do_rescale=False` an image must have values in [0, 1], got {low:g} to {high:g}. Of decoded images, "
-            "which lie in [-1, 1], `post_process_images` makes images."
-        )
-
-
-def to_8_bit(array: np.ndarray) -> np.ndarray:
-    """
-    Numbers as levels of 255, `uint8`, of the same shape. `uint16` is scaled from 16 bit, booleans become 0 and 255,
-    other integers must be levels already, and floating-point values too, or lie in [0, 1].
-    """
+def _from_array(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind == "f":
-        return (array * array.dtype.type(float_scale(array))).round().clip(0, 255).astype(np.uint8)
-    if array.dtype == np.bool_:
-        return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
-        return _from_16_bit(array)
-    if array.dtype != np.uint8 and (array.min() < 0 or array.max() > 255):
+        array = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32, copy=False)
+    elif array.dtype.kind == "b":
+        array = array * np.uint8(255)
+    elif array.dtype == np.uint16:
+        array = _from_16_bit(array)
+    elif array.dtype != np.uint8:
+        if array.min() < 0 or array.max() > 255:
+            raise ValueError(
+                f"An integer image array must hold values from 0 to 255 (or be uint16: 0 to 65535), got {array.dtype} "
+                f"values from {array.min()} to {array.max()}."
+            )
+        array = array.astype(np.uint8)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def to_8_bit(image: torch.Tensor) -> torch.Tensor:
+    """
+    An image (C, H, W) as levels of 255, `uint8`. Floating-point values must be such levels or lie in [0, 1]; between 1
+    and 2 only whole numbers are levels, for decoded images end there.
+    """
+    if not image.is_floating_point():
+        return image
+    low, high = map(float, image.aminmax())
+    if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
+        image = image * 255
+    elif (
+        low < -(0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL)
+        or high > 255.5
+        or (high <= 2 and bool((image != image.round()).any()))
+    ):
         raise ValueError(
-            f"An integer image array must hold values from 0 to 255 (or be uint16: 0 to 65535), got {array.dtype} "
-            f"values from {array.min()} to {array.max()}."
+            f"A floating-point image must have values from 0 to 255, or from 0 to 1, got {low:g} to {high:g}. "
+            + _OF_DECODED
         )
-    return array.astype(np.uint8)
+    return image.round().clamp(0, 255).to(torch.uint8)
 
 
-def array_to_rgb(array: np.ndarray) -> np.ndarray:
+def check_rescaled(image: torch.Tensor) -> None:
+    """Raise a `ValueError` for an image that is to be normalised without having been rescaled to [0, 1]."""
+    low, high = map(float, image.aminmax())
+    if not image.is_floating_point() or low < -_HALF_LEVEL or high > 1 + _HALF_LEVEL:
+        raise ValueError(
+            "With `do_rescale=False` an image must be floating-point with values in [0, 1], got "
+            f"{image.dtype} from {low:g} to {high:g}. {_OF_DECODED}"
+        )
+
+
+def to_rgb(image: torch.Tensor) -> torch.Tensor:
     """
     An image (C, H, W) with 1 (grey), 3 or 4 (RGBA, composited on white) channels, `uint8` or floating point in [0, 1],
     as (3, H, W).
     """
-    channels = array.shape[0]
-    if channels not in (1, 3, 4):
-        raise ValueError(f"An image array must have 1, 3 or 4 channels, got shape {array.shape} (channels first).")
-    if channels == 1:
-        return np.repeat(array, 3, axis=0)
-    if channels == 3:
-        return array
-    white = 255.0 if array.dtype == np.uint8 else 1.0
-    alpha = array[3:] / white
-    composite = alpha * array[:3] + (1 - alpha) * white
-    return (np.round(composite) if white == 255.0 else composite).astype(array.dtype)
+    if len(image) not in (1, 3, 4):
+        raise ValueError(
+            f"An image array must have 1, 3 or 4 channels, got shape {tuple(image.shape)} (channels first)."
+        )
+    if len(image) < 4:
+        return image.expand(3, -1, -1)
+    white = 255 if image.dtype == torch.uint8 else 1
+    alpha = image[3:] / white
+    composite = alpha * image[:3] + (1 - alpha) * white
+    return composite.round().to(torch.uint8) if white == 255 else composite
