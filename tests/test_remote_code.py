@@ -56,7 +56,7 @@ def test_auto_map_and_files(tmp_path):
     model.save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
     files = save_remote_code(tmp_path)
-    assert {"modeling_dualtoken.py", "processing_dualtoken.py", "siglip_text.py"} <= set(files)
+    assert {"modeling_dualtoken.py", "processing_dualtoken.py", "image_reading.py"} <= set(files)
     assert sorted(path.name for path in tmp_path.glob("*.py")) == files
     config = DualTokenConfig.from_pretrained(tmp_path)
     for auto_class, name in config.auto_map.items():

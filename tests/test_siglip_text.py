@@ -9,7 +9,7 @@ from transformers import AutoProcessor, AutoTokenizer, GemmaTokenizer, SiglipTok
 
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
 from transformers_dualtoken.evaluation import text_tokenizer
-from transformers_dualtoken.siglip_text import as_trained
+from transformers_dualtoken.processing_dualtoken import as_trained
 
 
 TEXTS = ["A photo of a Siamese Cat.", "  a PHOTO,\tof a\n\nsiamese   [cat]!-\\^ "]

@@ -7,7 +7,6 @@ tokens are the unmarked ones, and all text between two of them is encoded with s
 
 import functools
 import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,14 +109,32 @@ def _normalize_message(message, chat_template: str | None) -> dict:
     return message
 
 
+def _normalize_part(part) -> dict:
+    part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
+    if part.get("type") == "image_url" and "image_url" in part:
+        url = part["image_url"]
+        part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
+    if part.get("type") == "image":
+        images = flatten_images(part_image(part))
+        if len(images) != 1:
+            raise ValueError(
+                f"An image part of a message must hold one image, got a list or a batch of {len(images)}."
+            )
+        if "image" in part:  # a list or a batch of one is that one, for all who read the part
+            part["image"] = images[0]
+    elif part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(
+            "A part of a message must be {'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}, got a "
+            f"part of type {part.get('type')!r:.100} with the keys {sorted(map(str, part))}."
+        )
+    return part
+
+
 def keys_beside_content(message: Mapping) -> list[str]:
     """The keys by which a message says something beside its content: tool calls, reasoning and the like."""
-    return [
-        key
-        for key, value in message.items()
-        if key not in ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
-        and not (isinstance(value, (str, list, tuple, Mapping)) and not value)
-    ]
+    known = ("role", "content", *LEARNING_KEYS, *_NAMING_KEYS)
+    filled = [key for key, value in message.items() if not isinstance(value, (str, list, tuple, Mapping)) or value]
+    return [key for key in filled if key not in known]
 
 
 def _check_written(message: dict, chat_template: str) -> None:
@@ -136,9 +153,7 @@ def _check_written(message: dict, chat_template: str) -> None:
             "what stands there would be lost. Write it into the 'content', leave it out, or give a template that has it."
         )
     for key in LEARNING_KEYS:
-        if key not in message:
-            continue
-        value = message[key]
+        value = message.get(key, 0)
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f"The {key!r} of a message must be 0 (context) or 1 (learned), got {value!r:.100}.")
         if value and role != "assistant":
@@ -176,27 +191,6 @@ def part_image(part: Mapping):
     return found.get("image", found or None)
 
 
-def _normalize_part(part) -> dict:
-    part = {key: value for key, value in part.items() if value is not None} if isinstance(part, Mapping) else {}
-    if part.get("type") == "image_url" and "image_url" in part:
-        url = part["image_url"]
-        part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
-    if part.get("type") == "image":
-        images = flatten_images(part_image(part))
-        if len(images) != 1:
-            raise ValueError(
-                f"An image part of a message must hold one image, got a list or a batch of {len(images)}."
-            )
-        if "image" in part:  # a list or a batch of one is that one, for all who read the part
-            part["image"] = images[0]
-    if part.get("type") == "image" or (part.get("type") == "text" and isinstance(part.get("text"), str)):
-        return part
-    raise ValueError(
-        "A part of a message must be {'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}, got a "
-        f"part of type {part.get('type')!r:.100} with the keys {sorted(map(str, part))}."
-    )
-
-
 def image_parts(chat: list[dict]) -> list[dict]:
     """The image parts of a conversation in reading order."""
     contents = [message["content"] for message in chat if not isinstance(message["content"], str)]
@@ -213,25 +207,22 @@ def without_image_data(message: dict) -> dict:
 
 def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
     """
-    What image parts carry: the images of all of them, or their codes.
+    What image parts carry: the images of all of them, or the parts with the codes of all.
 
     Raises:
         ValueError: if some carry images and others codes, or if any carries nothing.
     """
     with_codes = [part for part in parts if any(key in part for key in CODE_KEYS)]
-    with_image = [
-        part_image(part)
-        for part in parts
-        if part_image(part) is not None and not any(key in part for key in CODE_KEYS)
-    ]
-    if max(len(with_codes), len(with_image)) == len(parts):
-        return with_image, with_codes
-    raise ValueError(
-        f"All {len(parts)} image parts of a call must carry images, or all codes: {len(with_image)} carry an image "
-        f"(one of the keys {', '.join(map(repr, IMAGE_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
-        f"'semantic_codes'), {len(parts) - len(with_image) - len(with_codes)} neither. If the model gets the codes of "
-        "all images otherwise, pass `placeholders_only=True`."
-    )
+    images = [part_image(part) for part in parts if not any(key in part for key in CODE_KEYS)]
+    missing = sum(image is None for image in images)
+    if missing or (with_codes and images):
+        raise ValueError(
+            f"All {len(parts)} image parts of a call must carry images, or all codes: {len(images) - missing} carry an "
+            f"image (one of the keys {', '.join(map(repr, IMAGE_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
+            f"'semantic_codes'), {missing} neither. If the model gets the codes of all images otherwise, pass "
+            "`placeholders_only=True`."
+        )
+    return images, with_codes
 
 
 def stack_codes(parts: list[dict], num_positions: int) -> dict[str, np.ndarray]:
@@ -253,49 +244,24 @@ def stack_codes(parts: list[dict], num_positions: int) -> dict[str, np.ndarray]:
     return stacked
 
 
-def _strings(value):
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
-
-
-def new_marker(value: Any) -> str:
-    """32 random digits that occur in no string of `value`; digits, because no template filter changes them."""
-    while True:
-        marker = str(secrets.randbelow(10**32)).zfill(32)
-        if not any(marker in string for string in _strings(value)):
-            return marker
-
-
 def mark_special_tokens(value: Any, marker: str, special_tokens: list[str]) -> Any:
     """
     A copy of `value` (strings in dicts and lists) with a marker before every special token, and another at the end of
     a string that stops within one, lest two strings join to a token in the template.
     """
     if isinstance(value, str):
-        pattern = "|".join(map(re.escape, special_tokens))
-        value = re.sub(f"(?={pattern})", marker + _TYPED, value)
+        value = re.sub(f"(?={'|'.join(map(re.escape, special_tokens))})", marker + _TYPED, value)
         starts = tuple({token[:length] for token in special_tokens for length in range(1, len(token))})
         return value + marker + _SEAM if value.endswith(starts) else value
+    mark = functools.partial(mark_special_tokens, marker=marker, special_tokens=special_tokens)
     if isinstance(value, Mapping):
-        return {
-            mark_special_tokens(key, marker, special_tokens): mark_special_tokens(item, marker, special_tokens)
-            for key, item in value.items()
-        }
-    if isinstance(value, (list, tuple)):
-        return [mark_special_tokens(item, marker, special_tokens) for item in value]
-    return value
+        return {mark(key): mark(item) for key, item in value.items()}
+    return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """The tokens around and at the positions of an image, by name and id."""
+    """The tokens around and at the positions of an image, by name and id, and the number of positions."""
 
     start: str
     pad: str
@@ -313,25 +279,16 @@ class ImageTokens:
 
     def expand(self, prompt: str) -> tuple[str, list[dict[str, Any]]]:
         """The prompt with every image at its length, and what was put in the place of each `pad`."""
-        pieces, replacements, last, length = [], [], 0, 0
+        pieces, replacements, last, grown = [], [], 0, 0
         for match in re.finditer(self.pattern(), prompt):
-            shown = match.group()
-            before = "" if shown.startswith(self.start) else self.start
-            after = "" if shown.endswith(self.end) else self.end
-            at = match.start() + (0 if before else len(self.start))
-            text = before + self.pad * self.count + after
+            before, _, after = match.group().partition(self.pad)
+            text = ("" if before else self.start) + self.pad * self.count + ("" if after else self.end)
+            at = match.start() + len(before)
             pieces += [prompt[last:at], text]
-            new_at = length + at - last
-            length, last = new_at + len(text), at + len(self.pad)
-            replacements.append(
-                {
-                    "type": "image",
-                    "span": (at, last),
-                    "new_span": (new_at, length),
-                    "text": self.pad,
-                    "replacement": text,
-                }
-            )
+            last = at + len(self.pad)
+            spans = {"span": (at, last), "new_span": (at + grown, at + grown + len(text))}
+            replacements.append({"type": "image", "text": self.pad, "replacement": text, **spans})
+            grown += len(text) - len(self.pad)
         return "".join([*pieces, prompt[last:]]), replacements
 
     @property
@@ -367,39 +324,36 @@ def encode_chats(
         spans: per chat the character ranges of the assistant's content; `None` if no mask is wanted.
 
     Returns:
-        Per chat the ids, images expanded, and a mask of the same length: 1 at tokens that overlap a range.
+        Per chat the ids, images expanded, and (with `spans`) a mask of the same length: 1 at tokens that overlap a range.
     """
     special_tokens = special_tokens_of(tokenizer, image_tokens)
     alternatives = "|".join(map(re.escape, special_tokens))
     control = re.compile(f"(?P<image>{image_tokens.pattern(marker)})|(?<!{marker}{_TYPED})(?:{alternatives})")
-    segments, plans = [], []
-    for prompt in rendered:
-        plan, last = [], 0
+    segments, plans = (
+        [],
+        [],
+    )  # texts to encode; of each chat its ids, `None` for those of the next text, and its ranges
+    for prompt, ranges in zip(rendered, spans or [()] * len(rendered)):
+        inside, plan, last = bytearray(len(prompt)), [], 0
+        for start, end in ranges:
+            inside[start:end] = b"\1" * (end - start)
         for match in [*control.finditer(prompt), None]:
             start, end = match.span() if match else (len(prompt), len(prompt))
-            text = "".join(_unmarked_pieces(prompt[last:start], marker))
+            text, inside_text = _unmark(prompt[last:start], inside[last:start], marker)
             check_text(text)
             if text:
-                plan.append((len(segments), last, start))
                 segments.append(text)
+                plan.append((None, inside_text))
             if match:
-                is_image = match.lastgroup == "image"
-                ids = image_tokens.ids if is_image else [tokenizer.convert_tokens_to_ids(match.group())]
-                plan.append((ids, start, end))
+                ids = image_tokens.ids if match["image"] else [tokenizer.convert_tokens_to_ids(match.group())]
+                plan.append((ids, inside[start:end]))
             last = end
         plans.append(plan)
 
-    encoded = {"input_ids": [], "offset_mapping": []}
+    encoded = {"input_ids": []}
     if segments:
-        encoded = tokenizer(
-            segments,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=spans is not None,
-            padding=False,
-            truncation=False,
-            verbose=False,
-        )
+        settings = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
+        encoded = tokenizer(segments, split_special_tokens=True, return_offsets_mapping=spans is not None, **settings)
     control_ids = set(tokenizer.convert_tokens_to_ids(special_tokens))
     for text, ids in zip(segments, encoded["input_ids"]):
         typed = control_ids.intersection(ids)
@@ -410,38 +364,28 @@ def encode_chats(
             )
 
     rows, masks = [], []
-    for index, (prompt, plan) in enumerate(zip(rendered, plans)):
-        row, mask = [], []
-        inside = bytearray(len(prompt))
-        for start, end in spans[index] if spans is not None else ():
-            inside[start:end] = b"\1" * (end - start)
-        for item, start, end in plan:
-            if isinstance(item, list):
-                row += item
-                mask += [int(any(inside[start:end]))] * len(item)
-                continue
-            row += encoded["input_ids"][item]
-            if spans is not None:
-                clean = _without_marker(inside[start:end], prompt[start:end], marker)
-                mask += _token_mask(encoded["offset_mapping"][item], clean)
-        rows.append(row)
-        masks.append(mask)
+    texts = iter(zip(encoded["input_ids"], encoded.get("offset_mapping") or [()] * len(segments)))
+    for plan in plans:
+        rows.append([])
+        masks.append([])
+        for ids, inside in plan:
+            mask = [int(any(inside))] * len(ids or ())
+            if ids is None:
+                ids, offsets = next(texts)
+                mask = _token_mask(offsets, inside)
+            rows[-1] += ids
+            masks[-1] += mask
     return rows, masks
 
 
-def _unmarked_pieces(text: str, marker: str) -> list[str]:
-    return re.split(f"{marker}[{_TYPED}{_SEAM}]", text)
+def _unmark(text: str, inside: bytearray, marker: str) -> tuple[str, bytes]:
+    """A text without its markers, and what belongs to it of `inside`, one byte for each character."""
+    markers = [match.span() for match in re.finditer(f"{marker}[{_TYPED}{_SEAM}]", text)]
+    kept = list(map(slice, [0, *(end for _, end in markers)], [*(start for start, _ in markers), len(text)]))
+    return "".join(text[part] for part in kept), b"".join(inside[part] for part in kept)
 
 
-def _without_marker(inside: bytearray, text: str, marker: str) -> bytearray:
-    kept, position = bytearray(), 0
-    for piece in _unmarked_pieces(text, marker):
-        kept += inside[position : position + len(piece)]
-        position += len(piece) + len(marker) + 1
-    return kept
-
-
-def _token_mask(offsets: list[tuple[int, int]], inside: bytearray) -> list[int]:
+def _token_mask(offsets: list[tuple[int, int]], inside: bytes) -> list[int]:
     mask, last = [], 0
     for start, end in offsets:
         # Some tokenizers trim leading blanks off the offsets; they belong to the token all the same.

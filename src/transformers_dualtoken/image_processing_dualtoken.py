@@ -10,9 +10,10 @@ import torch
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.processing_utils import Unpack
 from transformers.utils import auto_docstring, requires_backends
 
-from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin
+from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin, DualTokenImageProcessorKwargs
 
 
 @auto_docstring(
@@ -25,7 +26,7 @@ from .image_processing_pil_dualtoken import DualTokenImageProcessingMixin
     """
 )
 class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend):
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Unpack[DualTokenImageProcessorKwargs]):
         requires_backends(self, ["torch", "torchvision"])
         super().__init__(**kwargs)
 

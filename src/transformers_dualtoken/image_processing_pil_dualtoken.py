@@ -15,7 +15,7 @@ from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, SizeDict
-from transformers.processing_utils import ImagesKwargs
+from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import auto_docstring
 
 from .image_reading import (
@@ -164,7 +164,7 @@ class DualTokenImageProcessingMixin:
     max_image_pixels = ImageBounds.max_pixels
     max_image_bytes = ImageBounds.max_bytes
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Unpack[DualTokenImageProcessorKwargs]):
         # To transformers `None` is the default; to these two it is no limit.
         limits = {name: kwargs[name] for name in ("max_image_pixels", "max_image_bytes") if name in kwargs}
         super().__init__(**kwargs)

@@ -1,9 +1,20 @@
+# Copyright 2026 The transformers-dualtoken authors. All rights reserved.
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with
+# the License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0
+# Unless required by applicable law or agreed to in writing, software distributed under the License is distributed on an
+# "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the
+# specific language governing permissions and limitations under the License.
 """Processors: text, images and chats for the unified model, and images and captions for the vision tokenizer."""
 
+import secrets
+import string
 from typing import Any
 
+from tokenizers import Regex, Tokenizer, normalizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers.utils import auto_docstring
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_dualtoken import (
@@ -15,7 +26,6 @@ from .chat_dualtoken import (
     image_parts,
     learned_spans,
     mark_special_tokens,
-    new_marker,
     normalize_chats,
     special_tokens_of,
     stack_codes,
@@ -24,49 +34,13 @@ from .chat_dualtoken import (
 )
 from .image_processing_pil_dualtoken import DualTokenImageProcessorKwargs, post_process_images
 from .image_reading import flatten_images
-from .siglip_text import as_trained
 
 
-class DualTokenTextKwargs(TextKwargs, total=False):
-    # Before transformers knew it itself, it dropped the name.
-    return_text_replacement_offsets: bool | None
-
-
-class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: DualTokenImageProcessorKwargs
-    text_kwargs: DualTokenTextKwargs
-
-    # Class variables of the processor are the newer way, but transformers 5.6 does not read those.
-    _defaults = {"text_kwargs": {"padding": True, "padding_side": "left"}}
-
-
-class DualTokenVisionTokenizerProcessorKwargs(ProcessingKwargs, total=False):
-    images_kwargs: DualTokenImageProcessorKwargs
-
-    # SigLIP was trained on texts padded to one length, padding attended.
-    _defaults = {"text_kwargs": {"padding": "max_length", "truncation": True, "return_attention_mask": False}}
-
-
-def _flatten_images(images) -> tuple[list, list[int] | None]:
-    """All images in reading order, and how many each row has; `None` for a flat list, which does not tell."""
-    if images is None or (isinstance(images, (list, tuple)) and not images):
-        return [], None
-    if isinstance(images, (list, tuple)) and any(row is None or isinstance(row, (list, tuple)) for row in images):
-        rows = [row if isinstance(row, (list, tuple)) else [] if row is None else [row] for row in images]
-        rows = [flatten_images(row) for row in rows]
-        return [image for row in rows for image in row], [len(row) for row in rows]
-    return flatten_images(images), None
-
-
-def _as_texts(text) -> list[str]:
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
-        raise ValueError(f"`text` must be a string or a list of at least one string, got {text!r:.100}.")
-    for item in texts:
-        check_text(item)
-    return list(texts)
-
-
+# What SigLIP 2's folders name. `SiglipTokenizer`, of SigLIP, does by itself what `as_trained` does.
+_SIGLIP_2_TOKENIZERS = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenizer"}
+# Settings of a call that are neither the tokenizer's nor the image processor's.
+_FLAGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+_IMAGE_TOKENS = ("image_start_token", "image_token", "image_end_token")
 # What the inputs of a negative prompt are called in `generate`.
 _NEGATIVE_INPUTS = {
     "input_ids": "negative_prompt_ids",
@@ -75,6 +49,61 @@ _NEGATIVE_INPUTS = {
     "pixel_codes": "negative_pixel_codes",
     "semantic_codes": "negative_semantic_codes",
 }
+
+
+class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: DualTokenImageProcessorKwargs
+
+    _defaults = {}  # transformers 5.6 asks for it, and does not read those of the processor
+
+
+def as_trained(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a SigLIP 2 folder, made to see texts as SigLIP 2's training did: lower case, without punctuation,
+    every blank one space, padded on the right; special tokens in a text are text. Any other tokenizer is returned as
+    it is. The rule is saved with the tokenizer that is returned, for whatever loads it, pipelines included.
+    """
+    if tokenizer is None or not _SIGLIP_2_TOKENIZERS & {base.__name__ for base in type(tokenizer).__mro__}:
+        return tokenizer
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    # Of big_vision, as SigLIP's tokenizer does it. `-` and `]` have a meaning in a class of characters.
+    punctuation = "".join("\\" + character for character in string.punctuation)
+    rule = [
+        normalizers.Lowercase(),
+        normalizers.Replace(Regex(f"[{punctuation}]"), ""),
+        normalizers.Replace(Regex(r"\s+"), " "),
+        normalizers.Strip(),
+    ]
+    backend.normalizer = normalizers.Sequence([*rule, backend.normalizer] if backend.normalizer else rule)
+    special_tokens = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side="right",
+        split_special_tokens=True,
+        **special_tokens,
+    )
+
+
+def _flatten_images(images) -> tuple[list, list[int] | None]:
+    """All images in reading order, and how many each row has; `None` for a flat list, which does not tell."""
+    if images is None:
+        return [], None
+    if not isinstance(images, (list, tuple)) or not any(
+        row is None or isinstance(row, (list, tuple)) for row in images
+    ):
+        return flatten_images(images), None
+    rows = [[] if row is None else flatten_images(row) for row in images]
+    return [image for row in rows for image in row], [len(row) for row in rows]
+
+
+def _as_texts(text, name: str = "text") -> list[str]:
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(item, str) for item in texts):
+        raise ValueError(f"`{name}` must be a string or a list of at least one string, got {text!r:.100}.")
+    for item in texts:
+        check_text(item)
+    return list(texts)
 
 
 def _negative_inputs(inputs: dict) -> dict:
@@ -92,37 +121,46 @@ def _negative_chats(negative_prompt) -> list:
 class _DualTokenProcessorMixin:
     """What both processors share."""
 
+    valid_processor_kwargs = DualTokenProcessorKwargs
+    text_kwargs: dict[str, Any]  # the tokenizer's settings, unless told otherwise
+
+    def _merged_kwargs(self, kwargs: dict) -> dict[str, Any]:
+        """`text_kwargs` and `images_kwargs`, the flat ones among them; beside them the flags and `return_tensors`."""
+        text_kwargs = dict(kwargs.get("text_kwargs", {}))
+        flags = {name: bool(text_kwargs.pop(name, kwargs.get(name, False))) for name in _FLAGS}
+        # transformers 5.6 drops the flat ones beside `text_kwargs`. Those given twice are left for it to refuse.
+        flat = (TextKwargs.__annotations__.keys() & kwargs.keys()) - text_kwargs.keys()
+        text_kwargs |= {name: kwargs[name] for name in flat - flags.keys()}
+        kwargs = {name: value for name, value in kwargs.items() if name not in flat and name not in flags}
+        # Without the tokenizer's `init_kwargs`: a loaded one carries the padding and truncation of whatever it encoded
+        # last before it was saved.
+        merged = self._merge_kwargs(self.valid_processor_kwargs, **{**kwargs, "text_kwargs": text_kwargs})
+        text_kwargs = {**self.text_kwargs, **merged["text_kwargs"]}
+        text_kwargs.pop("sanitize_control_tokens", None)
+        # Tensors are made at the end, from everything at once.
+        return_tensors = text_kwargs.pop("return_tensors", None)
+        return {**merged, **flags, "text_kwargs": text_kwargs, "return_tensors": return_tensors}
+
     def _image_inputs(self, images: list, merged: dict[str, Any]) -> dict:
-        if not images:
-            return {}
-        return dict(self.image_processor(images, **{**merged["images_kwargs"], "return_tensors": None}))
+        return (
+            dict(self.image_processor(images, **{**merged["images_kwargs"], "return_tensors": None})) if images else {}
+        )
 
     def post_process_images(self, reconstruction) -> list:
         """Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as a list of PIL images."""
         return post_process_images(reconstruction)
 
 
-class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
-    r"""
+@auto_docstring(
+    custom_intro=r"""
     Text, chats and images for [`DualTokenForCausalLM`].
 
     An image is `image_start_token`, `num_image_tokens` times `image_token`, `image_end_token` in the sequence, and one
     entry of `pixel_values` (images, 3, S, S); images are flat over the batch, in reading order.
-
-    Args:
-        image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`])
-        tokenizer (`PreTrainedTokenizerBase`): a Qwen2 tokenizer.
-        chat_template (`str`, *optional*): defaults to ChatML. No system prompt is added to a conversation without one.
-        num_image_tokens (`int`, defaults to 729): positions per image, `config.num_positions` of the model.
-        image_start_token, image_token, image_end_token (`str`): default to Qwen2.5's `<|vision_start|>`,
-            `<|image_pad|>` and `<|vision_end|>`. Their ids come from the tokenizer: `image_start_token_id`,
-            `image_token_id`, `image_end_token_id`.
-
-    Raises:
-        ValueError: if the tokenizer lacks one of the three tokens, or `num_image_tokens` is below 1.
     """
-
-    valid_processor_kwargs = DualTokenProcessorKwargs
+)
+class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
+    text_kwargs = {"padding": True, "padding_side": "left"}
 
     def __init__(
         self,
@@ -134,56 +172,42 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         image_token: str = "<|image_pad|>",
         image_end_token: str = "<|vision_end|>",
     ):
+        r"""
+        chat_template (`str`, *optional*):
+            Defaults to ChatML. No system prompt is added to a conversation without one.
+        num_image_tokens (`int`, *optional*, defaults to 729):
+            Positions per image, `config.num_positions` of the model.
+        image_start_token (`str`, *optional*, defaults to `"<|vision_start|>"`):
+            Of the tokenizer, like the other two: it must have them. `image_start_token_id` is its id.
+        image_token (`str`, *optional*, defaults to `"<|image_pad|>"`):
+            Stands at each position of an image. `image_token_id` is its id.
+        image_end_token (`str`, *optional*, defaults to `"<|vision_end|>"`):
+            `image_end_token_id` is its id.
+        """
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         if num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be at least 1, got {num_image_tokens}.")
         self.num_image_tokens = num_image_tokens
-        self.image_start_token = image_start_token
-        self.image_token = image_token
-        self.image_end_token = image_end_token
-        self.image_start_token_id = self._token_id("image_start_token")
-        self.image_token_id = self._token_id("image_token")
-        self.image_end_token_id = self._token_id("image_end_token")
-
-    def _token_id(self, name: str) -> int:
-        token_id = self.tokenizer.get_vocab().get(getattr(self, name))
-        if token_id is None:
-            raise ValueError(
-                f"The tokenizer has no token {getattr(self, name)!r}, which `{name}` names. Name one of its special "
-                "tokens, or add this one to the tokenizer and a row for it to the model's embeddings."
-            )
-        return token_id
+        self.image_start_token, self.image_token, self.image_end_token = (
+            image_start_token,
+            image_token,
+            image_end_token,
+        )
+        for name in _IMAGE_TOKENS:
+            token_id = tokenizer.get_vocab().get(getattr(self, name))
+            if token_id is None:
+                raise ValueError(
+                    f"The tokenizer has no token {getattr(self, name)!r}, which `{name}` names. Name one of its special "
+                    "tokens, or add this one to the tokenizer and a row for it to the model's embeddings."
+                )
+            setattr(self, f"{name}_id", token_id)
 
     @property
     def image_tokens(self) -> ImageTokens:
-        return ImageTokens(
-            start=self.image_start_token,
-            pad=self.image_token,
-            end=self.image_end_token,
-            start_id=self.image_start_token_id,
-            pad_id=self.image_token_id,
-            end_id=self.image_end_token_id,
-            count=self.num_image_tokens,
-        )
+        ids = [getattr(self, f"{name}_id") for name in _IMAGE_TOKENS]
+        return ImageTokens(*(getattr(self, name) for name in _IMAGE_TOKENS), *ids, self.num_image_tokens)
 
-    def _merged_kwargs(self, kwargs: dict) -> dict[str, Any]:
-        if "text_kwargs" in kwargs:
-            # transformers 5.6 drops the flat ones beside it. Those given twice are left for it to refuse.
-            given = kwargs["text_kwargs"]
-            flat = {name for name in DualTokenTextKwargs.__annotations__ if name in kwargs and name not in given}
-            given = {**given, **{name: kwargs[name] for name in flat}}
-            kwargs = {name: value for name, value in kwargs.items() if name not in flat} | {"text_kwargs": given}
-        # Without the tokenizer's `init_kwargs`: a loaded one carries the padding and truncation of whatever it encoded
-        # last before it was saved.
-        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
-        text_kwargs = merged["text_kwargs"]
-        text_kwargs.pop("sanitize_control_tokens", None)
-        for name in ("return_mm_token_type_ids", "return_text_replacement_offsets"):
-            merged[name] = bool(text_kwargs.pop(name, merged.get(name, False)))
-        # Tensors are made at the end, from everything at once.
-        merged["return_tensors"] = text_kwargs.pop("return_tensors", None)
-        return merged
-
+    @auto_docstring
     def __call__(
         self,
         images=None,
@@ -195,20 +219,17 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         **kwargs: Unpack[DualTokenProcessorKwargs],
     ) -> BatchFeature:
         r"""
-        Prepare rendered prompts and images. Special tokens in `text` count as such: for the text of a user take
-        [`~DualTokenProcessor.apply_chat_template`].
-
-        Args:
-            images (*optional*): PIL images, arrays, tensors, paths or URLs: one, a flat list in reading order, or one
-                list per prompt.
-            text (`str` or `list[str]`, *optional*): prompts, an image in them written as
-                `<|vision_start|><|image_pad|><|vision_end|>`; the one `<|image_pad|>` is repeated here.
-            placeholders_only (`bool`, defaults to `False`): the prompts may show images that are not given, because
-                the model gets their codes instead.
-            negative_prompt (`str` or `list[str]`, *optional*): rendered prompts without images that an image is guided
-                away from, one for all or one for each; `<|vision_start|>` is added where it does not end them.
-            **kwargs: settings of the tokenizer and the image processor (`padding`, `padding_side`, `return_tensors`,
-                `resize_mode`, ...), flat or as `text_kwargs` and `images_kwargs`.
+        images (*optional*):
+            PIL images, arrays, tensors, paths or URLs: one, a flat list in reading order, or one list per prompt.
+        text (`str` or `list[str]`, *optional*):
+            Rendered prompts, an image in them written as `<|vision_start|><|image_pad|><|vision_end|>`; the one
+            `<|image_pad|>` is repeated here. Special tokens count as such: for the text of a user take
+            [`~DualTokenProcessor.apply_chat_template`].
+        placeholders_only (`bool`, *optional*, defaults to `False`):
+            The prompts may show images that are not given, because the model gets their codes instead.
+        negative_prompt (`str` or `list[str]`, *optional*):
+            Rendered prompts without images that an image is guided away from, one for all or one for each;
+            `<|vision_start|>` is added where it does not end them.
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (B, L), padded on the left unless told otherwise, and
@@ -217,42 +238,30 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             `text_replacement_offsets`, of every prompt and each of its images a dict of `type` ("image"), `text`,
             `replacement`, and the places `span` and `new_span` before and after: what engines such as vLLM put in the
             place of `<|image_pad|>`.
-
-        Raises:
-            ValueError: if a prompt is empty, if the numbers of placeholders and images differ (per prompt for nested
-                images), or if truncation cut an image.
         """
+        images, row_counts = _flatten_images(images)
         if videos is not None or audio is not None:
             raise ValueError("Only text and images are supported, got videos or audio.")
-        images, row_counts = _flatten_images(images)
         if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
-        data = {}
-        if text is not None:
-            prompts = _as_texts(text)
-            for index, prompt in enumerate(prompts):
-                if not prompt:
-                    raise ValueError(f"A prompt must not be empty, but prompt {index} of {len(prompts)} is.")
+        data, prompts = {}, None if text is None else _as_texts(text)
+        if prompts:
+            if "" in prompts:
+                raise ValueError(f"A prompt must not be empty, but prompt {prompts.index('')} of {len(prompts)} is.")
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)
             prompts, replacements = zip(*map(self.image_tokens.expand, prompts))
-            data = dict(self.tokenizer(list(prompts), **merged["text_kwargs"]))
-            self._finish_text(data, counts, merged)
+            data = self._finish_text(dict(self.tokenizer(list(prompts), **merged["text_kwargs"])), counts, merged)
         data.update(self._image_inputs(images, merged))
         features = BatchFeature(data, tensor_type=merged["return_tensors"])
-        if text is not None and merged["return_text_replacement_offsets"]:
+        if prompts and merged["return_text_replacement_offsets"]:
             features["text_replacement_offsets"] = list(replacements)
         if negative_prompt is not None:
-            texts = [negative_prompt] if isinstance(negative_prompt, str) else negative_prompt
-            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(
-                    f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r:.200}."
-                )
-            start = self.image_start_token
-            texts = [text if text.endswith(start) else text + start for text in texts]
-            features.update(_negative_inputs(self(text=texts, **kwargs)))
+            start, texts = self.image_start_token, _as_texts(negative_prompt, "negative_prompt")
+            negative = self(text=[text if text.endswith(start) else text + start for text in texts], **kwargs)
+            features.update(_negative_inputs(negative))
         return features
 
     def _check_counts(self, counts: list[int], num_images: int, row_counts: list[int] | None):
@@ -260,19 +269,15 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             raise ValueError(
                 f"Nested `images` must have one list per prompt: got {len(row_counts)} lists, {len(counts)} prompts."
             )
-        for index, (shown, given) in enumerate(zip(counts, row_counts or ())):
+        compared = [(f"Prompt {row} has", *pair) for row, pair in enumerate(zip(counts, row_counts or ()))]
+        for who, shown, given in [*compared, ("The prompts have", sum(counts), num_images)]:
             if shown != given:
                 raise ValueError(
-                    f"Prompt {index} has {shown} image placeholders ({self.image_token!r}), but {given} images were "
-                    "given for it; the numbers must be equal."
+                    f"{who} {shown} image placeholders ({self.image_token!r}), but {given} images were given; the numbers "
+                    "must be equal."
                 )
-        if sum(counts) != num_images:
-            raise ValueError(
-                f"The prompts have {sum(counts)} image placeholders ({self.image_token!r}), but {num_images} images "
-                "were given; the numbers must be equal."
-            )
 
-    def _finish_text(self, data: dict, counts: list[int], merged: dict[str, Any]):
+    def _finish_text(self, data: dict, counts: list[int], merged: dict[str, Any]) -> dict:
         for index, (ids, count) in enumerate(zip(data["input_ids"], counts)):
             wanted, found = count * self.num_image_tokens, ids.count(self.image_token_id)
             if found != wanted:
@@ -282,28 +287,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 )
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
-
-    def post_process_multimodal_output(
-        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
-    ) -> list:
-        """
-        Texts of generated ids, or with `generation_mode="image"` PIL images of what `decode_image_tokens` made.
-
-        Raises:
-            ValueError: for another mode, or for what that mode does not return.
-        """
-        if generation_mode == "image":
-            return self.post_process_images(generated_outputs)
-        if generation_mode not in (None, "text"):
-            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
-        if getattr(generated_outputs, "ndim", 2) > 2:
-            raise ValueError(
-                "Image mode returned codes and no text. For images a pipeline is called with `generation_mode='image'` "
-                "itself, not within `generate_kwargs`."
-            )
-        return self.post_process_image_text_to_text(
-            generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
-        )
+        return data
 
     def create_mm_token_type_ids(self, input_ids: list[list[int]]) -> list[list[int]]:
         """1 at image positions, 0 elsewhere."""
@@ -313,9 +297,23 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         """Positions per image, whatever its size; read by vLLM."""
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ) -> list:
+        """Texts of generated ids, or with `generation_mode="image"` PIL images of what `decode_image_tokens` made."""
+        if generation_mode == "image":
+            return self.post_process_images(generated_outputs)
+        if generation_mode not in (None, "text"):
+            raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
+        if getattr(generated_outputs, "ndim", 2) > 2:
+            raise ValueError(
+                "Image mode returned codes and no text. For images a pipeline is called with `generation_mode='image'` "
+                "itself, not within `generate_kwargs`."
+            )
+        return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
 
     def apply_chat_template(
         self,
@@ -341,8 +339,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant` or one that a template of
         one's own names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image",
         "image": ...}` with whatever [`locate_image`] takes (the keys `url`, `path`, `base64` and `bytes` and OpenAI's
-        `image_url` parts work as well), in any role; or `{"type": "image",
-        "pixel_codes": ..., "semantic_codes": ...}` with codes (H, W, D).
+        `image_url` parts work as well), in any role; or `{"type": "image", "pixel_codes": ..., "semantic_codes": ...}`
+        with codes (H, W, D).
 
         With `tokenize=True` every special token that occurs in a message, a role, a tool or another variable of the
         template stays plain text: only those the template itself writes are control tokens. The string returned with
@@ -354,8 +352,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             generate_image (`bool`): end with `<|vision_start|>`, after the generation prompt or the open message.
             return_assistant_tokens_mask (`bool`): add `assistant_masks` (B, L), 1 at the content of assistant messages
                 (their images included) and the `<|im_end|>` that closes it.
-            placeholders_only (`bool`): write placeholders for image parts but process no image, because the model gets
-                the codes of all images otherwise. The parts may then lack image data.
+            placeholders_only (`bool`): write placeholders for image parts, which may lack image data, but process no
+                image, because the model gets the codes of all images otherwise.
             return_dict (`bool`): return all inputs instead of `input_ids` alone.
             negative_prompt (`str`, list of them or conversations, *optional*): what an image is guided away from, one
                 for all conversations or one for each. A string is what the user says. Rendered as the conversations
@@ -375,28 +373,14 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             ValueError: for an empty conversation, an unknown role, parts of another form, images of more than one
                 sort, and flags that exclude each other.
         """
-        self._check_flags(
-            add_generation_prompt, continue_final_message, return_assistant_tokens_mask, generate_image, tokenize
-        )
-        negative = {}
-        if negative_prompt is not None:
-            if not (tokenize and return_dict):
-                raise ValueError(
-                    "`negative_prompt` gives inputs of its own: it needs `tokenize=True` and `return_dict=True`."
-                )
-            negative = self.apply_chat_template(
-                _negative_chats(negative_prompt),
-                chat_template=chat_template,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_tensors=return_tensors,
-                return_dict=True,
-                generate_image=True,
-                processor_kwargs={name: value for name, value in (processor_kwargs or {}).items() if name != "images"},
-                **{name: value for name, value in kwargs.items() if name != "images"},
-            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("`continue_final_message` and `add_generation_prompt` exclude each other.")
+        if return_assistant_tokens_mask and (continue_final_message or not tokenize):
+            raise ValueError("`return_assistant_tokens_mask` needs `tokenize=True`, without `continue_final_message`.")
+        if generate_image and not (add_generation_prompt or continue_final_message):
+            raise ValueError("`generate_image` needs `add_generation_prompt=True` or `continue_final_message=True`.")
+        if negative_prompt is not None and not (tokenize and return_dict):
+            raise ValueError("`negative_prompt` gives inputs: it needs `tokenize=True` and `return_dict=True`.")
         template = self._find_template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
             if value and not writes(template, name):
@@ -404,63 +388,44 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                     f"The chat template does not write `{name}`, so the model would know nothing of them. Give a "
                     "`chat_template` that does, or put them into a message."
                 )
-        processor_kwargs = dict(processor_kwargs or {})
-        if return_tensors not in (None, "auto"):
-            processor_kwargs["return_tensors"] = return_tensors
         kwargs.pop("load_audio_from_video", None)
-        for name in list(kwargs):
-            if not writes(template, name):
-                processor_kwargs[name] = kwargs.pop(name)
+        settings = {**(processor_kwargs or {}), **{k: v for k, v in kwargs.items() if not writes(template, k)}}
+        variables = {name: value for name, value in kwargs.items() if name not in settings}
+        given = settings.pop("images", None)
+        if return_tensors not in (None, "auto"):
+            settings["return_tensors"] = return_tensors
 
         chats, batched = normalize_chats(conversation, template)
         parts = [part for chat in chats for part in image_parts(chat)]
         counts = [len(image_parts(chat)) for chat in chats]
         images, codes = [], {}
-        if tokenize:
-            given = processor_kwargs.pop("images", None)
-            if given is not None:
-                images, row_counts = _flatten_images(given)
-                self._check_counts(counts, len(images), row_counts)
-            elif not placeholders_only:
-                images, with_codes = image_data(parts)
-                codes = stack_codes(with_codes, self.num_image_tokens)
+        if tokenize and given is not None:
+            images, row_counts = _flatten_images(given)
+            self._check_counts(counts, len(images), row_counts)
+        elif tokenize and not placeholders_only:
+            images, with_codes = image_data(parts)
+            codes = stack_codes(with_codes, self.num_image_tokens)
 
-        outside = {
-            "chats": [[without_image_data(message) for message in chat] for chat in chats],
-            "tools": tools,
-            "documents": documents,
-            "variables": kwargs,
-        }
-        marker = new_marker(outside)
+        chats_without_images = [[without_image_data(message) for message in chat] for chat in chats]
+        outside = {"conversations": chats_without_images, "tools": tools, "documents": documents, **variables}
+        marker = f"{secrets.randbelow(10**32):032}"  # digits, because no template filter changes them
         if tokenize:
             outside = mark_special_tokens(outside, marker, special_tokens_of(self.tokenizer, self.image_tokens))
+        own_tokens = {name: getattr(self, name) for name in _IMAGE_TOKENS}
         rendered, spans = render_jinja_template(
-            conversations=outside["chats"],
-            tools=outside["tools"],
-            documents=outside["documents"],
             chat_template=template,
             return_assistant_tokens_mask=return_assistant_tokens_mask,
             continue_final_message=continue_final_message,
             add_generation_prompt=add_generation_prompt,
-            **{
-                **self.tokenizer.special_tokens_map,
-                "image_start_token": self.image_start_token,
-                "image_token": self.image_token,
-                "image_end_token": self.image_end_token,
-                **outside["variables"],
-            },
+            **{**self.tokenizer.special_tokens_map, **own_tokens, **outside},
         )
-        if return_assistant_tokens_mask:
-            spans = [learned_spans(chat, spans_of_chat) for chat, spans_of_chat in zip(chats, spans)]
         if generate_image:
             rendered = [prompt + self.image_start_token for prompt in rendered]
         if not tokenize:
             return rendered if batched else rendered[0]
 
-        merged = self._merged_kwargs(processor_kwargs)
-        rows, masks = encode_chats(
-            self.tokenizer, self.image_tokens, rendered, marker, spans if return_assistant_tokens_mask else None
-        )
+        learned = [learned_spans(*each) for each in zip(chats, spans)] if return_assistant_tokens_mask else None
+        rows, masks = encode_chats(self.tokenizer, self.image_tokens, rendered, marker, learned)
         for row, count in zip(rows, counts):
             shown = row.count(self.image_token_id) // self.num_image_tokens
             if shown != count:
@@ -468,79 +433,60 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                     f"A conversation has {count} images, but its rendered form has {shown}. The chat template must "
                     "write one image per image part, and a message to be continued must end in text."
                 )
+        merged = self._merged_kwargs(settings)
         data = self._pad(rows, masks if return_assistant_tokens_mask else None, merged["text_kwargs"])
-        self._finish_text(data, counts, merged)
-        data.update(codes)
-        data.update(self._image_inputs(_flatten_images(images)[0], merged))
+        data = {
+            **self._finish_text(data, counts, merged),
+            **codes,
+            **self._image_inputs(flatten_images(images), merged),
+        }
         features = BatchFeature(data, tensor_type=merged["return_tensors"])
-        features.update(_negative_inputs(negative))
+        if negative_prompt is not None:
+            negative_chats = _negative_chats(negative_prompt)
+            ends = {"add_generation_prompt": True, "generate_image": True, "tokenize": True, "return_dict": True}
+            given = {"tools": tools, "documents": documents, "processor_kwargs": settings, **variables}
+            features.update(_negative_inputs(self.apply_chat_template(negative_chats, template, **ends, **given)))
         return features if return_dict else features["input_ids"]
-
-    @staticmethod
-    def _check_flags(add_generation_prompt, continue_final_message, assistant_mask, generate_image, tokenize):
-        if continue_final_message and add_generation_prompt:
-            raise ValueError(
-                "`continue_final_message` and `add_generation_prompt` exclude each other: the first leaves the last "
-                "message open, the second begins a new one."
-            )
-        if assistant_mask and (continue_final_message or not tokenize):
-            raise ValueError(
-                "`return_assistant_tokens_mask` needs `tokenize=True`, and excludes `continue_final_message`."
-            )
-        if generate_image and not (add_generation_prompt or continue_final_message):
-            raise ValueError(
-                "`generate_image=True` needs `add_generation_prompt=True` or `continue_final_message=True`: the image "
-                "belongs to an answer."
-            )
 
     def _find_template(self, chat_template: str | None) -> str:
         if not isinstance(self.chat_template, dict):
             return chat_template or self.chat_template
         if chat_template is None and "default" not in self.chat_template:
+            names = sorted(self.chat_template)
             raise ValueError(
-                f"The processor's chat templates are {sorted(self.chat_template)}, none of them 'default': name one "
-                "as `chat_template`."
+                f"None of the processor's chat templates {names} is 'default': name one as `chat_template`."
             )
         return self.chat_template.get(chat_template or "default", chat_template)
 
     def _pad(self, rows: list[list[int]], masks: list[list[int]] | None, text_kwargs: dict[str, Any]) -> dict:
         """Truncate and pad encoded rows as the tokenizer would."""
-        max_length, padding_side = text_kwargs.get("max_length"), text_kwargs.get("padding_side")
+        max_length = text_kwargs.get("max_length")
         if text_kwargs.get("truncation") and max_length is not None:
             kept = slice(max_length) if self.tokenizer.truncation_side == "right" else slice(-max_length, None)
             rows = [row[kept] for row in rows]
             masks = masks and [mask[kept] for mask in masks]
-        data = self.tokenizer.pad(
-            {"input_ids": rows},
-            padding=text_kwargs.get("padding", False),
-            max_length=max_length,
-            pad_to_multiple_of=text_kwargs.get("pad_to_multiple_of"),
-            padding_side=padding_side,
-            return_attention_mask=text_kwargs.get("return_attention_mask"),
-        )
-        data = dict(data)
+        names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+        data = dict(self.tokenizer.pad({"input_ids": rows}, **{name: text_kwargs.get(name) for name in names}))
         if masks is not None:
             fills = [[0] * (len(ids) - len(mask)) for ids, mask in zip(data["input_ids"], masks)]
-            left = (padding_side or self.tokenizer.padding_side) == "left"
+            left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
             data["assistant_masks"] = [fill + mask if left else mask + fill for fill, mask in zip(fills, masks)]
         return data
 
 
+@auto_docstring(custom_intro="Images and captions for [`DualTokenVisionTokenizer`].")
 class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin):
-    r"""
-    Images and captions for [`DualTokenVisionTokenizer`].
-
-    Args:
-        image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`])
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the SigLIP checkpoint. That of a SigLIP 2 folder, which
-            names Gemma's, becomes one that sees texts in lower case and without punctuation, as SigLIP 2's training
-            did; SigLIP's does so by itself.
-        text_length (`int`, defaults to 64): tokens every caption is padded or cut to, as SigLIP was trained.
-    """
-
-    valid_processor_kwargs = DualTokenVisionTokenizerProcessorKwargs
+    # SigLIP was trained on texts padded to one length, padding attended.
+    text_kwargs = {"padding": "max_length", "truncation": True, "return_attention_mask": False}
 
     def __init__(self, image_processor=None, tokenizer=None, text_length: int = 64):
+        r"""
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer of the SigLIP checkpoint. That of a SigLIP 2 folder, which names Gemma's, becomes one that sees
+            texts in lower case and without punctuation, as SigLIP 2's training did; SigLIP's does so by itself.
+        text_length (`int`, *optional*, defaults to 64):
+            Tokens every caption is padded or cut to, as SigLIP was trained.
+        """
         super().__init__(image_processor, as_trained(tokenizer))
         if text_length < 1:
             raise ValueError(f"`text_length` must be at least 1, got {text_length}.")
@@ -550,35 +496,27 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
     def model_input_names(self) -> list[str]:
         return ["input_ids", *self.image_processor.model_input_names]
 
-    def __call__(
-        self, images=None, text=None, **kwargs: Unpack[DualTokenVisionTokenizerProcessorKwargs]
-    ) -> BatchFeature:
+    @auto_docstring
+    def __call__(self, images=None, text=None, **kwargs: Unpack[DualTokenProcessorKwargs]) -> BatchFeature:
         r"""
-        Args:
-            images (*optional*): PIL images, arrays, tensors, paths or URLs: one or a list.
-            text (`str` or `list[str]`, *optional*): captions. Their number need not be that of the images.
-            **kwargs: settings of the tokenizer and the image processor.
+        images (*optional*):
+            PIL images, arrays, tensors, paths or URLs: one or a list.
+        text (`str` or `list[str]`, *optional*):
+            Captions. Their number need not be that of the images.
 
         Returns:
             [`BatchFeature`]: `input_ids` (texts, text_length), without an attention mask as in SigLIP's training, and
             `pixel_values` (images, 3, S, S) in [-1, 1].
-
-        Raises:
-            ValueError: if neither images nor text are given.
         """
         images, _ = _flatten_images(images)
         if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
-        # Without the tokenizer's `init_kwargs`, as in `DualTokenProcessor._merged_kwargs`.
-        merged = self._merge_kwargs(self.valid_processor_kwargs, **kwargs)
-        text_kwargs = merged["text_kwargs"]
-        text_kwargs.setdefault("max_length", self.text_length)
-        return_tensors = text_kwargs.pop("return_tensors", None)
+        merged = self._merged_kwargs(kwargs)
         data = {}
         if text is not None:
-            data.update(self.tokenizer(_as_texts(text), **text_kwargs))
+            data.update(self.tokenizer(_as_texts(text), **{"max_length": self.text_length, **merged["text_kwargs"]}))
         data.update(self._image_inputs(images, merged))
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=merged["return_tensors"])
 
 
 __all__ = ["DualTokenProcessor", "DualTokenVisionTokenizerProcessor"]

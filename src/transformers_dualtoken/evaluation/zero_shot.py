@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..optional_libraries import require
-from ..siglip_text import as_trained
+from ..processing_dualtoken import as_trained
 from .processes import gathered, rank_and_number
 
 
