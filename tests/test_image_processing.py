@@ -22,6 +22,7 @@ from transformers.utils import is_torchvision_available
 from transformers_dualtoken.configuration_dualtoken import DualTokenVisionTokenizerConfig
 from transformers_dualtoken.image_processing_dualtoken import DualTokenImageProcessor
 from transformers_dualtoken.image_processing_pil_dualtoken import DualTokenImageProcessorPil, _middle, plan_resize
+from transformers_dualtoken.transformers_compat import is_older_than
 
 
 @pytest.fixture
@@ -166,11 +167,46 @@ def test_urls(processor, tmp_path, monkeypatch):
         server.shutdown()
 
 
-def test_squash_is_siglips():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 31, 3), dtype=np.uint8))
+NOISE = np.random.default_rng(0).integers(0, 256, (50, 31, 4), dtype=np.uint8)
+RGB = Image.fromarray(NOISE[..., :3])
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(RGB.convert(mode) for mode in ("RGB", "L", "1", "P", "CMYK", "YCbCr")),
+        *(Image.fromarray(NOISE).convert(mode) for mode in ("RGBA", "LA")),
+        *(NOISE[..., :3], NOISE[..., :3].transpose(2, 0, 1), NOISE[..., 0]),
+        *(torch.from_numpy(NOISE[..., :3].copy()), torch.from_numpy(NOISE[..., :3].copy()).permute(2, 0, 1)),
+    ],
+    ids=lambda image: f"{type(image).__name__}-{getattr(image, 'mode', None) or tuple(image.shape)}",
+)
+def test_squash_is_siglips(image):
+    """To the bit. Of files that are transparent, 16 bit deep or turned by EXIF it is not: there SigLIP's is wrong."""
     ours = DualTokenImageProcessorPil(size=16)(image, return_tensors="pt").pixel_values
+    if not isinstance(image, Image.Image) and image.ndim == 2:
+        image = np.stack([image] * 3, -1)  # transformers 5.6 makes one channel of it
+    if getattr(image, "mode", None) in ("RGBA", "LA") and is_older_than("5.17"):
+        # It drops the transparency, and later versions composite on white, as here.
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     theirs = SiglipImageProcessorPil(size={"height": 16, "width": 16})(image, return_tensors="pt").pixel_values
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("resize_mode", ["squash", "center_crop", "pad"])
+def test_floats_up_to_255_are_levels(kind, resize_mode):
+    """An array as `float` is what it is as `uint8`, where resampling overshoots at edges, too."""
+    processor = DualTokenImageProcessorPil(size=16, resize_mode=resize_mode)
+    levels = np.where(NOISE[:9, :7, :3] > 127, 230, 20).astype(np.uint8)
+    floats = torch.from_numpy(levels).to(kind) if isinstance(kind, torch.dtype) else levels.astype(kind)
+    for settings in ({}, {"rescale_factor": 1 / 127.5, "do_normalize": False}):
+        expected, result = (processor(each, **settings, return_tensors="pt").pixel_values for each in (levels, floats))
+        assert torch.equal(result, expected)
+    raw = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    expected, result = (processor(each, **raw).pixel_values.float() for each in (levels, floats))
+    assert (result - expected).abs().max() <= 1 and expected.max() > 231
 
 
 def stripes(width, height):

@@ -36,28 +36,14 @@ class DualTokenImageProcessor(DualTokenImageProcessingMixin, TorchvisionBackend)
             device = image.device
         return tensor.to(device)
 
-    def _preprocess(
-        self,
-        images,
-        do_resize,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        return_tensors,
-        **kwargs,
-    ) -> BatchFeature:
+    def _preprocess(self, images, do_resize, disable_grouping, return_tensors, **kwargs) -> BatchFeature:
         # What values a floating-point image may have is told by the image.
-        is_grouped = not any(image.is_floating_point() for image in images)
-        disable_grouping = kwargs["disable_grouping"] if is_grouped else True
+        disable_grouping = disable_grouping if all(image.dtype == torch.uint8 for image in images) else True
         grouped, index = group_images_by_shape(images, disable_grouping=disable_grouping)
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         for shape, stacked in grouped.items():
-            if do_resize:
-                stacked = self._fit(stacked, do_rescale, **kwargs)
-            grouped[shape] = self.rescale_and_normalize(
-                stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
-            )
+            stacked = self._fit(stacked, **kwargs) if do_resize else stacked
+            grouped[shape] = self.rescale_and_normalize(stacked, *(kwargs[name] for name in names))
         return BatchFeature(data={"pixel_values": reorder_images(grouped, index)}, tensor_type=return_tensors)
 
 

@@ -50,7 +50,7 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
     resize_mode (`str`, *optional*, defaults to `"squash"`):
         How an image of another shape becomes `size`: `"squash"` changes its aspect ratio (as SigLIP does),
         `"center_crop"` resizes the short side and crops the long one, `"pad"` resizes the long side and pads the short
-        one on both sides. Without `do_resize` images are neither resized, cropped nor padded.
+        one on both sides.
     fill_color (`int` or `list[int]`, *optional*, defaults to `(127, 127, 127)`):
         Colour of the padding under `resize_mode="pad"`: red, green and blue in 0..255, or one number for a grey.
     image_sources (`str` or `list[str]`, *optional*, defaults to `("data", "local", "url")`):
@@ -108,8 +108,7 @@ def _middle(image, size: tuple[int, int]):
 
 
 def _limits(image) -> tuple[float, float]:
-    """What resampling must not leave: 0..255, 0..1, or else the image's own range. Bicubic overshoots at edges, and of
-    8-bit images alone both libraries clamp it."""
+    """What bicubic's overshoot at edges is clamped to, as both libraries do for `uint8`: 0..255, 0..1, or its own range."""
     if "uint8" in str(image.dtype):
         return 0, 255
     low, high = float(image.min()), float(image.max())
@@ -118,11 +117,8 @@ def _limits(image) -> tuple[float, float]:
 
 def post_process_images(reconstruction) -> list[Image.Image]:
     """
-    Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1] (a decoder may overshoot: they are clamped),
-    as B PIL images.
-
-    Raises:
-        ValueError: for another rank or number of channels, for integers, NaN, or values far outside [-1, 1].
+    Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as B PIL images. What overshoots a little
+    is clamped; a `ValueError` for another shape or kind, NaN, and values far outside.
     """
     if not is_array(reconstruction):
         raise ValueError(f"`reconstruction` must be a tensor or an array, got {type(reconstruction).__name__}.")
@@ -130,9 +126,7 @@ def post_process_images(reconstruction) -> list[Image.Image]:
     if len(shape) not in (3, 4) or shape[-3] != 3 or 0 in shape[-2:]:
         raise ValueError(f"`reconstruction` must have shape (B, 3, height, width) or (3, height, width), got {shape}.")
     if "float" not in str(reconstruction.dtype):
-        raise ValueError(
-            f"`reconstruction` must be a floating-point tensor with values in [-1, 1], got {reconstruction.dtype}."
-        )
+        raise ValueError(f"`reconstruction` must be a floating-point tensor in [-1, 1], got {reconstruction.dtype}.")
     images = torch.as_tensor(reconstruction).detach().cpu().float().reshape(-1, *shape[-3:])
     if not images.isfinite().all():
         raise ValueError("`reconstruction` contains NaN or infinite values; images have values in [-1, 1].")
@@ -184,33 +178,26 @@ class DualTokenImageProcessingMixin:
         return {**kwargs, "fill_color": tuple(fill_color) if isinstance(fill_color, list) else fill_color}
 
     def _validate_preprocess_kwargs(self, **kwargs):
-        size, color, factor, std = (kwargs[name] for name in ("size", "fill_color", "rescale_factor", "image_std"))
-        resizes, rescales, normalizes = (kwargs[name] for name in ("do_resize", "do_rescale", "do_normalize"))
+        size, color, factor, std = map(kwargs.get, ("size", "fill_color", "rescale_factor", "image_std"))
+        resizes, rescales, normalizes = map(kwargs.get, ("do_resize", "do_rescale", "do_normalize"))
         sides = (size.height, size.width) if size is not None else (None, None)
         is_size = all(type(side) is int and side > 0 for side in sides) and math.prod(sides) <= MAX_DECODED_PIXELS
         is_color = isinstance(color, tuple) and [type(level) for level in color] == [int] * 3
         is_mode, is_resample = kwargs["resize_mode"] in RESIZE_MODES, kwargs["resample"] in list(PILImageResampling)
+        is_factor, is_std = _are_numbers((factor,)) and factor != 0, _are_numbers(std) and min(std) > 0
+        flags = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
         rules = [
+            *((name, isinstance(kwargs[name], (bool, type(None))), "True or False") for name in flags),
             ("do_center_crop", not kwargs["do_center_crop"], "left out: use `resize_mode='center_crop'`"),
             ("do_pad", not kwargs["do_pad"], "left out: use `resize_mode='pad'`"),
             ("resize_mode", is_mode or not resizes, f"one of {', '.join(map(repr, RESIZE_MODES))}"),
             ("size", is_size or not resizes, _SIZE),
             ("resample", is_resample or not resizes, f"one of {', '.join(map(str, PILImageResampling))}"),
             ("fill_color", is_color and set(color) <= set(range(256)), "one or three integers from 0 to 255"),
-            (
-                "rescale_factor",
-                not rescales or (_are_numbers((factor,)) and factor != 0),
-                "a finite number other than 0",
-            ),
-            ("image_mean", not normalizes or _are_numbers(kwargs["image_mean"]), "one number or three finite numbers"),
-            (
-                "image_std",
-                not normalizes or (_are_numbers(std) and min(std) > 0),
-                "one number or three positive numbers",
-            ),
+            ("rescale_factor", is_factor or not rescales, "a finite number other than 0"),
+            ("image_mean", _are_numbers(kwargs["image_mean"]) or not normalizes, "one number or three finite numbers"),
+            ("image_std", is_std or not normalizes, "one number or three positive numbers"),
         ]
-        for name in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-            rules.append((name, isinstance(kwargs[name], (bool, type(None))), "True or False"))
         for name, is_right, accepted in rules:
             if not is_right:
                 value = dict(size) if name == "size" and size is not None else kwargs[name]
@@ -239,42 +226,30 @@ class DualTokenImageProcessingMixin:
                 processed.append(self.process_image(open_image(image, bounds), *args, **kwargs))
         return processed
 
-    def _to_tensor(
-        self,
-        image,
-        do_convert_rgb=None,
-        input_data_format=None,
-        do_rescale=None,
-        do_normalize=None,
-        image_mean=(),
-        resize_mode=None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def _to_tensor(self, image, input_data_format=None, **settings) -> torch.Tensor:
         """A PIL image, array or tensor as a tensor (3, H, W): `uint8`, or `float32` where nothing is rescaled."""
+        converts, rescales, normalizes = map(settings.get, ("do_convert_rgb", "do_rescale", "do_normalize"))
         if isinstance(image, Image.Image):
             image = decode_image(image, ImageBounds(max_pixels=None))
-            input_data_format = "channels_first" if do_convert_rgb else "channels_last"
-            image = pil_to_rgb(image) if do_convert_rgb else np.array(image)
+            input_data_format = "channels_first" if converts else "channels_last"
+            image = pil_to_rgb(image) if converts else np.array(image)
         image = as_tensor(image, input_data_format)
-        if do_rescale:
+        if rescales:
             image = to_8_bit(image)
+        elif normalizes:
+            check_rescaled(image)
+            image = image.float().clamp(0, 1)
         elif image.is_floating_point():
             image = image.float()
-        if do_normalize and not do_rescale:
-            check_rescaled(image)
-            image = image.clamp(0, 1)
-        if do_convert_rgb:
-            image = to_rgb(image)
-        elif (do_normalize and len(image_mean) not in (1, len(image))) or (
-            resize_mode == "pad" and len(image) not in (1, 3)
-        ):
-            raise ValueError(
-                f"Without `do_convert_rgb` an image needs the channels that `image_mean` has ({len(image_mean)}), got "
-                f"{len(image)}."
-            )
+        if converts:
+            return to_rgb(image).contiguous()
+        channels, is_padded = len(image), settings.get("resize_mode") == "pad"
+        accepted = {1, len(settings["image_mean"])} if normalizes else {channels}
+        if channels not in (accepted & {1, 3} if is_padded else accepted):
+            raise ValueError(f"Without `do_convert_rgb` an image needs the channels of `image_mean`, got {channels}.")
         return image.contiguous()
 
-    def _fit(self, image, do_rescale: bool, size: SizeDict, resample, resize_mode: str, fill_color, **kwargs):
+    def _fit(self, image, size: SizeDict, resample, resize_mode: str, fill_color: tuple[int, ...], **kwargs):
         """Bring images (..., C, H, W) of one shape to `size`."""
         target = (size.height, size.width)
         kept, resized = plan_resize(tuple(image.shape[-2:]), target, resize_mode)
@@ -285,8 +260,7 @@ class DualTokenImageProcessingMixin:
             return _middle(image, target).clip(*limits)
         shape = (*image.shape[:-2], *target)
         canvas = image.new_empty(shape) if isinstance(image, torch.Tensor) else np.empty(shape, image.dtype)
-        # The colour on the scale of the image at hand: 0..255, unless it comes already rescaled.
-        white = 255 if do_rescale or limits[1] == 255 else 1
+        white = 255 if limits[1] == 255 else 1
         for channel, level in zip(range(shape[-3]), fill_color):
             canvas[..., channel, :, :] = level * white / 255
         _middle(canvas, resized)[...] = image.clip(*limits)
@@ -320,23 +294,14 @@ class DualTokenImageProcessorPil(DualTokenImageProcessingMixin, PilBackend):
         return np.stack([np.asarray(plane) for plane in planes])
 
     def _preprocess(
-        self,
-        images,
-        do_resize,
-        do_rescale,
-        rescale_factor,
-        do_normalize,
-        image_mean,
-        image_std,
-        return_tensors,
-        **kwargs,
+        self, images, do_resize, do_rescale, do_normalize, image_mean, image_std, return_tensors, **kwargs
     ) -> BatchFeature:
         processed = []
         for image in images:
             if do_resize:
-                image = self._fit(image, do_rescale, **kwargs)
+                image = self._fit(image, **kwargs)
             if do_rescale:
-                image = self.rescale(image, rescale_factor)
+                image = self.rescale(image, kwargs["rescale_factor"])
             if do_normalize:
                 image = self.normalize(image, image_mean, image_std)
             processed.append(image)

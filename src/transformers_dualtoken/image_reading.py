@@ -30,21 +30,19 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 MAX_DECODED_PIXELS = 2**26  # told by the header; as RGB, with the image processor's array of it, 520 MB at most
 MAX_DOWNLOADED_BYTES = 2**26
 DOWNLOAD_SECONDS = 60
-# `data`: bytes, base64 text and data URLs; `local`: paths and file URLs; `url`: http and https; `fsspec`: what other
-# URLs fsspec knows (hf://, s3://, zip://a.png::b.zip, ...).
+# Bytes, base64 text and data URLs; paths and file URLs; http and https; other URLs that fsspec knows (hf://, s3://, ...).
 IMAGE_SOURCES = ("data", "local", "url", "fsspec")
 # Keys of a dict that holds an image, the first that is there counts; `path` may also be the name of the bytes.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path")
-# Names consist of the characters of base64, too (a hash, `images/cats`): up to this length, which no path exceeds, text
-# is base64 only if it begins as an image does.
+# Names consist of the characters of base64, too: up to this length text is base64 only if it begins as an image does.
 _LONGEST_PATH = 4096
 _IMAGE_START = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|II[*+]\0|MM\0[*+]|BM.{4}\0{4}|P[1-7fF]\s|qoif"
     rb"|.{4}ftyp|\0\0\0\x0cj[Pp]  |\xff\x4f\xff\x51",
     re.DOTALL,
 )
-# What PIL would decode by its content, whatever its name: PostScript starts Ghostscript, and a file of the others holds
-# a file of another format, not bounded by its header. An ICO is decoded while it is opened: told by its first bytes.
+# PIL goes by the content and not by the name: PostScript would start Ghostscript, and files of the others hold one of
+# another format, not bounded by their header. An ICO is decoded while it is opened: it is told by its first bytes.
 _ICO_START = b"\0\0\1\0"
 _HOLDS_OTHERS = (
     "it is of the format {}, which holds pictures of any size; save it as PNG, JPEG, WebP or another format"
@@ -96,17 +94,13 @@ class ImageBounds:
 
     def check_source(self, source: str) -> None:
         if source not in self.sources:
-            raise UnreadableImageError(
-                f"images from the source {source!r} are not read here; "
-                f"allowed are {', '.join(self.sources) or 'none'} (`image_sources`)"
-            )
+            allowed = f"allowed are {', '.join(self.sources) or 'none'} (`image_sources`)"
+            raise UnreadableImageError(f"images from the source {source!r} are not read here; {allowed}")
 
     def check_pixels(self, width: int, height: int) -> None:
         if self.max_pixels is not None and width * height > self.max_pixels:
-            raise UnreadableImageError(
-                f"it has too many pixels: {width} x {height}, where {self.max_pixels:,} can be decoded "
-                "(`max_image_pixels`)"
-            )
+            limit = f"where {self.max_pixels:,} can be decoded (`max_image_pixels`)"
+            raise UnreadableImageError(f"it has too many pixels: {width} x {height}, {limit}")
 
 
 # The data of a training run are its owner's choice.
@@ -206,9 +200,7 @@ def _locate_text(text: str, folder: str | None, may_be_local: bool):
     if scheme.startswith("file:"):
         host, path = re.fullmatch(r"(?://([^/]*))?(.*)", text[len("file:") :], re.DOTALL).groups()
         if (host or "").lower() not in ("", "localhost"):
-            raise UnreadableImageError(
-                f"a file URL must be of this machine (file:///a/b.png), and this one names the host {host!r:.200}"
-            )
+            raise UnreadableImageError(f"a file URL must be of this machine and this one names the host {host!r:.200}")
         # Percent signs are an escape in a URL, and none where somebody wrote "file://" before a path.
         return path if may_be_local and os.path.isfile(path) else urllib.parse.unquote(path)
     if scheme.startswith(("http://", "https://")):
@@ -263,8 +255,8 @@ def read_image(
         bounds ([`ImageBounds`])
 
     Raises:
-        UnreadableImageError: for what is missing, empty, truncated, damaged, of a refused format or no image, has too
-            many pixels or values without a defined range, and for what `bounds` excludes.
+        UnreadableImageError: for what is missing, damaged, no image, of a refused format, without a defined range of
+            values, or excluded by `bounds`.
         TypeError: for another kind of entry.
         OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
             nothing is there; no image is passed over because of the network.
@@ -306,9 +298,6 @@ def open_image(value, bounds: ImageBounds, min_size: int | None = None, reducing
         source, opener = "fsspec", lambda: BytesIO(_read_fsspec(value, bounds))
     bounds.check_source(source)
     with opener() as file:
-        if not file.read(1):
-            raise UnreadableImageError("the file is empty (0 bytes)")
-        file.seek(0)
         return decode_image(_open(file, bounds, min_size, reducing_gap), bounds)
 
 
@@ -345,17 +334,16 @@ def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
         raise UnreadableImageError(f"there is no file at this URL ({error})") from error
 
 
-def _read_bounded(file, max_bytes: int | None, announced: int | None = None) -> bytes:
-    data, size = bytearray(), f"{announced or 0:,}"
-    is_too_large = max_bytes is not None and (announced or 0) > max_bytes
-    while not is_too_large and (chunk := file.read(2**16)):
-        data += chunk
-        is_too_large, size = max_bytes is not None and len(data) > max_bytes, f"more than {max_bytes or 0:,}"
-    if is_too_large:
-        raise UnreadableImageError(
-            f"its file is too large: {size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
-        )
-    return bytes(data)
+def _read_bounded(file, max_bytes: int | None, announced: int = 0) -> bytes:
+    if max_bytes is None:
+        return file.read()
+    data, size = b"", f"{announced:,}"
+    if announced <= max_bytes:
+        data, size = file.read(max_bytes + 1), f"more than {max_bytes:,}"
+    if max(announced, len(data)) > max_bytes:
+        sizes = f"{size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
+        raise UnreadableImageError(f"its file is too large: {sizes}")
+    return data
 
 
 class _TimedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -401,13 +389,12 @@ def _download(url: str, max_bytes: int | None) -> bytes:
         # Some servers refuse Python's own name.
         request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
         with urllib.request.build_opener(handler).open(request, timeout=DOWNLOAD_SECONDS) as response:
-            data = _read_bounded(response, max_bytes, response.length)
+            data = _read_bounded(response, max_bytes, response.length or 0)
             if handler.is_over:
                 raise TimeoutError
             if response.length:  # a connection that broke off, and no fault of the image
-                raise urllib.error.URLError(
-                    f"the server sent {len(data):,} bytes and announced {response.length:,} more"
-                )
+                missing = f"{len(data):,} bytes and announced {response.length:,} more"
+                raise urllib.error.URLError(f"the server sent {missing}")
             return data
     except (ValueError, http.client.HTTPException, OSError) as error:
         if handler.is_over:
@@ -433,7 +420,10 @@ def _quoted(url: str) -> str:
 
 
 def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float | None) -> Image.Image:
-    if file.read(len(_ICO_START)) == _ICO_START:
+    start = file.read(len(_ICO_START))
+    if not start:
+        raise UnreadableImageError("the file is empty (0 bytes)")
+    if start == _ICO_START:
         raise UnreadableImageError(_HOLDS_OTHERS.format("ICO"))
     file.seek(0)
     with _unreadable("it is damaged"):
@@ -473,8 +463,8 @@ def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
 
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """
-    A decoded PIL image of any mode as `uint8` (3, H, W). Transparent pixels are composited on white; 16-bit grey is
-    scaled to 8 bit; mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
+    A decoded PIL image of any mode as `uint8` (3, H, W): transparent pixels composited on white, 16-bit grey scaled to
+    8 bit. Mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
     """
     planes = np.empty((3, image.height, image.width), np.uint8)
     for top, strip in _rgb_strips(image):
@@ -485,9 +475,7 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
 def _rgb_strips(image: Image.Image):
     """Strips `uint8` (rows, W, 3) and where each begins: whole, a large image would be in memory several times."""
     if image.mode == "F":
-        raise UnreadableImageError(
-            "a floating-point image (PIL mode 'F') has no defined range; convert it to 8 bit first, or give an array"
-        )
+        raise UnreadableImageError("a floating-point image (PIL mode 'F') has no defined range; give it as an array")
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
         strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
@@ -498,9 +486,8 @@ def _rgb_strips(image: Image.Image):
             continue
         array = np.asarray(strip)
         if array.min() < 0 or array.max() > 65535:
-            raise UnreadableImageError(
-                f"an integer image must hold 16-bit values (0 to 65535), and it has {array.min()} to {array.max()}"
-            )
+            values = f"(0 to 65535), and it has {array.min()} to {array.max()}"
+            raise UnreadableImageError(f"an integer image must hold 16-bit values {values}")
         yield top, np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
 
 
@@ -565,10 +552,8 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
         array = _from_16_bit(array)
     elif array.dtype != np.uint8:
         if array.min() < 0 or array.max() > 255:
-            raise ValueError(
-                f"An integer image array must hold values from 0 to 255 (or be uint16: 0 to 65535), got {array.dtype} "
-                f"values from {array.min()} to {array.max()}."
-            )
+            values = f"{array.dtype} values from {array.min()} to {array.max()}"
+            raise ValueError(f"An integer image array must hold values from 0 to 255 (uint16: 65535), got {values}.")
         array = array.astype(np.uint8)
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
@@ -581,17 +566,12 @@ def to_8_bit(image: torch.Tensor) -> torch.Tensor:
     if not image.is_floating_point():
         return image
     low, high = map(float, image.aminmax())
+    is_whole = high > 2 or bool((image == image.round()).all())
     if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
         image = image * 255
-    elif (
-        low < -(0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL)
-        or high > 255.5
-        or (high <= 2 and bool((image != image.round()).any()))
-    ):
-        raise ValueError(
-            f"A floating-point image must have values from 0 to 255, or from 0 to 1, got {low:g} to {high:g}. "
-            + _OF_DECODED
-        )
+    elif low < (-0.5 if high > MAX_RECONSTRUCTION else -_HALF_LEVEL) or high > 255.5 or not is_whole:
+        values = f"from 0 to 255, or from 0 to 1, got {low:g} to {high:g}"
+        raise ValueError(f"A floating-point image must have values {values}. {_OF_DECODED}")
     return image.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -599,21 +579,14 @@ def check_rescaled(image: torch.Tensor) -> None:
     """Raise a `ValueError` for an image that is to be normalised without having been rescaled to [0, 1]."""
     low, high = map(float, image.aminmax())
     if not image.is_floating_point() or low < -_HALF_LEVEL or high > 1 + _HALF_LEVEL:
-        raise ValueError(
-            "With `do_rescale=False` an image must be floating-point with values in [0, 1], got "
-            f"{image.dtype} from {low:g} to {high:g}. {_OF_DECODED}"
-        )
+        values = f"floating-point with values in [0, 1], got {image.dtype} from {low:g} to {high:g}"
+        raise ValueError(f"With `do_rescale=False` an image must be {values}. {_OF_DECODED}")
 
 
 def to_rgb(image: torch.Tensor) -> torch.Tensor:
-    """
-    An image (C, H, W) with 1 (grey), 3 or 4 (RGBA, composited on white) channels, `uint8` or floating point in [0, 1],
-    as (3, H, W).
-    """
+    """An image (C, H, W) of grey, RGB or RGBA (composited on white), `uint8` or in [0, 1], as (3, H, W)."""
     if len(image) not in (1, 3, 4):
-        raise ValueError(
-            f"An image array must have 1, 3 or 4 channels, got shape {tuple(image.shape)} (channels first)."
-        )
+        raise ValueError(f"An image array must have 1, 3 or 4 channels, got shape {tuple(image.shape)}.")
     if len(image) < 4:
         return image.expand(3, -1, -1)
     white = 255 if image.dtype == torch.uint8 else 1
