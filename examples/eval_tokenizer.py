@@ -32,11 +32,16 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
+<<<<<<< HEAD
 from transformers_dualtoken import (
     DualTokenImageProcessorPil,
     DualTokenVisionTokenizerProcessor,
 )
 from transformers_dualtoken.checkpoints import checkpoint_errors
+=======
+from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
+from transformers_dualtoken.checkpoint_loading import checkpoint_errors
+>>>>>>> 87994d1 (Evaluation: shorter report and loaders of networks; run_tokenizer and eval_tokenizer load by load_vision_tokenizer)
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.evaluation import (
     RECONSTRUCTION_METRICS,
@@ -59,62 +64,52 @@ from transformers_dualtoken.recipe_files import parse_settings, run_script
 METRICS = (*RECONSTRUCTION_METRICS, "zero_shot", "retrieval", "codebook")
 
 
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class EvaluationArguments:
     model_name_or_path: str = field(
         metadata={"help": "a vision tokenizer, a unified model, or a folder in the authors' format"}
     )
     dataset: str = field(
-        metadata={
-            "help": "folder of images or of data files, pattern of files, saved data set, or a data set of the Hub"
-        }
+        metadata={"help": "folder of images or data files, pattern of files, saved data set, or name on the Hub"}
     )
     output_dir: str = field(metadata={"help": "where metrics.json, the report and the pictures go"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
-    split: str = field(
-        default="train", metadata={"help": "split of the data set; files that name no split belong to train"}
+    dataset_config_name: str | None = option(None, "configuration of a data set of the Hub")
+    split: str = option("train", "split of the data set; files that name no split belong to train")
+    streaming: bool = option(False, "read the data set as it comes, without preparing it")
+    image_column: str = "image"
+    label_column: str | None = option(None, "column of class indices, for zero-shot classification")
+    class_names: str | None = option(
+        None, "file of class names, one a line or a JSON list; by default the column's own"
     )
-    streaming: bool = field(default=False, metadata={"help": "read the data set as it comes, without preparing it"})
-    image_column: str = field(default="image")
-    label_column: str | None = field(
-        default=None, metadata={"help": "column of class indices, for zero-shot classification"}
+    caption_column: str | None = option(None, "column of captions, a text or a list of texts, for retrieval")
+    num_samples: int | None = option(
+        None, "evaluate the first rows only, of a stream as they come: of files sorted by class, the first classes"
     )
-    class_names: str | None = field(
-        default=None,
-        metadata={"help": "file of class names, one a line or a JSON list; by default those of the label column"},
+    metrics: list[str] | None = option(
+        None, f"which of {', '.join(METRICS)}; by default all that the data and this machine allow"
     )
-    caption_column: str | None = field(
-        default=None, metadata={"help": "column of captions, a text or a list of texts, for retrieval"}
+    text_tokenizer_name_or_path: str | None = option(
+        None, "tokenizer of the text tower, where the model's folder has none"
     )
-    num_samples: int | None = field(
-        default=None,
-        metadata={
-            "help": "evaluate the first rows only, of a stream as they come: of files sorted by class, the first classes"
-        },
+    processor_name_or_path: str | None = option(
+        None, "folder with the image processor, where the model's folder has none"
     )
-    metrics: list[str] | None = field(
-        default=None,
-        metadata={"help": f"which of {', '.join(METRICS)}; by default all that the data and this machine allow"},
+    inception_weights: str | None = option(
+        None, "file of torch-fidelity's Inception weights; by default from torch hub's cache"
     )
-    text_tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "tokenizer of the text tower, where the model's folder has none"}
+    lpips_net: str = option("vgg", "network of LPIPS: vgg or alex")
+    lpips_weights: str | None = option(
+        None, "file of torchvision's weights of that network; by default from its cache"
     )
-    processor_name_or_path: str | None = field(
-        default=None, metadata={"help": "folder with the image processor, where the model's folder has none"}
-    )
-    inception_weights: str | None = field(
-        default=None,
-        metadata={"help": "file of torch-fidelity's Inception weights; by default from torch hub's cache"},
-    )
-    lpips_net: str = field(default="vgg", metadata={"help": "network of LPIPS: vgg or alex"})
-    lpips_weights: str | None = field(
-        default=None, metadata={"help": "file of torchvision's weights of that network; by default from its cache"}
-    )
-    batch_size: int = field(default=32, metadata={"help": "images at a time in each process"})
-    dtype: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16; metrics are float32"})
-    num_workers: int = field(default=0, metadata={"help": "processes that read images, for each process"})
-    num_shown: int = field(default=16, metadata={"help": "images in the picture of reconstructions"})
-    use_cpu: bool = field(default=False, metadata={"help": "even if there is a GPU"})
+    batch_size: int = option(32, "images at a time in each process")
+    dtype: str = option("float32", "float32, bfloat16 or float16; metrics are float32")
+    num_workers: int = option(0, "processes that read images, for each process")
+    num_shown: int = option(16, "images in the picture of reconstructions")
+    use_cpu: bool = option(False, "even if there is a GPU")
 
 
 def check(arguments: EvaluationArguments) -> None:
@@ -153,25 +148,23 @@ def load_rows(arguments: EvaluationArguments):
 
 def load_model(arguments: EvaluationArguments):
     """The vision tokenizer, its image processor and the tokenizer of its texts (`None` if there is none)."""
-    path = arguments.model_name_or_path
-    model = load_vision_tokenizer(path, getattr(torch, arguments.dtype))
+    path, text_path = arguments.model_name_or_path, arguments.text_tokenizer_name_or_path
+    model, tokenizer = load_vision_tokenizer(path, getattr(torch, arguments.dtype)), None
     if is_official_folder(path):
         size = model.config.image_size
         image_processor = DualTokenImageProcessorPil(size={"height": size, "width": size})
-        if arguments.label_column is None and arguments.caption_column is None:
-            return model, image_processor, None
-        tokenizer_path = arguments.text_tokenizer_name_or_path or official_siglip_path(path)
-        with checkpoint_errors(tokenizer_path):
-            return model, image_processor, AutoTokenizer.from_pretrained(tokenizer_path)
-    with checkpoint_errors(arguments.processor_name_or_path or path):
-        processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
-    tokenizer = None
-    if arguments.text_tokenizer_name_or_path is not None:
-        with checkpoint_errors(arguments.text_tokenizer_name_or_path):
-            tokenizer = AutoTokenizer.from_pretrained(arguments.text_tokenizer_name_or_path)
-    elif isinstance(processor, DualTokenVisionTokenizerProcessor):
-        tokenizer = processor.tokenizer
-    return model, processor.image_processor, tokenizer
+        if arguments.label_column is not None or arguments.caption_column is not None:
+            text_path = text_path or official_siglip_path(path)
+    else:
+        with checkpoint_errors(arguments.processor_name_or_path or path):
+            processor = AutoProcessor.from_pretrained(arguments.processor_name_or_path or path)
+        image_processor = processor.image_processor
+        if isinstance(processor, DualTokenVisionTokenizerProcessor):
+            tokenizer = processor.tokenizer
+    if text_path is not None:
+        with checkpoint_errors(text_path):
+            tokenizer = AutoTokenizer.from_pretrained(text_path)
+    return model, image_processor, tokenizer
 
 
 def read_class_names(arguments: EvaluationArguments, dataset) -> list[str]:
@@ -197,32 +190,11 @@ def read_class_names(arguments: EvaluationArguments, dataset) -> list[str]:
     return names
 
 
-class Chosen:
-    """Which metrics are measured; one that is not available is an error if it was asked for, and else noted."""
-
-    def __init__(self, arguments: EvaluationArguments):
-        self.asked = arguments.metrics
-        self.skipped = {}
-
-    def make(self, name: str, build):
-        """`build()`, or `None` if the metric is not wanted or, unasked for, not available."""
-        if self.asked is not None and name not in self.asked:
-            return None
-        try:
-            return build()
-        except (MetricUnavailableError, MissingLibraryError) as error:
-            if self.asked is not None:
-                raise
-            self.skipped[name] = str(error)
-            return None
-
-
 def find_parts(arguments: EvaluationArguments, tokenize, dataset) -> tuple[dict, dict[str, str]]:
     """
-    What every metric is made of, `None` if it is left out, and why metrics that nobody asked for are. Libraries and
-    networks are looked up, and downloaded; no process waits for another.
+    What every metric is made of, and why others that nobody asked for are left out. Libraries and networks are looked
+    up, and downloaded; no process waits for another.
     """
-    chosen = Chosen(arguments)
 
     def check_texts(column: str) -> None:
         if getattr(arguments, column) is None:
@@ -242,28 +214,35 @@ def find_parts(arguments: EvaluationArguments, tokenize, dataset) -> tuple[dict,
         check_texts("caption_column")
         return RetrievalRecall()
 
-    parts = {
-        "psnr": chosen.make("psnr", lambda: ReconstructionMetrics(("psnr",))),
-        "ssim": chosen.make("ssim", lambda: ReconstructionMetrics(("ssim",))),
-        "lpips": chosen.make("lpips", lambda: load_lpips(arguments.lpips_net, arguments.lpips_weights)),
-        "rfid": chosen.make("rfid", lambda: fid_metric(weights=arguments.inception_weights)),
-        "zero_shot": chosen.make("zero_shot", zero_shot),
-        "retrieval": chosen.make("retrieval", retrieval),
-        "codebook": chosen.make("codebook", lambda: True),
+    builders = {
+        "lpips": lambda: load_lpips(arguments.lpips_net, arguments.lpips_weights),
+        "rfid": lambda: fid_metric(weights=arguments.inception_weights),
+        "zero_shot": zero_shot,
+        "retrieval": retrieval,
     }
-    return parts, chosen.skipped
+    parts, skipped = {}, {}
+    for name in METRICS if arguments.metrics is None else arguments.metrics:
+        try:
+            parts[name] = builders[name]() if name in builders else None
+        except (MetricUnavailableError, MissingLibraryError) as error:
+            if arguments.metrics is not None:
+                raise
+            skipped[name] = str(error)
+    return parts, skipped
 
 
 def build_evaluator(model, tokenize, parts: dict, num_shown: int) -> TokenizerEvaluator:
     """The evaluator from `find_parts`, by all processes together: they share the classes of zero-shot classification."""
-    names = [name for name in RECONSTRUCTION_METRICS if parts[name] is not None]
-    class_names = parts["zero_shot"]
+    names = [name for name in RECONSTRUCTION_METRICS if name in parts]
+    zero_shot = None
+    if "zero_shot" in parts:
+        zero_shot = ZeroShotAccuracy(zero_shot_classifier(model, tokenize, parts["zero_shot"]))
     return TokenizerEvaluator(
         model,
-        ReconstructionMetrics(names, lpips=parts["lpips"], fid=parts["rfid"]) if names else None,
-        ZeroShotAccuracy(zero_shot_classifier(model, tokenize, class_names)) if class_names is not None else None,
-        parts["retrieval"],
-        codebooks=parts["codebook"] is not None,
+        ReconstructionMetrics(names, lpips=parts.get("lpips"), fid=parts.get("rfid")) if names else None,
+        zero_shot,
+        parts.get("retrieval"),
+        codebooks="codebook" in parts,
         num_shown=num_shown,
     )
 

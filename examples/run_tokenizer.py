@@ -24,7 +24,6 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoTokenizer,
-    PreTrainedConfig,
     SiglipModel,
     SiglipVisionModel,
     TrainingArguments,
@@ -37,7 +36,7 @@ from transformers_dualtoken import (
     DualTokenVisionTokenizerProcessor,
 )
 from transformers_dualtoken.checkpoints import checkpoint_errors
-from transformers_dualtoken.convert import is_official_folder, load_official_tokenizer, official_siglip_path
+from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training import (
     DualTokenImageDataset,
@@ -100,29 +99,18 @@ def load_model(
 ) -> tuple[DualTokenVisionTokenizer, SiglipVisionModel, DualTokenVisionTokenizerProcessor]:
     """The tokenizer to train, its teacher, and the processor that is saved with it."""
     start, siglip = arguments.model_name_or_path, arguments.siglip_model_name_or_path
-    is_official = start is not None and is_official_folder(start)
-    if siglip is None and is_official:
+    if siglip is None and start is not None and is_official_folder(start):
         siglip = official_siglip_path(start)
     if siglip is None:
         raise ValueError("The frozen teacher is missing: give --siglip_model_name_or_path, a SigLIP checkpoint.")
     if start is not None and arguments.config_overrides is not None:
         raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
-    if start is not None and not is_official:
-        with checkpoint_errors(start):
-            model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
     if start is None:
         model = DualTokenVisionTokenizer.from_siglip_pretrained(
             siglip, **json_object(arguments.config_overrides, "config_overrides")
         )
-    elif is_official:
-        model = load_official_tokenizer(start)
-    elif model_type != "dualtoken_vision_tokenizer":
-        raise ValueError(
-            f"--model_name_or_path takes a DualToken vision tokenizer; {start!r} is of model type {model_type!r}. A "
-            "SigLIP checkpoint, to start a new tokenizer from, is given as --siglip_model_name_or_path."
-        )
     else:
-        model = DualTokenVisionTokenizer.from_pretrained(start, dtype=torch.float32)
+        model = load_vision_tokenizer(start)
     with checkpoint_errors(siglip):
         teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
     for name in ("hidden_size", "image_size", "patch_size", "num_hidden_layers"):

@@ -368,8 +368,13 @@ def test_report(tmp_path, images):
     assert set(written["conventions"]) == {"images", "psnr", "ssim", "recall", "codebook"}
     assert written["versions"]["torch"] == importlib.metadata.version("torch")
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| SSIM | 0.500 |" in report and "- rfid: no weights" in report and "(codebook_usage.png)" in report
-    assert "| Images reproduced exactly | 10 | left out of PSNR |" in report
+    assert (
+        "| SSIM | 0.5000 |" in report
+        and "| PSNR (dB) | not finite |" in report
+        and "- rfid: no weights" in report
+        and "(codebook_usage.png)" in report
+    )
+    assert "| Images reproduced exactly, left out of PSNR | 10 |" in report
     card = yaml.safe_load((tmp_path / "out" / "model_card_metadata.yaml").read_text())
     found = {
         metric["type"]: (result["task"]["type"], metric["value"])

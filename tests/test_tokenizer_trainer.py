@@ -967,7 +967,7 @@ def test_run_from_a_tokenizer_that_does_not_fit_its_teacher(siglip_folder, tmp_p
 
 def test_run_from_a_siglip_as_if_it_were_a_tokenizer(siglip_folder, tmp_path):
     arguments = ["--siglip_model_name_or_path", str(siglip_folder), "--model_name_or_path", str(siglip_folder)]
-    with pytest.raises(ValueError, match="is of model type 'siglip'. A SigLIP checkpoint"):
+    with pytest.raises(ValueError, match="is of type 'siglip': a new vision tokenizer starts from it"):
         run_tokenizer.main([*arguments, "--train_dataset", "images", "--output_dir", str(tmp_path), "--use_cpu", "1"])
 
 

@@ -20,18 +20,11 @@ class ImageBatches:
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`): its images decoded or not, or bytes or paths of files.
-        image_processor: makes `pixel_values` of a PIL image.
-        batch_size (`int`, defaults to 32)
-        image_column (`str`, defaults to `"image"`)
         label_column (`str`, *optional*): column of class indices.
         caption_column (`str`, *optional*): column of texts, or of lists of texts.
         tokenize (`Callable`, *optional*): texts -> ids `(T, L)`; with `caption_column`.
         num_samples (`int`, *optional*): only the first rows, as they lie or come; by default all.
         num_workers (`int`, defaults to 0): processes that read and resize images; a cut stream is read without.
-
-    Raises:
-        ValueError: if a column is missing, `image_column` holds no images, or `num_samples` is below 1; while
-            iterating for a label that is no integer, and a row without caption.
     """
 
     def __init__(
@@ -113,12 +106,9 @@ class ImageBatches:
             report_skipped(name, error)
             return None
         if self.label_column is not None:
-            label = row[self.label_column]
+            label, column = row[self.label_column], self.label_column
             if not isinstance(label, int):
-                raise ValueError(
-                    "Labels must be integers, the indices of the class names; column "
-                    f"{self.label_column!r} holds {label!r}."
-                )
+                raise ValueError(f"Labels must be integers, the indices of class names; {column!r} holds {label!r}.")
         if self.caption_column is not None:
             given = row[self.caption_column]
             captions = [given] if isinstance(given, str) else list(given or ())

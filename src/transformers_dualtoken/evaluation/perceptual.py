@@ -3,10 +3,10 @@
 import hashlib
 import os
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import is_offline_mode
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,6 +19,17 @@ NETWORKS = ("vgg", "alex")
 
 class MetricUnavailableError(RuntimeError):
     """The pretrained weights of a metric are neither in the usual cache nor can they be downloaded."""
+
+
+@contextmanager
+def _download_errors(what: str, argument: str):
+    try:
+        yield
+    except OSError as error:
+        raise MetricUnavailableError(
+            f"{what} are not in the usual cache, and the download failed: {error}. Give the path of a file as "
+            f"`{argument}`."
+        ) from error
 
 
 def _check_file(weights: str | os.PathLike | None, what: str) -> None:
@@ -44,16 +55,10 @@ def load_lpips(net: str = "vgg", weights: str | os.PathLike | None = None) -> nn
         raise ValueError(f"LPIPS compares features of one of {', '.join(NETWORKS)}, got {net!r}.")
     _check_file(weights, "LPIPS network weights")
     lpips = require("lpips", "LPIPS (to train without it, set the weight of the perceptual term to 0)")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _download_errors(f"torchvision's {net} weights for LPIPS", "lpips_weights"):
         # It calls torchvision by a name that torchvision has given up.
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        try:
-            module = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
-        except OSError as error:
-            raise MetricUnavailableError(
-                f"LPIPS needs torchvision's ImageNet weights of {net!r}, which are not in its cache, and the download "
-                f"failed: {error}. Give the path of a file (`lpips_weights`)."
-            ) from error
+        module = lpips.LPIPS(net=net, pnet_rand=weights is not None, verbose=False)
     if weights is not None:
         with damage_errors(f"The file {str(weights)!r} of torchvision's {net} weights"):
             is_safe = Path(weights).suffix == ".safetensors"
@@ -88,7 +93,9 @@ def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | No
         url = require("torch_fidelity.feature_extractor_inceptionv3", "rFID").URL_INCEPTION_V3
         path = Path(weights or Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2]))
         if not path.is_file():
-            _download(url, path)
+            with _download_errors(f"The Inception weights for rFID ({url})", "inception_weights"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), progress=False)
         with damage_errors(f"The file {str(path)!r} of torch-fidelity's Inception weights ({url})"):
             # torch-fidelity unpickles whatever the file holds, so look first, in PyTorch's safe mode.
             torch.load(path, map_location="cpu", weights_only=True)
@@ -97,19 +104,6 @@ def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | No
     # Otherwise known only after an update, and a process may get no image.
     metric.orig_dtype = torch.float32
     return metric
-
-
-def _download(url: str, path: Path) -> None:
-    try:
-        if is_offline_mode():
-            raise OSError("HF_HUB_OFFLINE is set")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=False)
-    except OSError as error:
-        raise MetricUnavailableError(
-            f"rFID needs the Inception weights; there are none at {path}, and they cannot be downloaded: {error}. "
-            f"Download {url} and give its path as `inception_weights`."
-        ) from error
 
 
 __all__ = ["MetricUnavailableError", "fid_metric", "load_lpips"]

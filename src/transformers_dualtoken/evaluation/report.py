@@ -1,16 +1,15 @@
 """What an evaluation leaves behind: metrics.json, pictures, a Markdown report and a model card's metadata."""
 
 import json
-import math
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..modeling_vision_tokenizer import CODE_KINDS
 from ..optional_libraries import MissingLibraryError, require
 from .codebook_statistics import CodebookUsage
 from .pictures import reconstruction_grid, usage_figure
@@ -41,32 +40,19 @@ _TASKS = {
     "recall": "image-text-retrieval",
     "codebook": "image-feature-extraction",
 }
-
-
-class _Description(NamedTuple):
-    title: str
-    unit: str
-    format: str
-
-
 _DIRECTIONS = {"image_to_text": "Image to text", "text_to_image": "Text to image"}
-_CODEBOOK = {"usage": ("share", "{:.4f}"), "perplexity": ("codes", "{:.1f}"), "entropy": ("bits", "{:.3f}")}
-_DESCRIPTIONS = {
-    "rfid": _Description("rFID", "lower is better", "{:.3f}"),
-    "psnr": _Description("PSNR", "dB", "{:.2f}"),
-    "exact_images": _Description("Images reproduced exactly", "left out of PSNR", "{}"),
-    "ssim": _Description("SSIM", "0 to 1", "{:.3f}"),
-    "lpips": _Description("LPIPS", "lower is better", "{:.4f}"),
-    **{f"zero_shot_top{k}": _Description(f"Zero-shot top-{k}", "share", "{:.4f}") for k in (1, 5)},
+_TITLES = {
+    "rfid": "rFID (lower is better)",
+    "psnr": "PSNR (dB)",
+    "exact_images": "Images reproduced exactly, left out of PSNR",
+    "ssim": "SSIM",
+    "lpips": "LPIPS (lower is better)",
+    **{f"zero_shot_top{k}": f"Zero-shot top-{k}" for k in (1, 5)},
+    **{f"{name}_recall_at_{k}": f"{title} R@{k}" for name, title in _DIRECTIONS.items() for k in (1, 5, 10)},
     **{
-        f"{direction}_recall_at_{k}": _Description(f"{title} R@{k}", "share", "{:.4f}")
-        for direction, title in _DIRECTIONS.items()
-        for k in (1, 5, 10)
-    },
-    **{
-        f"{kind}_codebook_{name}": _Description(f"{kind.capitalize()} codebook {name}", *about)
-        for kind in ("pixel", "semantic")
-        for name, about in _CODEBOOK.items()
+        f"{kind}_codebook_{name}": f"{kind.capitalize()} codebook {name}"
+        for kind in CODE_KINDS
+        for name in ("usage", "perplexity", "entropy")
     },
 }
 _LIBRARIES = (
@@ -97,13 +83,17 @@ def _model_card_metadata(results: dict) -> ModelCardData:
                 dataset_config=data.get("config"),
                 dataset_split=data.get("split"),
                 metric_type=name,
-                metric_name=about.title,
+                metric_name=title,
                 metric_value=round(results["metrics"][name], 6),
             )
-            for name, about in _DESCRIPTIONS.items()
+            for name, title in _TITLES.items()
             if results["metrics"].get(name) is not None and _family(name) in _TASKS
         ],
     )
+
+
+def _shown(value: float | int | str | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) -> str:
@@ -112,14 +102,8 @@ def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) ->
     split = f", split `{data['split']}`" if data.get("split") else ""
     lines = [f"# Evaluation of {Path(results['model']).name}", ""]
     lines += [f"{metrics['num_images']} images of `{data['source']}`{split}.", ""]
-    lines += ["| metric | value | |", "| --- | ---: | --- |"]
-
-    def shown(name: str, value: float | None) -> str:
-        return _DESCRIPTIONS[name].format.format(math.nan if value is None else value)
-
-    for name, about in _DESCRIPTIONS.items():
-        if name in metrics:
-            lines.append(f"| {about.title} | {shown(name, metrics[name])} | {about.unit} |")
+    lines += ["| metric | value |", "| --- | ---: |"]
+    lines += [f"| {title} | {_shown(metrics[name])} |" for name, title in _TITLES.items() if name in metrics]
     if results["skipped"]:
         lines += ["", "## Not measured", ""]
         lines += [f"- {name}: {reason}" for name, reason in results["skipped"].items()]
@@ -132,9 +116,8 @@ def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) ->
         columns = metrics["per_depth"]
         lines += ["| depth | " + " | ".join(name.replace("_codebook_", " ") for name in columns) + " |"]
         lines += ["| ---: " * (len(columns) + 1) + "|"]
-        for depth, row in enumerate(zip_longest(*columns.values(), fillvalue=""), start=1):
-            cells = [value if value == "" else shown(name, value) for name, value in zip(columns, row)]
-            lines.append(f"| {depth} | " + " | ".join(cells) + " |")
+        rows = enumerate(zip_longest(*columns.values(), fillvalue=""), start=1)
+        lines += [f"| {depth} | " + " | ".join(map(_shown, row)) + " |" for depth, row in rows]
     lines += ["", "## How it was measured", ""]
     lines += [f"- {name}: {text}." for name, text in results["conventions"].items()]
     lines += [f"- {name} {number}" for name, number in results["versions"].items()]
@@ -177,7 +160,7 @@ def write_report(
             require("matplotlib.figure", "The picture of codebook usage")
         except MissingLibraryError as error:
             skipped["codebook_usage.png"], can_plot = str(error), False
-    families, versions = {"images", *(_family(name) for name in _DESCRIPTIONS if name in metrics)}, {}
+    families, versions = {"images", *(_family(name) for name in _TITLES if name in metrics)}, {}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
