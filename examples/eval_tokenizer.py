@@ -32,16 +32,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer
 
-<<<<<<< HEAD
-from transformers_dualtoken import (
-    DualTokenImageProcessorPil,
-    DualTokenVisionTokenizerProcessor,
-)
-from transformers_dualtoken.checkpoints import checkpoint_errors
-=======
 from transformers_dualtoken import DualTokenImageProcessorPil, DualTokenVisionTokenizerProcessor
-from transformers_dualtoken.checkpoint_loading import checkpoint_errors
->>>>>>> 87994d1 (Evaluation: shorter report and loaders of networks; run_tokenizer and eval_tokenizer load by load_vision_tokenizer)
+from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.evaluation import (
     RECONSTRUCTION_METRICS,
