@@ -14,6 +14,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "transformers_dualtoken"
 STOREYS = ("flat modules", "data", "evaluation", "training", "command line")
 MAX_LINES = 12_500
+# Of an image argument's name, but transformers' own: its pipelines call this method with it.
+NOT_OURS = ("processing_dualtoken.post_process_multimodal_output",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +131,8 @@ def image_arguments() -> list[str]:
 def main() -> int:
     found, lines = imports(), num_lines()
     up, round_about = imports_up(found), circles(found)
-    several = {name: places for name in image_arguments() if len(places := declarations(name)) != 1}
+    places = {name: [place for place in declarations(name) if place not in NOT_OURS] for name in image_arguments()}
+    several = {name: where for name, where in places.items() if len(where) != 1}
     for name, number in lines.items():
         print(f"{number:6} lines: {name}")
     print(f"{sum(lines.values()):6} lines in src/ (at most {MAX_LINES})")

@@ -891,8 +891,9 @@ class TestInterleaved:
         model.generate(
             ids(5), max_new_tokens=15, logits_processor=[force([{2: START}], 1)], eos_token_id=None, **INTERLEAVED
         )
-        # Two tokens, <image_start> and the positions, <image_end>, the rest; the prompt's only token is fed like those.
-        assert forward_rows == [1, 1, 1] + [2] * (1 + N) + [1] * 2
+        # The prompt's only token, once to see what layers there are; two tokens, <image_start> and the positions,
+        # <image_end>, the rest.
+        assert forward_rows == [1] + [1, 1, 1] + [2] * (1 + N) + [1] * 2
 
 
 class Recorder:

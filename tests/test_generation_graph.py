@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_dualtoken import generation_context, generation_graph, image_decoding
+from transformers_dualtoken import generation_cache, generation_graph, generation_loop
 from transformers_dualtoken.generation_graph import HostWait, RefuseHostWaits, StepMemory
 
 
@@ -58,7 +58,7 @@ class TestReplayed:
     def test_what_was_left_behind_does_not_matter(self, model):
         image = expected(model)
         draw(model)
-        ((_, memory),) = image_decoding.kept_steps._kept.values()
+        ((_, memory),) = generation_loop.kept_steps._kept.values()
         for tensor in memory.tensors.values():
             tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 1)
         assert same_images(draw(model), image) and self.counts["traces"] == 1
@@ -88,7 +88,7 @@ class TestKept:
                 traced["traces"] += 1
                 self.replay = step
 
-        monkeypatch.setattr(image_decoding.ImageDecoder, "_capture", lambda decoder, step: Graph(step))
+        monkeypatch.setattr(generation_loop.ImageDecoder, "_capture", lambda decoder, step: Graph(step))
 
     @pytest.mark.parametrize(
         "settings",
@@ -109,7 +109,7 @@ class TestKept:
         draw(model)
         assert same_images(draw(model, **settings), image) and self.counts["traces"] == 2
         # The latest alone is kept.
-        assert len(image_decoding.kept_steps._kept) == 1
+        assert len(generation_loop.kept_steps._kept) == 1
         draw(model)
         assert self.counts["traces"] == 3
 
@@ -144,7 +144,7 @@ class TestKept:
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
         adapted = get_peft_model(model, config)
         with_adapter = draw(model)
-        assert not image_decoding.kept_steps._kept
+        assert not generation_loop.kept_steps._kept
         with adapted.disable_adapter():
             without = draw(model)
             assert same_images(without, expected(model))
@@ -154,7 +154,7 @@ class TestKept:
     def test_it_is_freed(self, how):
         model = lively_unified_model()
         draw(model)
-        kept = image_decoding.kept_steps._kept
+        kept = generation_loop.kept_steps._kept
         ((_, memory),) = kept.values()
         # This stand-in, unlike a graph of CUDA's, holds the model.
         memory.graph = object()
@@ -189,7 +189,7 @@ class TestKept:
 
         with pytest.raises(KeyboardInterrupt):
             converse(model, on_image=fail)
-        assert not image_decoding.kept_steps._kept
+        assert not generation_loop.kept_steps._kept
         assert same_images(draw(model), expected(model))
 
     def test_two_threads_share_nothing(self, model):
@@ -394,7 +394,7 @@ class TestStepAttention:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
     def test_is_that_of_repeated_keys(self, groups, dtype):
         module, query, key, value, mask = self.inputs(groups, dtype=dtype)
-        output, _ = generation_context._grouped_attention(module, query, key, value, mask, scaling=0.3)
+        output, _ = generation_cache._grouped_attention(module, query, key, value, mask, scaling=0.3)
         repeated = (part.repeat_interleave(groups, 1) for part in (key, value))
         plain = nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
         torch.testing.assert_close(output, plain.transpose(1, 2))
@@ -405,14 +405,14 @@ class TestStepAttention:
         module, query, key, value, mask = self.inputs()
         longer = torch.cat([query, query], dim=2)
         for given in ((longer, key, value, mask), (query, key, value, None)):
-            output, _ = generation_context._grouped_attention(module, *given)
+            output, _ = generation_cache._grouped_attention(module, *given)
             torch.testing.assert_close(output, ALL_ATTENTION_FUNCTIONS["sdpa"](module, *given)[0])
 
     @pytest.mark.parametrize("compiled", [False, True])
     def test_no_keys_are_copied(self, compiled):
         module, query, key, value, mask = self.inputs()
         counts = []
-        for function in (generation_context._grouped_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]):
+        for function in (generation_cache._grouped_attention, ALL_ATTENTION_FUNCTIONS["sdpa"]):
             if compiled:
                 nodes = traced_nodes(function, module, query, key, value, mask)
                 counts.append(sum("expand" in str(node.target) for node in nodes))
@@ -436,13 +436,13 @@ class TestStepAttention:
         for thread in threads:
             thread.join()
         assert len(images) == 3 and all(same_images(image, alone) for image in images)
-        assert config._attn_implementation == given and not generation_context._in_steps
+        assert config._attn_implementation == given and not generation_cache._in_steps
 
     def test_a_prompt_is_read_meanwhile(self):
         """Another thread's forward, while this one draws: the step's attention takes whatever sdpa takes."""
         model = shared_model()
         plain = model(ids(5, 6, 7, 8)).logits
-        with generation_context._step_attention(model.model.language_model):
+        with generation_cache._step_attention(model.model.language_model):
             torch.testing.assert_close(model(ids(5, 6, 7, 8)).logits, plain)
             mask = torch.tensor([[0, 1, 1, 1]])
             masked = model(ids(5, 6, 7, 8), attention_mask=mask).logits

@@ -14,12 +14,12 @@ from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig, WatermarkingConfig
 
 from transformers_dualtoken import generation_dualtoken, generation_settings
-from transformers_dualtoken.generation_scores import ScoreCheck
 from transformers_dualtoken.generation_settings import (
     DualTokenImageGenerationConfig,
     DualTokenImageGenerationInputs,
     GenerationArguments,
 )
+from transformers_dualtoken.generation_text import ScoreCheck
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 
 

@@ -25,14 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, CompileConf
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from transformers_dualtoken import (
-    generation_dualtoken,
-    generation_graph,
-    generation_memory,
-    generation_progress,
-    image_decoding,
-)
-from transformers_dualtoken.generation_context import StaticContext
+from transformers_dualtoken import generation_cache, generation_dualtoken, generation_graph, generation_loop
+from transformers_dualtoken.generation_cache import StaticContext
 
 
 PROMPTS = pad_left([[5, 6, 7, START], [8, START]])
@@ -98,7 +92,7 @@ class TestStaticCache:
 
         monkeypatch.setattr(StaticContext, "reserve", watched)
         monkeypatch.setattr(StaticContext, "BLOCK", 1)
-        monkeypatch.setattr(generation_dualtoken, "_TEXT_ROOM", 0)
+        monkeypatch.setattr(generation_loop, "TEXT_ROOM", 0)
         out = converse(model)
         assert torch.equal(out.sequences, expected.sequences) and same_images(out, expected)
         assert len(set(capacities)) > 1
@@ -267,19 +261,19 @@ def traced(monkeypatch):
             counts["replays"] += 1
             self.trace.replay()
 
-    monkeypatch.setattr(image_decoding.ImageDecoder, "_can_capture", lambda self: True)
-    monkeypatch.setattr(image_decoding.ImageDecoder, "_capture", lambda decoder, step: Graph(decoder, step))
+    monkeypatch.setattr(generation_loop.ImageDecoder, "_can_capture", lambda self: True)
+    monkeypatch.setattr(generation_loop.ImageDecoder, "_capture", lambda decoder, step: Graph(decoder, step))
     # What the shared model keeps of one test is not another's.
     kept = generation_graph.KeptSteps()
-    monkeypatch.setattr(image_decoding, "kept_steps", kept)
-    monkeypatch.setattr(generation_dualtoken, "kept_steps", kept)
+    for module in (generation_loop, generation_dualtoken):
+        monkeypatch.setattr(module, "kept_steps", kept)
     return counts
 
 
 class TestStep:
     def test_the_host_waits_for_nothing(self, model, monkeypatch):
         counts = []
-        step = image_decoding._step
+        step = generation_loop._step
 
         def watched(decoder):
             with NoCopies(), NoWaits() as mode:
@@ -288,7 +282,7 @@ class TestStep:
 
         settings = {"image_top_k": 7, "pixel_top_p": 0.9, "semantic_temperature": 1.5}
         expected = draw(model, **settings)
-        monkeypatch.setattr(image_decoding, "_step", watched)
+        monkeypatch.setattr(generation_loop, "_step", watched)
         assert same_images(draw(model, **settings), expected)
         # Every position does the same.
         assert len(counts) == N - 1 and len(set(counts)) == 1
@@ -321,7 +315,7 @@ class TestStep:
     def test_made_anew_when_the_buffers_have_grown(self, model, traced, monkeypatch):
         expected = converse(model, 1, cache_implementation="dynamic")
         monkeypatch.setattr(StaticContext, "BLOCK", 1)
-        monkeypatch.setattr(generation_dualtoken, "_TEXT_ROOM", 0)
+        monkeypatch.setattr(generation_loop, "TEXT_ROOM", 0)
         assert same_images(converse(model, 1), expected)
         assert traced["traces"] == 2
 
@@ -334,8 +328,8 @@ class TestStep:
             devices.append(device)
             generation_graph.warm_up(step, changed, device)
 
-        monkeypatch.setattr(image_decoding.ImageDecoder, "_can_capture", lambda self: True)
-        monkeypatch.setattr(image_decoding, "capture", capture)
+        monkeypatch.setattr(generation_loop.ImageDecoder, "_can_capture", lambda self: True)
+        monkeypatch.setattr(generation_loop, "capture", capture)
         assert same_images(draw(model, compile_config=config), expected)
         assert devices == [torch.device("cpu")]
 
@@ -348,7 +342,7 @@ class TestStep:
             return hidden_states
 
         monkeypatch.setattr(StaticContext, "advance", waiting)
-        monkeypatch.setattr(image_decoding.logger, "warning_once", warnings.append)
+        monkeypatch.setattr(generation_loop.logger, "warning_once", warnings.append)
         assert same_images(draw(model, compile_config=config), expected) and len(devices) == 2
         assert len(warnings) == 1 and "`_local_scalar_dense` makes the host wait for cpu" in warnings[0]
 
@@ -360,7 +354,7 @@ class TestStep:
             graphs.append(graph)
             return graph.forward
 
-        monkeypatch.setattr(image_decoding, "_compiled", type(image_decoding._compiled)())
+        monkeypatch.setattr(generation_graph, "_compiled", type(generation_graph._compiled)())
         config = CompileConfig(fullgraph=True, backend=backend, mode="default")
         function = draw if mode == "image" else converse
         assert same_images(function(model, compile_config=config), function(model, cache_implementation="dynamic"))
@@ -380,18 +374,18 @@ class TestStep:
             compiled.append(graph)
             return graph.forward
 
-        step = image_decoding._step
+        step = generation_loop._step
 
         def small(decoder):
             decoder.index.add_(1)
-            decoder.codes.add_(int(decoder.guidance_scale))
+            decoder.codes.add_(int(decoder.guidance))
 
-        monkeypatch.setattr(image_decoding, "_step", small)
-        monkeypatch.setattr(image_decoding, "_compiled", type(image_decoding._compiled)())
+        monkeypatch.setattr(generation_loop, "_step", small)
+        monkeypatch.setattr(generation_graph, "_compiled", type(generation_graph._compiled)())
         config = CompileConfig(fullgraph=True, backend=backend)
         for scale in range(2, 22):
             draw(model, guidance_scale=float(scale), compile_config=config)
-        assert len(compiled) == 20 and len(image_decoding._compiled) == image_decoding._MAX_COMPILED
+        assert len(compiled) == 20 and len(generation_graph._compiled) == generation_graph._MAX_COMPILED
         assert step is not small
 
     @pytest.mark.slow
@@ -413,95 +407,81 @@ class TestStep:
     )
     def test_options_of_the_compiler(self, config, passed):
         expected = {"fullgraph": False, "dynamic": False, "backend": "inductor"} | passed
-        assert image_decoding._compiler_arguments(config.to_dict()) == expected
-
-
-def size(rows=2, num_prompts=2, prompt_length=4, num_columns=4 + N, num_candidates=24, guided=True):
-    return generation_memory.GenerationSize(rows, num_prompts, prompt_length, num_columns, num_candidates, guided)
+        assert generation_graph._compiler_arguments(config.to_dict()) == expected
 
 
 class TestMemory:
     @pytest.fixture
-    def free(self, monkeypatch):
-        """Sets the free memory, in bytes beyond the margin."""
+    def memory(self, monkeypatch):
+        """Sets the memory of the machine, in bytes."""
         values = {}
-        monkeypatch.setattr(
-            generation_memory, "free_memory", lambda device: values["free"] + generation_memory._MARGIN
-        )
-        return lambda value: values.update(free=value)
+        monkeypatch.setattr(generation_cache, "physical_memory", lambda: values["bytes"])
+        return lambda value: values.update(bytes=value)
 
-    def test_keys_and_values_are_counted_as_they_are_allocated(self, model):
-        seen = []
+    def test_what_is_planned_is_what_is_allocated(self, model, monkeypatch):
+        """Of a cache with room for all that is planned: as many bytes fit, one byte less does not."""
+        contexts = []
         build = StaticContext._build
 
         def watched(context, *args):
             build(context, *args)
-            seen.append(context)
+            contexts.append(context)
 
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(StaticContext, "_build", watched)
-            draw(model)
-        (context,) = seen
-        allocated = sum(part.nbytes for buffers in context.buffers for part in buffers.keys_and_values)
-        counts = [
-            generation_memory.bytes_needed(model, size(num_columns=columns, prompt_length=0), 2)
-            for columns in (0, context.capacity)
-        ]
-        assert counts[1] - counts[0] == allocated
-
-    def test_too_many_are_refused_with_the_number_that_fits(self, model, free):
-        rows = [generation_memory.bytes_needed(model, size(rows=6), rows) for rows in range(7)]
-        free(rows[6])
-        assert len(draw(model, num_return_sequences=3).pixel_codes) == 6
-        for largest in range(1, 6):
-            free(rows[largest + 1] - 1)
-            with pytest.raises(ValueError, match=rf"Drawing 6 image\(s\).*the largest batch that fits is {largest}"):
-                draw(model, num_return_sequences=3)
-        free(rows[1] - 1)
-        with pytest.raises(ValueError, match="not even one image fits"):
+        monkeypatch.setattr(StaticContext, "_build", watched)
+        monkeypatch.setattr(StaticContext, "BLOCK", 1)
+        draw(model)
+        tensors = contexts[0].memory.tensors
+        allocated = sum(part.nbytes for name, part in tensors.items() if name.startswith(("keys_", "values_")))
+        monkeypatch.setattr(generation_cache, "physical_memory", lambda: allocated)
+        assert len(draw(model).pixel_codes) == 2
+        monkeypatch.setattr(generation_cache, "physical_memory", lambda: allocated - 1)
+        with pytest.raises(ValueError, match="room for 1 "):
             draw(model)
 
     @pytest.mark.parametrize("cache", ["static", "dynamic"])
-    def test_what_is_planned_for(self, model, monkeypatch, cache):
-        sizes = []
-        monkeypatch.setattr(generation_dualtoken, "check_memory", lambda model, size: sizes.append(size))
-        negative = ids(*range(5, 25), START)
-        draw(model, num_return_sequences=3, negative_prompt_ids=negative, image_top_k=7, cache_implementation=cache)
-        converse(model, rows=1, budget=40, cache_implementation=cache)
-        assert sizes == [size(rows=6, num_columns=21 + N, num_candidates=7), size(1, 1, 3, 43)]
+    @pytest.mark.parametrize("guided", [True, False])
+    def test_too_many_are_refused_with_the_number_that_fits(self, model, memory, cache, guided):
+        config = model.config.text_config
+        head_dim = config.hidden_size // config.num_attention_heads
+        # Prompts of three tokens and the images; float32.
+        each = (3 + N) * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4 * (1 + guided)
+        settings = {"num_return_sequences": 3, "guidance_scale": 2.5 if guided else 1.0, "cache_implementation": cache}
+        memory(6 * each)
+        assert len(draw(model, **settings).pixel_codes) == 6
+        for largest in range(6):
+            memory((largest + 1) * each - 1)
+            with pytest.raises(ValueError, match=rf"Drawing 6 image\(s\).* CPU of .* has room for {largest} "):
+                draw(model, **settings)
 
-    def test_guidance_takes_more(self, model):
-        with_guidance, without = (
-            generation_memory.bytes_needed(model, size(guided=guided, num_columns=40), 2) for guided in (True, False)
-        )
-        assert with_guidance > 1.3 * without
-
-    def test_long_prompts_take_more_while_they_are_fed(self, model):
-        """Once for all their copies."""
-        one, two = (
-            generation_memory.bytes_needed(model, size(rows=2, num_prompts=number, prompt_length=10_000), 2)
-            for number in (1, 2)
-        )
-        assert 1.9 < two / one < 2.1
-
-    def test_a_model_on_several_devices_is_not_asked(self, model, free, monkeypatch):
-        free(0)
-        monkeypatch.setattr(model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
-        assert len(draw(model, cache_implementation="dynamic").pixel_codes) == 2
+    @pytest.mark.parametrize("prompt", [[5, START], [START]], ids=str)
+    def test_a_long_answer_counts_as_a_whole(self, model, memory, prompt):
+        memory(10**6)
+        arguments = {"generation_mode": "interleaved", "guidance_scale": 2.5}
+        with pytest.raises(ValueError, match=r"with up to \d{5} tokens each, takes \d+\.\d\d GB for keys and values"):
+            model.generate(ids(*prompt), max_new_tokens=20_000, **arguments)
+        memory(None)
+        assert len(model.generate(ids(*prompt), max_new_tokens=N + 2, **arguments).pixel_codes) == 1
 
     def test_a_cpu_has_the_memory_of_the_machine(self, model):
         """Nothing is said about what is used of it; more than there is never fits."""
         with open("/proc/meminfo") as file:
             total = 1024 * int(file.readline().split()[1])
-        assert generation_memory.free_memory(torch.device("cpu")) == pytest.approx(total, rel=0.01)
-        assert generation_memory.free_memory(torch.device("meta")) is None
-        with pytest.raises(ValueError, match=r"takes about \d+\.\d\d GB, .* GB are free on cpu"):
+        assert generation_cache.physical_memory() == pytest.approx(total, rel=0.01)
+        with pytest.raises(ValueError, match=r"takes \d+\.\d\d GB for keys and values, but a CPU of \d+\.\d\d GB"):
             draw(model, num_return_sequences=10**9)
 
-    def test_little_memory_is_told_in_megabytes(self, model, free):
-        free(0)
-        with pytest.raises(ValueError, match=r"takes about 0\.\d MB, but 0\.0 MB are free"):
-            draw(model)
+    @pytest.mark.parametrize("rows, advice", [(6, "try 3 "), (1, "not even one fits")])
+    @pytest.mark.parametrize("mode", ["image", "interleaved"])
+    def test_a_device_out_of_memory_says_how_many_to_try(self, model, monkeypatch, mode, rows, advice):
+        def fail(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(StaticContext, "advance", fail)
+        arguments = {"generation_mode": mode, "num_return_sequences": rows, "max_new_tokens": 20}
+        with pytest.raises(
+            torch.OutOfMemoryError, match=rf"{rows} image\(s\) at once .*{advice}.* CUDA out of memory"
+        ):
+            model.generate(ids(5, START), **arguments)
 
 
 class Bar:
@@ -565,7 +545,7 @@ class TestWatching:
             bars.append(Bar(**kwargs))
             return bars[-1]
 
-        monkeypatch.setattr(generation_progress.logging, "tqdm", bar)
+        monkeypatch.setattr(generation_loop.logging, "tqdm", bar)
         draw(model, progress_bar=True, cache_implementation=cache)
         converse(model, progress_bar=True, cache_implementation=cache)
         draw(model)

@@ -144,7 +144,7 @@ def partly_right(model, samples) -> list[dict]:
         labels[chosen + 1] = output.logits[0, chosen].argmax(-1)
         if "pixel_codes" in sample:
             before_last = output.last_hidden_state[:, 3 + N - 1]
-            codes = model.depth_heads.sample(before_last, model._codebooks(), lambda logits: logits.argmax(-1))
+            codes = model.depth_heads.sample(before_last, model.model.codebooks(), lambda logits: logits.argmax(-1))
             sample["pixel_codes"][0, -1, -1], sample["semantic_codes"][0, -1, -1] = codes[:, 0]
     return samples
 

@@ -18,14 +18,14 @@ class DualTokenCodeSampler:
     """
     Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic).
 
-    The draw adds Gumbel noise and takes the maximum: the host waits for nothing, and the whole codebook is sorted only
-    where top-k is off.
+    The draw adds Gumbel noise and takes the maximum: no host sync, and the whole codebook is sorted only where top-k is
+    off.
 
     Args:
         temperature (pair of `float`), top_k (pair of `int`), top_p (pair of `float`), do_sample (`bool`): checked, as
             [`DualTokenImageGenerationConfig`] says them.
-        generator (`torch.Generator` or a list of them, *optional*): source of the noise; may live on the CPU. A list
-            has one for every row.
+        generator (`torch.Generator` or a list with one for every row, *optional*): source of the noise; may live on the
+            CPU.
     """
 
     temperature: tuple[float, float] = (1.0, 1.0)
@@ -35,7 +35,7 @@ class DualTokenCodeSampler:
     generator: torch.Generator | list[torch.Generator] | None = None
 
     def __post_init__(self):
-        # Sums of the scores drawn so far, (2, B): where one of them was not finite, neither is the sum.
+        # Sums of the scores drawn so far, (M, B): where one of them was not finite, neither is the sum.
         self.score_sums: torch.Tensor | None = None
 
     @classmethod
@@ -58,18 +58,14 @@ class DualTokenCodeSampler:
         return min(min(k, num_codes) or num_codes for k in self.top_k) < num_codes or min(self.top_p) < 1
 
     def new_noise(self, num_depths: int, rows: int, num_codes: int, device: torch.device) -> "CodeNoise | None":
-        """The noise of all depths of one position; `None` where none is needed. From here on scores are watched."""
+        """Noise `(D, M, B, candidates)` of one position; `None` where none is needed. From here on scores are watched."""
         self.score_sums = torch.zeros(2, rows, device=device)
         if not self.do_sample:
             return None
         return CodeNoise((num_depths, 2, rows, self.num_candidates(num_codes)), device, self.generator)
 
     def __call__(self, logits: torch.Tensor, noise: torch.Tensor | None = None) -> torch.LongTensor:
-        """
-        `(2, B, K)` -> `(2, B)`, without a wait for the device.
-
-        `noise` `(2, B, candidates)` is that of one depth, from [`CodeNoise`]; by default it is drawn here.
-        """
+        """Logits `(M, B, K)` -> codes `(M, B)`; `noise` `(M, B, candidates)` of one depth is drawn here by default."""
         if not self.do_sample:
             best, chosen = logits.max(-1)
             self._watch(best)
@@ -116,12 +112,11 @@ class DualTokenCodeSampler:
 
 class CodeNoise:
     """
-    Gumbel noise `(D, 2, B, candidates)` for one position after the other, in a tensor that stays where it is.
+    Gumbel noise `(D, M, B, candidates)` for one position after the other, in a tensor that stays where it is.
 
     With a generator of the CPU's a GPU draws what the CPU would. It comes through pinned memory, so that the host waits
-    only where it is a few positions ahead; to draw it takes the host longer than the GPU itself would.
-
-    Of a list of generators each draws its row's part: the same whatever other rows there are.
+    only where it is a few positions ahead. Of a list of generators each draws its row's part, whatever other rows there
+    are.
     """
 
     # Positions the host may be ahead of a GPU.
@@ -139,12 +134,7 @@ class CodeNoise:
                 self._slots.append((torch.zeros(shape, pin_memory=True), torch.cuda.Event()))
 
     def draw(self, rows: list[int] | None = None) -> torch.Tensor:
-        """
-        New noise, in the same tensor.
-
-        Args:
-            rows (`list[int]`, *optional*): those that are drawn; of a list, the other rows' generators rest.
-        """
+        """New noise, in the same tensor, of the `rows` that are drawn; of a list, the other rows' generators rest."""
         if not self._on_host:
             return self._draw_into(self.values, rows)
         if not self._slots:
@@ -172,7 +162,7 @@ def _gumbel_(values: torch.Tensor, generator: torch.Generator | None) -> torch.T
 
 
 def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Tensor:
-    """A setting of both heads as what broadcasts against `(2, B, K)`; filled on the device, since a copy would wait."""
+    """A setting of both heads as what broadcasts against `(M, B, K)`; filled on the device: a copy would wait."""
     if pair[0] == pair[1]:
         return pair[0]
     return torch.cat([like.new_full((1, 1, 1), value) for value in pair])

@@ -285,7 +285,7 @@ class DualTokenDepthHeads(nn.Module):
         hidden_states: torch.Tensor,
         codebooks: torch.Tensor,
         sampler,
-        guidance_scale: float | None = None,
+        guidance: float | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.LongTensor:
         """
@@ -296,7 +296,7 @@ class DualTokenDepthHeads(nn.Module):
                 then the unconditional rows. Both rows of a pair share the drawn codes.
             codebooks (`torch.Tensor` of shape `(2, books, K, C)`): code vectors; `books` is 1 or D.
             sampler (callable): logits `(2, B, K)`, and with `noise` that of the depth, -> codes `(2, B)`.
-            guidance_scale (`float`, *optional*): logits = uncond + s (cond - uncond). Applied to the features before
+            guidance (`float`, *optional*): s in logits = uncond + s (cond - uncond). Applied to the features before
                 the classifier, which is linear: the same logits for half the rows.
             noise (`torch.Tensor` of shape `(D, 2, B, candidates)`, *optional*): what the sampler is to draw by, of all
                 depths ([`CodeNoise`]).
@@ -319,14 +319,14 @@ class DualTokenDepthHeads(nn.Module):
                 vectors = codebooks[models, depth - 1 if codebooks.shape[1] > 1 else 0, codes[-1]]
                 running = vectors if running is None else running + vectors
                 features = self.code_proj(running.to(features.dtype))
-                if guidance_scale is not None:
+                if guidance is not None:
                     features = features.repeat(1, 2, 1)
             for layer, cache in zip(self.layers, caches):
                 features = layer(features, depth, cache)
             normed = self.norm(features)
-            if guidance_scale is not None:
+            if guidance is not None:
                 cond, uncond = normed.chunk(2, dim=1)
-                normed = torch.lerp(uncond, cond, guidance_scale)
+                normed = torch.lerp(uncond, cond, guidance)
             logits = self.classifier(normed, depth)
             codes.append(sampler(logits) if noise is None else sampler(logits, noise[depth]))
         return torch.stack(codes, dim=-1)

@@ -6,32 +6,21 @@ beside each image; both contexts see the same drawn codes.
 """
 
 import copy
-import functools
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
-from .code_sampling import DualTokenCodeSampler
-from .generation_context import Context, Prompt, StaticContext, has_keys_and_values_only
-from .generation_memory import GenerationSize, check_memory
-from .generation_pipelines import is_served, wants_plain_codes
-from .generation_progress import GenerationProgress
-from .generation_scores import ImageTokenBar, ScoreCheck
-from .generation_settings import GENERATION_MODES, DualTokenImageGenerationInputs, GenerationArguments
-from .image_decoding import ImageDecoder, kept_steps, step_key
-from .interleaved_generation import InterleavedLoop
+from .generation_cache import Prompt, has_keys_and_values_only, repeated_images
+from .generation_loop import TEXT_ROOM, ImageDecoder, InterleavedLoop, kept_steps, progress
+from .generation_settings import GENERATION_MODES, GenerationArguments
+from .generation_text import ImageTokenBar, ScoreCheck, TextSampler, as_ids, is_served, wants_plain_codes
 from .transformers_compat import CACHE_NAME, given_cache, require_transformers
 
 
 logger = logging.get_logger(__name__)
-
-
-# Text between images that the first buffers of interleaved generation have room for.
-_TEXT_ROOM = 256
-# A compiled step's cache has a multiple of this many columns.
-_COMPILED_BLOCK = 256
 
 
 @dataclass
@@ -51,14 +40,6 @@ class DualTokenGenerateOutput(ModelOutput):
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
     image_owner: torch.LongTensor | None = None
-
-
-@dataclass
-class _Guidance:
-    """The unconditional side of a generation; without guidance, scale 1 and no prompt."""
-
-    scale: float
-    prompt: Prompt | None
 
 
 class DualTokenGenerationMixin(GenerationMixin):
@@ -82,9 +63,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             num_return_sequences (`int`, defaults to 1).
             max_new_tokens (`int`): ignored in image mode, with a warning; in interleaved mode an image counts N + 2.
             cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
-                and on a CUDA device one graph per position, or `"dynamic"`, a cache that grows. By default static where
-                the language model allows it. In float32 the codes are the same either way; in bfloat16 sums in another
-                order are rounded otherwise, and other codes may be drawn.
+                and on a CUDA device one graph per position (the default where the language model allows it), or
+                `"dynamic"`, a cache that grows. In float32 the codes are the same either way.
             compile_config (`CompileConfig`, *optional*): compiles the step of an image position, once for every size.
             kwargs: as in transformers. What a mode does not do is refused.
 
@@ -94,11 +74,11 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         Raises:
             TypeError: for arguments of the wrong kind.
-            ValueError: for arguments out of range or of another mode, an empty prompt, ids outside the vocabulary,
-                prompts that end differently, a prompt that ends within an image, a negative prompt that does not end in
-                `<image_start>`, images that do not fit the placeholders, scores that leave nothing to choose, or more
-                images at once than the device's memory holds.
+            ValueError: for arguments out of range or of another mode, prompts or images that do not fit, scores that
+                leave nothing to choose, or more images at once than a CPU has memory for.
+            torch.OutOfMemoryError: for more images at once than a device has memory for, with how many to try.
         """
+        # 1. The arguments, apart and checked; text is transformers' own.
         arguments = GenerationArguments(self.generation_config, generation_config, kwargs)
         mode, kwargs = arguments.mode, arguments.kwargs
         inputs = self._pop_prompt(inputs, kwargs)
@@ -107,14 +87,16 @@ class DualTokenGenerationMixin(GenerationMixin):
             return self._generate_text(inputs, codes, arguments)
         plain_codes = wants_plain_codes(self, mode)
 
-        # 1. What is left for transformers' own settings, and what this mode cannot do.
+        # 2. What is left for transformers' own settings, and what this mode cannot do.
         attention_mask = kwargs.pop("attention_mask", None)
-        logits_processor = kwargs.pop("logits_processor", None) if mode == "interleaved" else None
-        streamer = kwargs.pop("streamer", None) if mode == "interleaved" else None
+        of_text = [
+            kwargs.pop(name, None) if mode == "interleaved" else None for name in ("logits_processor", "streamer")
+        ]
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
         num_return_sequences = arguments.value("num_return_sequences", 1)
         kwargs.pop("num_return_sequences", None)
-        generation_config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
+        config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
+        arguments.generation_config = config
         without_effect = {"return_dict", "synced_gpus", "trust_remote_code"}
         arguments.refuse([name for name, value in left.items() if value is not None and name not in without_effect])
         if inputs is None:
@@ -124,38 +106,28 @@ class DualTokenGenerationMixin(GenerationMixin):
                 f"`generation_mode={mode!r}` needs a cache, which gradient checkpointing does without in training: "
                 "call `model.eval()` first."
             )
-        self._prepare_special_tokens(generation_config, attention_mask is not None, device=inputs.device)
+        self._prepare_special_tokens(config, attention_mask is not None, device=inputs.device)
 
-        # 2. The contexts.
-        prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, generation_config), codes)
+        # 3. The prompts, and with guidance the negative ones.
+        prompt = Prompt(inputs, self._prompt_mask(inputs, attention_mask, config), codes)
         if mode == "image":
             prompt = self._end_in_image_start(prompt)
         elif (inputs[:, -1] == self.config.image_token_id).any():
             raise ValueError("A prompt must not end within an image: `<image_end>` closes it.")
         rows = len(prompt) * num_return_sequences
         arguments.inputs.check_rows(rows)
-        guidance = _Guidance(arguments.settings.guidance_scale, None)
-        negative_prompt = self._negative_prompt(prompt, arguments.inputs, generation_config)
-        if guidance.scale != 1:
-            guidance.prompt = negative_prompt
-        elif arguments.inputs.negative_prompt_ids is not None:
-            logger.warning_once("`guidance_scale=1.0` is no guidance and passes over the negative prompt.")
+        prompts = [prompt, self._negative_prompt(prompt, arguments)]
+        if arguments.settings.guidance_scale == 1:
+            if arguments.inputs.negative_prompt_ids is not None:
+                logger.warning_once("`guidance_scale=1.0` is no guidance and passes over the negative prompt.")
+            prompts = [prompt]
 
-        # 3. The loop.
-        sampler = DualTokenCodeSampler.from_settings(arguments.settings, arguments.inputs.generator)
-        progress = GenerationProgress(arguments.inputs.on_image, arguments.inputs.progress_bar)
-        if mode == "image":
-            output = self._generate_image(prompt, rows, guidance, sampler, generation_config, progress)
-            return output.pixel_codes if plain_codes else output
-        generation_config.max_length = prompt.input_ids.shape[1] + self._interleaved_budget(prompt, arguments)
-        generation_config.suppress_tokens = self._suppressed_by_the_caller(generation_config, kwargs)
-        if generation_config.eos_token_id is not None and kwargs.get("eos_token_id") is None:
-            # A checkpoint says it for engines that return text alone; a keyword is the caller's.
-            start, ends = self.config.image_start_token_id, _eos_ids(generation_config)
-            generation_config.eos_token_id = [token for token in ends if token != start]
-        return self._generate_interleaved(
-            prompt, rows, guidance, sampler, generation_config, progress, logits_processor, streamer
-        )
+        # 4. The loop.
+        with _advice_on_memory(rows):
+            if mode == "image":
+                output = self._generate_image(prompts, rows, arguments)
+                return output.pixel_codes if plain_codes else output
+            return self._generate_interleaved(prompts, rows, arguments, *of_text)
 
     def release_generation_graphs(self) -> None:
         """
@@ -164,7 +136,86 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         It is also freed by `train()`, by whatever moves the weights (`to`, `cpu`, ...), and by drawing at another size.
         """
-        kept_steps.release(self)
+        kept_steps.take(self)
+
+    # Image and interleaved mode.
+
+    def _generate_image(self, prompts: list[Prompt], rows: int, arguments: GenerationArguments):
+        """One image for each of the rows; a [`DualTokenGenerateOutput`]."""
+        num_positions, inputs = self.config.num_positions, arguments.inputs
+        decoder = ImageDecoder(self, prompts, rows, num_positions, arguments)
+        input_ids = prompts[0].input_ids.repeat_interleave(rows // len(prompts[0]), 0)
+        decoder.context.begin(list(range(rows)))
+        with progress(inputs.progress_bar, num_positions, "position", input_ids.device) as on_position:
+            codes = decoder.draw(num_positions, feed_last=False, on_position=on_position)
+        decoder.sampler.check_scores()
+        # Only now: another thread may take what is kept, and the scores are in it.
+        decoder.keep()
+        image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
+        end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
+        output = self._output(torch.cat([input_ids, image, end], dim=1), codes, range(rows))
+        for owner, pair in enumerate(zip(output.pixel_codes, output.semantic_codes)):
+            if inputs.on_image is not None:
+                inputs.on_image(pair, owner)
+        return output
+
+    def _generate_interleaved(
+        self, prompts: list[Prompt], rows: int, arguments: GenerationArguments, logits_processor, streamer
+    ):
+        """Text and images as every row decides; a [`DualTokenGenerateOutput`]."""
+        config, num_positions, prompt_ids = (
+            arguments.generation_config,
+            self.config.num_positions,
+            prompts[0].input_ids,
+        )
+        budget = arguments.new_tokens(prompt_ids.shape[1], default=2 * (num_positions + 2) + TEXT_ROOM)
+        config.max_length = prompt_ids.shape[1] + budget
+        # A checkpoint's config keeps image ids out of engines that return text alone; what a keyword says is the caller's.
+        start, image_ids = self.config.image_start_token_id, set(self.config.special_image_token_ids)
+        suppressed = set(as_ids(config.suppress_tokens))
+        if arguments.kwargs.get("suppress_tokens") is None and image_ids <= suppressed:
+            config.suppress_tokens = sorted(suppressed - image_ids) or None
+        if arguments.kwargs.get("eos_token_id") is None and config.eos_token_id is not None:
+            config.eos_token_id = [token for token in as_ids(config.eos_token_id) if token != start]
+        if streamer is not None and rows > 1:
+            raise ValueError(f"A streamer takes one row, got {rows}.")
+        if len(prompts) == 2 and not has_keys_and_values_only(self):
+            raise ValueError(
+                "Interleaved generation with guidance needs a language model whose past is keys and values alone: a "
+                "recurrent state cannot forget one image for the next. Pass `guidance_scale=1.0`."
+            )
+        if budget < num_positions + 1 and (prompt_ids[:, -1] == start).any():
+            raise ValueError(
+                f"The prompt asks for an image, which takes {num_positions + 1} tokens, but `max_new_tokens` is {budget}."
+            )
+        decoder = ImageDecoder(self, prompts, rows, budget, arguments)
+        input_ids = prompt_ids.repeat_interleave(rows // len(prompt_ids), 0)
+        bar = ImageTokenBar([])
+        processors = self._get_logits_processor(
+            config,
+            input_ids_seq_length=input_ids.shape[1],
+            encoder_input_ids=input_ids,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=[*(logits_processor or []), bar],
+            device=input_ids.device,
+        )
+        vocab_size, inputs = self.config.get_text_config().vocab_size, arguments.inputs
+        text = TextSampler(processors, bar, config, inputs.generator, vocab_size)
+        loop = InterleavedLoop(decoder, input_ids, budget, text, inputs.on_image, streamer)
+        with progress(inputs.progress_bar, budget, "token", input_ids.device) as on_step:
+            sequences, images = loop.run(on_step)
+        decoder.keep()
+        owners = [index for index, row in enumerate(images) for _ in row]
+        codes = [image for row in images for image in row]
+        shape = (2, 0, num_positions, self.config.num_depths)
+        return self._output(sequences, torch.stack(codes, 1) if codes else sequences.new_empty(shape), owners)
+
+    def _output(self, sequences: torch.LongTensor, codes: torch.LongTensor, owners) -> DualTokenGenerateOutput:
+        """From codes `(M, images, N, D)` and the images' rows."""
+        grid = self.config.vision_tokenizer_config.grid_size
+        pixel_codes, semantic_codes = codes.unflatten(2, (grid, grid))
+        owners = torch.tensor(list(owners), dtype=torch.long, device=sequences.device)
+        return DualTokenGenerateOutput(sequences, pixel_codes, semantic_codes, owners)
 
     # Text mode: transformers' own generate.
 
@@ -186,9 +237,8 @@ class DualTokenGenerationMixin(GenerationMixin):
             start = self.config.image_start_token_id
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.eos_token_id = self._ends_and_image_start(generation_config)
-            generation_config.suppress_tokens = [
-                i for i in generation_config.suppress_tokens or [] if i != start
-            ] or None
+            suppressed = set(as_ids(generation_config.suppress_tokens)) - {start}
+            generation_config.suppress_tokens = sorted(suppressed) or None
             processors.append(ImageTokenBar([i for i in self.config.special_image_token_ids if i != start]))
         kwargs["logits_processor"] = LogitsProcessorList(processors)
         output = super().generate(inputs, generation_config=generation_config, **kwargs)
@@ -276,7 +326,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         if expand_size > 1 and codes["pixel_codes"] is not None:
             inputs_embeds = model_kwargs.get("inputs_embeds")
             image_mask = self.model.image_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
-            order = self._image_order(image_mask, len(codes["pixel_codes"]), expand_size)
+            self.model.check_placeholders(image_mask, len(codes["pixel_codes"]))
+            order = repeated_images(image_mask, expand_size, self.config.num_positions)
             codes = {name: None if value is None else value[order] for name, value in codes.items()}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -284,14 +335,12 @@ class DualTokenGenerationMixin(GenerationMixin):
         model_kwargs.update({name: value for name, value in codes.items() if value is not None})
         return input_ids, model_kwargs
 
-    def _image_order(self, image_mask: torch.BoolTensor, num_images: int, repeats: int) -> torch.LongTensor:
-        """Indices of a batch's images once every row is repeated in place."""
-        self.model.check_placeholders(image_mask, num_images)
-        counts = image_mask.sum(-1) // self.config.num_positions
-        groups = torch.arange(num_images, device=image_mask.device).split(counts.tolist())
-        return torch.cat([group for group in groups for _ in range(repeats)])
+    def _ends_and_image_start(self, generation_config) -> list[int]:
+        """The ids that end a text, and `<image_start>`, for engines that return text alone."""
+        ids, start = as_ids(generation_config.eos_token_id), self.config.image_start_token_id
+        return ids if start in ids else [*ids, start]
 
-    # What image and interleaved mode share.
+    # Prompts.
 
     def _pop_prompt(self, inputs, kwargs: dict) -> torch.LongTensor | None:
         """The ids `(B, L)`, looked at before anything runs; `None` is left to transformers."""
@@ -312,6 +361,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         return inputs
 
     def _checked_ids(self, ids, what: str) -> torch.LongTensor:
+        """Ids `(B, L)` as int64."""
         if not isinstance(ids, torch.Tensor):
             raise TypeError(
                 f"{what} must be a tensor of ids, got {type(ids).__name__}: pass what the processor returns as "
@@ -332,7 +382,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         return ids
 
     def _pop_codes(self, values: dict, prefix: str = "") -> tuple[torch.LongTensor, torch.LongTensor] | None:
-        """Take a prompt's images out, as codes."""
+        """Take a prompt's images out, as codes `(images, h, w, D)`."""
         pixel_values, *codes = (
             values.pop(f"{prefix}{name}", None) for name in ("pixel_values", "pixel_codes", "semantic_codes")
         )
@@ -346,42 +396,38 @@ class DualTokenGenerationMixin(GenerationMixin):
         self.model.check_image_codes(*codes)
         return tuple(codes)
 
-    def _prompt_mask(
-        self, input_ids, attention_mask, generation_config, name: str = "attention_mask"
-    ) -> torch.LongTensor:
+    def _prompt_mask(self, input_ids, attention_mask, config, name: str = "attention_mask") -> torch.LongTensor:
+        """The mask `(B, L)` of prompts padded on the left."""
         if attention_mask is not None:
             _check_mask(attention_mask, input_ids, name)
             if (attention_mask[:, -1] == 0).any():
                 raise ValueError(f"Prompts must be padded on the left, but `{name}` hides the last token of a row.")
             return attention_mask.to(input_ids)
-        mask = torch.ones_like(input_ids)
-        pad = generation_config.pad_token_id
-        if pad is not None and pad not in _eos_ids(generation_config):
-            # As transformers does: only padding in front of a prompt.
-            mask = (input_ids != pad).long().cummax(-1).values
-        return mask
+        pad = config.pad_token_id
+        if pad is None or pad in as_ids(config.eos_token_id):
+            return torch.ones_like(input_ids)
+        # As transformers does: only padding in front of a prompt.
+        return (input_ids != pad).long().cummax(-1).values
 
     def _end_in_image_start(self, prompt: Prompt) -> Prompt:
-        ends = prompt.input_ids[:, -1] == self.config.image_start_token_id
+        start = self.config.image_start_token_id
+        ends = prompt.input_ids[:, -1] == start
         if ends.all():
             return prompt
         if ends.any():
             raise ValueError(
-                f"Either all prompts of a batch end in `<image_start>` (id {self.config.image_start_token_id}) or "
-                f"none; rows {(~ends).nonzero().flatten().tolist()} do not."
+                f"Either all prompts of a batch end in `<image_start>` (id {start}) or none; rows "
+                f"{(~ends).nonzero().flatten().tolist()} do not."
             )
-        start = torch.full_like(prompt.input_ids[:, :1], self.config.image_start_token_id)
-        return Prompt(
-            torch.cat([prompt.input_ids, start], dim=1),
-            torch.cat([prompt.attention_mask, torch.ones_like(start)], dim=1),
-            prompt.codes,
-        )
+        added = torch.full_like(prompt.input_ids[:, :1], start)
+        mask = torch.cat([prompt.attention_mask, torch.ones_like(added)], dim=1)
+        return Prompt(torch.cat([prompt.input_ids, added], dim=1), mask, prompt.codes)
 
-    def _negative_prompt(self, prompt: Prompt, inputs: DualTokenImageGenerationInputs, generation_config) -> Prompt:
+    def _negative_prompt(self, prompt: Prompt, arguments: GenerationArguments) -> Prompt:
         """The unconditional context: one for all prompts, or one for each."""
         num_prompts, start = len(prompt), self.config.image_start_token_id
-        negative = {name: value for name in inputs.names() if (value := getattr(inputs, name)) is not None}
-        negative = {name: value for name, value in negative.items() if name.startswith("negative_")}
+        negative = {name: value for name, value in vars(arguments.inputs).items() if name.startswith("negative_")}
+        negative = {name: value for name, value in negative.items() if value is not None}
         ids = negative.pop("negative_prompt_ids", None)
         if ids is None:
             if negative:
@@ -396,247 +442,28 @@ class DualTokenGenerationMixin(GenerationMixin):
         ids = self._checked_ids(ids.to(prompt.input_ids.device), "`negative_prompt_ids`")
         if (ids[:, -1] != start).any():
             raise ValueError(f"`negative_prompt_ids` must end in `<image_start>` (id {start}) in every row.")
-        mask = negative.pop("negative_prompt_attention_mask", None)
-        mask = self._prompt_mask(ids, mask, generation_config, name="negative_prompt_attention_mask")
+        name = "negative_prompt_attention_mask"
+        mask = self._prompt_mask(ids, negative.pop(name, None), arguments.generation_config, name)
         return Prompt(ids, mask, self._pop_codes(negative, prefix="negative_"))
 
-    def _codebooks(self) -> torch.Tensor:
-        """Code vectors `(2, books, K, C)`; a shared codebook is repeated if the other kind's is not shared."""
-        books = [self.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in ("pixel", "semantic")]
-        most = max(map(len, books))
-        return torch.stack([book.expand(most, -1, -1) for book in books])
 
-    def _pad_token_id(self, generation_config) -> int:
-        pad = generation_config.pad_token_id
-        pad = int(next(iter(_eos_ids(generation_config)), 0) if pad is None else pad)
-        if not 0 <= pad < self.config.get_text_config().vocab_size:
-            raise ValueError(
-                f"Rows that have ended are filled with `pad_token_id`, or else `eos_token_id`, which must be of the "
-                f"vocabulary, got {pad}."
-            )
-        return pad
-
-    def _new_decoder(
-        self,
-        prompt: Prompt,
-        rows: int,
-        guidance: _Guidance,
-        sampler: DualTokenCodeSampler,
-        generation_config,
-        max_new_tokens: int,
-        room: int,
-    ) -> ImageDecoder:
-        """What draws, on a new context of the prompts with room for `room` tokens at first."""
-        kind = generation_config.cache_implementation
-        if kind not in (None, "static", "dynamic"):
-            raise ValueError(
-                f"Image and interleaved generation take `cache_implementation` 'static' or 'dynamic', got {kind!r}."
-            )
-        unsupported = StaticContext.unsupported(self)
-        if kind == "static" and unsupported is not None:
-            raise ValueError(f"This model cannot draw images with a static cache: {unsupported}. Take 'dynamic'.")
-        is_static = kind == "static" or (kind is None and unsupported is None)
-        compile_config = getattr(generation_config, "compile_config", None)
-        if getattr(generation_config, "disable_compile", False):
-            compile_config = None
-        lengths = [part.input_ids.shape[1] for part in (prompt, guidance.prompt) if part is not None]
-        size = GenerationSize(
-            rows=rows,
-            num_prompts=len(prompt),
-            prompt_length=lengths[0],
-            num_columns=max(lengths) + max_new_tokens,
-            num_candidates=sampler.num_candidates(self.config.codebook_size),
-            guided=guidance.prompt is not None,
-        )
-        # Compiled anew for every size: fewer of them.
-        block = _COMPILED_BLOCK if compile_config is not None else None
-        options = None if compile_config is None else compile_config.to_dict()
-        capacity = StaticContext.capacity_for(max(lengths) - 1, room, block)
-        scale = None if guidance.prompt is None else guidance.scale
-        is_guided = guidance.prompt is not None
-        key = step_key(self, rows, is_guided, capacity, sampler, scale, options) if is_static else None
-        # What is kept of another kind is freed before there is new memory.
-        memory = kept_steps.take(self, key)
-        if memory is None:
-            check_memory(self, size)
-        context = (StaticContext if is_static else Context)(self, prompt, rows, guidance.prompt, room, block, memory)
-        return ImageDecoder(self, context, sampler, guidance.scale, options)
-
-    # Image mode.
-
-    def _generate_image(
-        self,
-        prompt: Prompt,
-        rows: int,
-        guidance: _Guidance,
-        sampler: DualTokenCodeSampler,
-        generation_config,
-        progress: GenerationProgress,
-    ) -> DualTokenGenerateOutput:
-        num_positions = self.config.num_positions
-        decoder = self._new_decoder(
-            prompt, rows, guidance, sampler, generation_config, max_new_tokens=num_positions, room=num_positions
-        )
-        decoder.context.begin(list(range(rows)))
-        with progress.bar(num_positions, "position") as bar:
-            codes = decoder.draw(
-                num_positions, feed_last=False, on_position=progress.pace(bar, prompt.input_ids.device)
-            )
-        sampler.check_scores()
-        # Only now: another thread may take what is kept, and the scores are in it.
-        decoder.keep()
-        input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
-        image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
-        end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
-        pixel_codes, semantic_codes = self._to_grid(codes)
-        for owner in range(rows):
-            progress.tell((pixel_codes[owner], semantic_codes[owner]), owner)
-        return DualTokenGenerateOutput(
-            sequences=torch.cat([input_ids, image, end], dim=1),
-            pixel_codes=pixel_codes,
-            semantic_codes=semantic_codes,
-            image_owner=torch.arange(rows, device=input_ids.device),
-        )
-
-    def _to_grid(self, codes: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """`(2, images, N, D)` -> two of `(images, h, w, D)`."""
-        grid = self.config.vision_tokenizer_config.grid_size
-        return tuple(codes.unflatten(2, (grid, grid)))
-
-    # Interleaved mode.
-
-    def _generate_interleaved(
-        self,
-        prompt: Prompt,
-        rows: int,
-        guidance: _Guidance,
-        sampler: DualTokenCodeSampler,
-        generation_config,
-        progress: GenerationProgress,
-        logits_processor,
-        streamer,
-    ) -> DualTokenGenerateOutput:
-        num_positions = self.config.num_positions
-        budget = generation_config.max_length - prompt.input_ids.shape[1]
-        if streamer is not None and rows > 1:
-            raise ValueError(f"A streamer takes one row, got {rows}.")
-        if guidance.prompt is not None and not has_keys_and_values_only(self):
-            raise ValueError(
-                "Interleaved generation with guidance needs a language model whose past is keys and values alone: a "
-                "recurrent state cannot forget one image for the next. Pass `guidance_scale=1.0`."
-            )
-        if budget < num_positions + 1 and (prompt.input_ids[:, -1] == self.config.image_start_token_id).any():
-            raise ValueError(
-                f"The prompt asks for an image, which takes {num_positions + 1} tokens, but `max_new_tokens` is {budget}."
-            )
-        input_ids = prompt.input_ids.repeat_interleave(rows // len(prompt), 0)
-        bar, check = ImageTokenBar([]), ScoreCheck()
-        processors = self._get_logits_processor(
-            generation_config,
-            input_ids_seq_length=input_ids.shape[1],
-            encoder_input_ids=input_ids,
-            prefix_allowed_tokens_fn=None,
-            logits_processor=[*(logits_processor or []), bar],
-            device=input_ids.device,
-        )
-        pad_id = self._pad_token_id(generation_config)
-        decoder = self._new_decoder(
-            prompt,
-            rows,
-            guidance,
-            sampler,
-            generation_config,
-            max_new_tokens=budget,
-            room=min(budget, num_positions + _TEXT_ROOM),
-        )
-        loop = InterleavedLoop(
-            self,
-            decoder,
-            input_ids,
-            budget,
-            processors,
-            bar,
-            choose_text=functools.partial(self._choose_text, check, generation_config.do_sample, sampler.generator),
-            eos_ids=set(_eos_ids(generation_config)),
-            pad_id=pad_id,
-            progress=progress,
-            streamer=streamer,
-        )
-        sequences, images = loop.run()
-        decoder.keep()
-        owners = [index for index, row in enumerate(images) for _ in row]
-        shape = (2, 0, num_positions, self.config.num_depths)
-        codes = [image for row in images for image in row]
-        pixel_codes, semantic_codes = self._to_grid(torch.stack(codes, dim=1) if codes else sequences.new_empty(shape))
-        return DualTokenGenerateOutput(
-            sequences=sequences,
-            pixel_codes=pixel_codes,
-            semantic_codes=semantic_codes,
-            image_owner=torch.tensor(owners, dtype=torch.long, device=sequences.device),
-        )
-
-    def _interleaved_budget(self, prompt: Prompt, arguments: GenerationArguments) -> int:
-        """New tokens at most: `max_new_tokens`, `max_length` less the prompt, or room for two images and some text."""
-        (name, length), prompt_length = arguments.length(), prompt.input_ids.shape[1]
-        if length is None:
-            return 2 * (self.config.num_positions + 2) + _TEXT_ROOM
-        if name == "max_new_tokens":
-            return length
-        if length <= prompt_length:
-            raise ValueError(
-                f"`max_length` counts the prompt, whose {prompt_length} tokens leave no room below {length}: pass "
-                "`max_new_tokens`."
-            )
-        return length - prompt_length
-
-    def _ends_and_image_start(self, generation_config) -> list[int]:
-        """The ids that end a text, and `<image_start>`, for engines that return text alone."""
-        ids, start = _eos_ids(generation_config), self.config.image_start_token_id
-        return ids if start in ids else [*ids, start]
-
-    def _suppressed_by_the_caller(self, generation_config, kwargs: dict) -> list[int] | None:
-        """
-        Suppressed tokens without the three image ids, where they stand together in a generation config.
-
-        So a checkpoint keeps them out of the text of other engines. A keyword, or one of them alone, is the caller's.
-        """
-        tokens, image_ids = generation_config.suppress_tokens, set(self.config.special_image_token_ids)
-        if tokens is None or kwargs.get("suppress_tokens") is not None or not image_ids <= set(tokens):
-            return tokens
-        return [token for token in tokens if token not in image_ids] or None
-
-    @staticmethod
-    def _choose_text(
-        check: ScoreCheck, do_sample: bool, generator, scores: torch.Tensor, rows: list[int]
-    ) -> torch.LongTensor:
-        """The next token of every row of the scores `(len(rows), vocab_size)`."""
-        scores = check(None, scores)
-        if not do_sample:
-            chosen = scores.argmax(-1)
-        else:
-            several = isinstance(generator, (list, tuple))
-            device = scores.device if generator is None else (generator[0] if several else generator).device
-            probabilities = scores.softmax(-1).to(device)
-            parts = [probabilities] if not several else probabilities.split(1)
-            sources = [generator] if not several else [generator[row] for row in rows]
-            chosen = torch.cat([torch.multinomial(part, 1, generator=source) for part, source in zip(parts, sources)])
-            chosen = chosen.squeeze(-1).to(scores.device)
-        check.raise_if_empty()
-        return chosen
-
-
-def _eos_ids(generation_config) -> list[int]:
-    """The end-of-sequence ids, which may be given as one id, as several, as a tensor of them, or not at all."""
-    eos = generation_config.eos_token_id
-    return [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+@contextmanager
+def _advice_on_memory(rows: int):
+    """What a device says that is out of memory, with how many rows to try."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = f"try {rows // 2} (prompts times `num_return_sequences`)" if rows > 1 else "not even one fits"
+        raise torch.OutOfMemoryError(
+            f"{rows} image(s) at once are too many for the device: {advice}. {error}"
+        ) from error
 
 
 def _check_mask(attention_mask, input_ids: torch.LongTensor, name: str) -> None:
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-        shape = (
-            tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        )
-        raise ValueError(f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got {shape}.")
+        is_tensor = isinstance(attention_mask, torch.Tensor)
+        given = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+        raise ValueError(f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got {given}.")
 
 
 __all__ = ["GENERATION_MODES", "DualTokenGenerateOutput", "DualTokenGenerationMixin"]

@@ -1,12 +1,14 @@
-"""A step of fixed shape as one CUDA graph, and the memory it works in; knows no model.
+"""A step of fixed shape as one CUDA graph or compiled, and the memory it works in; knows no model.
 
 A graph replays kernels on the addresses they had when it was captured. So the tensors that a step reads and changes are
 placed once ([`StepMemory`]), and stay with the graph from one generation to the next of the same kind ([`KeptSteps`]).
 """
 
 import threading
+import types
 import weakref
-from collections.abc import Callable, Hashable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,8 +54,8 @@ class KeptSteps:
         self._kept = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def take(self, owner, key: Hashable) -> StepMemory | None:
-        """What is kept under that key; whatever was kept of the owner, it is no longer."""
+    def take(self, owner, key: Hashable = None) -> StepMemory | None:
+        """What is kept under that key (`None`: nothing is); whatever was kept of the owner, it is no longer."""
         with self._lock:
             kept_key, memory = self._kept.pop(owner, (None, None))
         return memory if key is not None and kept_key == key else None
@@ -62,9 +64,29 @@ class KeptSteps:
         with self._lock:
             self._kept[owner] = (key, memory)
 
-    def release(self, owner) -> None:
-        """Free what is kept of the owner."""
-        self.take(owner, None)
+
+# Where modules come from that compute nothing but what their weights and configs say: PEFT's, for one, can be switched.
+_PLAIN_PACKAGES = {"torch", "transformers", __name__.partition(".")[0]}
+
+
+def weights_key(parts: Iterable[torch.nn.Module]) -> tuple | None:
+    """
+    What a graph takes for constant of these modules and of torch's settings; `None` where that cannot be told.
+
+    Weights count by their addresses, which a graph reads them from: changed in place they may be, moved or replaced not.
+    """
+    weights = []
+    for module in (module for part in parts for module in part.modules()):
+        is_plain = type(module).__module__.partition(".")[0] in _PLAIN_PACKAGES and "forward" not in vars(module)
+        if not is_plain or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        own = [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
+        if any(torch.is_autocast_enabled(x.device.type) for x in own):
+            # A graph would hold the addresses of the weights' casts, which autocast frees when it ends.
+            return None
+        weights.append((type(module), module.training, *((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in own)))
+    settings = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled())
+    return (*settings, torch.is_inference_mode_enabled(), *weights)
 
 
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
@@ -113,12 +135,11 @@ _capture_lock = threading.Lock()
 
 def capture(step: Callable[[], None], changed: list[torch.Tensor], device: torch.device):
     """
-    One call of `step` as a CUDA graph, one capture at a time in a process.
+    One call of `step` as a graph of a CUDA device, one capture at a time in a process.
 
     Args:
         step (callable): works in tensors that stay where they are.
         changed (list of `torch.Tensor`): those of them that must be as before when this returns.
-        device (`torch.device`): a CUDA device.
 
     Raises:
         HostWait: if something in the step makes the host wait. A capture that fails would leave torch's streams and
@@ -164,4 +185,49 @@ def warm_up(step: Callable[[], None], changed: list[torch.Tensor], device: torch
         restore()
 
 
-__all__ = ["HostWait", "KeptSteps", "RefuseHostWaits", "StepMemory", "capture", "warm_up"]
+# The latest compiled steps, by options and sizes.
+_compiled = OrderedDict()
+_compiled_lock = threading.Lock()
+_MAX_COMPILED = 16
+# `torch.compile` makes graphs of its own in these modes, which do not take buffers that a step changes.
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compiled_step(step: types.FunctionType, options: dict, constants: tuple) -> Callable:
+    """
+    The compiled step, the same function for the same `options` of a `CompileConfig` and the same `constants`.
+
+    Of other constants it is another function: torch gives up on one that it has compiled eight times.
+    """
+    key = (repr(sorted(options.items())), constants)
+    with _compiled_lock:
+        if key not in _compiled:
+            copy = types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
+            _compiled[key] = torch.compile(copy, **_compiler_arguments(options))
+            if len(_compiled) > _MAX_COMPILED:
+                _compiled.popitem(last=False)
+        _compiled.move_to_end(key)
+        return _compiled[key]
+
+
+def _compiler_arguments(options: dict) -> dict:
+    """Arguments of `torch.compile` from those of a `CompileConfig`."""
+    # Every size has kernels of its own, as it has buffers of its own.
+    arguments = {"dynamic": False} | {name: value for name, value in options.items() if value is not None}
+    if "options" in arguments:
+        arguments.pop("mode", None)
+    elif arguments.get("mode") in _WITHOUT_GRAPHS:
+        arguments["mode"] = _WITHOUT_GRAPHS[arguments["mode"]]
+    return arguments
+
+
+__all__ = [
+    "HostWait",
+    "KeptSteps",
+    "RefuseHostWaits",
+    "StepMemory",
+    "capture",
+    "compiled_step",
+    "warm_up",
+    "weights_key",
+]

@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-
 GENERATION_MODES = ("text", "image", "interleaved")
 
 
@@ -37,12 +36,25 @@ class _Kind:
             raise error(f"`{name}` must be {self.what}, got {value!r:.200}.")
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _is(*types: type) -> Callable[[object], bool]:
+    """A check of the type, to which True is no number."""
+    return lambda value: isinstance(value, types) and (bool in types or not isinstance(value, bool))
 
 
-def _is_whole(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _is_list_of(is_kind: Callable, *lengths: int) -> Callable[[object], bool]:
+    def check(value) -> bool:
+        return (
+            isinstance(value, (list, tuple)) and len(value) in (lengths or (len(value),)) and all(map(is_kind, value))
+        )
+
+    return check
+
+
+_is_number, _is_whole, _is_tensor = _is(numbers.Real), _is(numbers.Integral), _is(torch.Tensor)
+
+
+def _is_integers(value) -> bool:
+    return _is_tensor(value) and value.dtype != torch.bool and not (value.is_floating_point() or value.is_complex())
 
 
 def _is_id(value) -> bool:
@@ -50,58 +62,41 @@ def _is_id(value) -> bool:
 
 
 def _is_ids(value) -> bool:
-    return _is_id(value) or _is_integers(value) or (isinstance(value, (list, tuple)) and all(map(_is_whole, value)))
-
-
-def _is_integers(value) -> bool:
-    return isinstance(value, torch.Tensor) and not (
-        value.is_floating_point() or value.is_complex() or value.dtype == torch.bool
-    )
+    return _is_whole(value) or _is_integers(value) or _is_list_of(_is_whole)(value)
 
 
 def _is_generators(value) -> bool:
-    generators = value if isinstance(value, (list, tuple)) else [value]
-    return len(generators) > 0 and all(isinstance(generator, torch.Generator) for generator in generators)
+    return isinstance(value, torch.Generator) or (_is_list_of(_is(torch.Generator))(value) and len(value) > 0)
 
 
 def _is_watermark(value) -> bool:
     """Of the kinds that transformers' `WatermarkingConfig` compares and computes with; other classes look themselves."""
-    if isinstance(value, WatermarkingConfig):
-        value = value.to_dict()
-    if not isinstance(value, dict):
+    if not isinstance(value, (WatermarkingConfig, dict)):
         return hasattr(value, "validate")
-    is_kind = {
-        **dict.fromkeys(("greenlist_ratio", "bias"), _is_number),
-        **dict.fromkeys(("hashing_key", "context_width"), _is_whole),
-        "seeding_scheme": lambda scheme: isinstance(scheme, str),
-    }
-    return all(name in is_kind and is_kind[name](part) for name, part in value.items())
+    kinds = {"greenlist_ratio": _is_number, "bias": _is_number, "hashing_key": _is_whole, "context_width": _is_whole}
+    kinds["seeding_scheme"] = _is(str)
+    fields = value if isinstance(value, dict) else value.to_dict()
+    return all(name in kinds and kinds[name](part) for name, part in fields.items())
 
 
 def _is_sequence_bias(value) -> bool:
-    if isinstance(value, dict):
-        return True
-    return isinstance(value, list) and all(isinstance(part, (list, tuple)) and len(part) == 2 for part in value)
+    return isinstance(value, dict) or (
+        isinstance(value, list) and all(_is_list_of(_is(object, bool), 2)(pair) for pair in value)
+    )
 
 
-def _one_of(choices: tuple[str, ...]) -> _Kind:
-    return _Kind(f"one of {', '.join(map(repr, choices))}", lambda v: isinstance(v, str), lambda v: v in choices)
-
-
+_MODE = _Kind(f"one of {', '.join(map(repr, GENERATION_MODES))}", _is(str), GENERATION_MODES.__contains__)
 # By comparison: a whole number may be too large for a float.
 _FINITE = _Kind("a finite number", _is_number, lambda value: abs(value) < math.inf)
 _POSITIVE = _Kind("a finite number above 0", _is_number, lambda value: 0 < value < math.inf)
 _TOP_K = _Kind("a whole number from 0 (0 keeps all codes)", _is_number, lambda value: value >= 0 and value % 1 == 0)
 _TOP_P = _Kind("a number above 0 and up to 1 (1 keeps all codes)", _is_number, lambda value: 0 < value <= 1)
-_SWITCH = _Kind("True or False", lambda value: isinstance(value, bool))
 _SCALE = _Kind("a number from 0 (1.0: no guidance)", _is_number, lambda value: 0 <= value < math.inf)
+_SWITCH = _Kind("True or False", _is(bool))
+_TENSOR, _CODES = _Kind("a tensor", _is_tensor), _Kind("a tensor of whole numbers", _is_integers)
 _GENERATORS = _Kind(
     "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for every image", _is_generators
 )
-_ON_IMAGE = _Kind("callable as on_image(codes, owner)", callable)
-_TENSOR = _Kind("a tensor", lambda value: isinstance(value, torch.Tensor))
-_IDS = _Kind("a tensor of ids", _is_integers)
-_CODES = _Kind("a tensor of whole numbers", _is_integers)
 
 
 def _argument(default, kind: _Kind):
@@ -145,7 +140,7 @@ class DualTokenImageGenerationConfig(_Checked):
             the same for one head.
     """
 
-    generation_mode: str = _argument("text", _one_of(GENERATION_MODES))
+    generation_mode: str = _argument("text", _MODE)
     guidance_scale: float = _argument(3.0, _SCALE)
     image_do_sample: bool = _argument(True, _SWITCH)
     image_temperature: float = _argument(1.0, _POSITIVE)
@@ -196,9 +191,9 @@ class DualTokenImageGenerationInputs(_Checked):
     """
 
     generator: torch.Generator | list | None = _argument(None, _GENERATORS)
-    on_image: Callable | None = _argument(None, _ON_IMAGE)
+    on_image: Callable | None = _argument(None, _Kind("callable as on_image(codes, owner)", callable))
     progress_bar: bool = _argument(False, _SWITCH)
-    negative_prompt_ids: torch.LongTensor | None = _argument(None, _IDS)
+    negative_prompt_ids: torch.LongTensor | None = _argument(None, _Kind("a tensor of ids", _is_integers))
     negative_prompt_attention_mask: torch.Tensor | None = _argument(None, _TENSOR)
     negative_pixel_values: torch.Tensor | None = _argument(None, _TENSOR)
     negative_pixel_codes: torch.LongTensor | None = _argument(None, _CODES)
@@ -206,92 +201,83 @@ class DualTokenImageGenerationInputs(_Checked):
 
     def check_rows(self, rows: int) -> None:
         """Raise a `ValueError` unless a list of generators has one for every row, all of one device."""
-        if not isinstance(self.generator, (list, tuple)):
-            return
-        if len(self.generator) != rows:
+        generators = self.generator if isinstance(self.generator, (list, tuple)) else ()
+        if generators and len(generators) != rows:
             raise ValueError(
                 f"A list as `generator` must have one for every row, {rows} (prompts times `num_return_sequences`), "
-                f"got {len(self.generator)}."
+                f"got {len(generators)}."
             )
-        devices = sorted({str(generator.device) for generator in self.generator})
-        if len(devices) > 1 or len(set(map(id, self.generator))) < rows:
+        devices, different = sorted({str(one.device) for one in generators}), len(set(map(id, generators)))
+        if len(devices) > 1 or different < len(generators):
             raise ValueError(
-                f"The generators of a list must be different ones of one device, got {len(set(map(id, self.generator)))} "
-                f"of {', '.join(devices)} for {rows} rows."
+                f"The generators of a list must be different ones of one device, got {different} of "
+                f"{', '.join(devices)} for {rows} rows."
             )
 
 
-_COUNT = _Kind("a whole number from 1", _is_whole, lambda value: value >= 1)
-_FROM_ZERO = _Kind("a whole number from 0", _is_whole, lambda value: value >= 0)
-_TOKEN_IDS = _Kind("an id or a list of ids", _is_ids)
-_LIST_OF_IDS = _Kind("a list of ids", lambda value: _is_ids(value) and not _is_whole(value))
+def _table(kinds: dict) -> dict:
+    return {name: kind for kind, names in kinds.items() for name in names.split()}
+
+
 # Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
-_KINDS = {
-    **dict.fromkeys(
-        ("max_new_tokens", "max_length", "num_return_sequences", "num_beams", "prefill_chunk_size"), _COUNT
-    ),
-    **dict.fromkeys(("min_new_tokens", "min_length", "top_k", "no_repeat_ngram_size"), _FROM_ZERO),
-    **dict.fromkeys(("encoder_no_repeat_ngram_size", "prompt_lookup_num_tokens"), _FROM_ZERO),
-    **dict.fromkeys(("max_matching_ngram_size", "assistant_lookbehind", "target_lookbehind"), _FROM_ZERO),
-    "num_assistant_tokens": _COUNT,
-    **dict.fromkeys(("temperature", "top_p", "min_p", "top_h", "typical_p", "repetition_penalty"), _FINITE),
-    **dict.fromkeys(("encoder_repetition_penalty", "length_penalty", "epsilon_cutoff", "eta_cutoff"), _FINITE),
-    **dict.fromkeys(("do_sample", "renormalize_logits", "remove_invalid_values", "use_cache"), _SWITCH),
-    **dict.fromkeys(("disable_compile", "return_dict_in_generate", "synced_gpus"), _SWITCH),
-    **dict.fromkeys(("output_scores", "output_logits", "output_attentions", "output_hidden_states"), _SWITCH),
-    **dict.fromkeys(("token_healing", "is_assistant", "low_memory", "use_mtp"), _SWITCH),
-    **dict.fromkeys(("eos_token_id", "forced_eos_token_id", "decoder_start_token_id"), _TOKEN_IDS),
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "forced_bos_token_id"), _Kind("an id", _is_id)),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), _LIST_OF_IDS),
-    **dict.fromkeys(("attention_mask", "pixel_values", "inputs_embeds", "position_ids"), _TENSOR),
-    **dict.fromkeys(("penalty_alpha", "diversity_penalty", "max_time", "assistant_confidence_threshold"), _FINITE),
-    "assistant_ensemble_weight": _FINITE,
-    **dict.fromkeys(("past_key_values", "cache"), _Kind("a cache", lambda value: hasattr(value, "get_seq_length"))),
-    "early_stopping": _Kind("True, False or 'never'", lambda value: isinstance(value, (bool, str))),
-    "prefix_allowed_tokens_fn": _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable),
-    "cache_implementation": _Kind("the name of a kind of cache", lambda value: isinstance(value, str)),
-    "watermarking_config": _Kind(
-        "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
-        "`context_width`",
-        _is_watermark,
-    ),
-    "sequence_bias": _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias),
-    "exponential_decay_length_penalty": _Kind(
-        "a pair of a number of tokens and a factor",
-        lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value)),
-    ),
-    "stopping_criteria": _Kind(
-        "a list of stopping criteria",
-        lambda value: isinstance(value, (list, tuple)) and all(callable(part) for part in value),
-    ),
-    **dict.fromkeys(("pixel_codes", "semantic_codes"), _CODES),
-    "logits_processor": _Kind(
-        "a list of logits processors",
-        lambda value: isinstance(value, (list, tuple)) and all(callable(part) for part in value),
-    ),
-    "streamer": _Kind(
-        "an object with the methods `put` and `end`", lambda value: hasattr(value, "put") and hasattr(value, "end")
-    ),
-}
-# What transformers' settings do where images are drawn. Those of the text of an interleaved answer; in image mode, which
-# writes none, they are passed over with a warning, which names what is meant instead.
-_OF_TEXT = {name: f"`image_{name}`" for name in ("do_sample", "temperature", "top_k", "top_p")} | dict.fromkeys(
-    """max_length max_new_tokens min_length min_new_tokens min_p top_h typical_p epsilon_cutoff eta_cutoff
-    repetition_penalty encoder_repetition_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    renormalize_logits forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty
-    suppress_tokens begin_suppress_tokens sequence_bias watermarking_config""".split()
+_KINDS = _table(
+    {
+        _Kind("a whole number from 1", _is_whole, lambda value: value >= 1): """max_new_tokens max_length
+            num_return_sequences num_beams prefill_chunk_size num_assistant_tokens""",
+        _Kind("a whole number from 0", _is_whole, lambda value: value >= 0): """min_new_tokens min_length top_k
+            no_repeat_ngram_size encoder_no_repeat_ngram_size prompt_lookup_num_tokens max_matching_ngram_size
+            assistant_lookbehind target_lookbehind""",
+        _FINITE: """temperature top_p min_p top_h typical_p repetition_penalty encoder_repetition_penalty length_penalty
+            epsilon_cutoff eta_cutoff penalty_alpha diversity_penalty max_time assistant_confidence_threshold
+            assistant_ensemble_weight""",
+        _SWITCH: """do_sample renormalize_logits remove_invalid_values use_cache disable_compile return_dict_in_generate
+            synced_gpus output_scores output_logits output_attentions output_hidden_states token_healing is_assistant
+            low_memory use_mtp""",
+        _Kind("an id or a list of ids", _is_ids): "eos_token_id forced_eos_token_id decoder_start_token_id",
+        _Kind("an id", _is_id): "pad_token_id bos_token_id forced_bos_token_id",
+        _Kind("a list of ids", lambda v: _is_ids(v) and not _is_whole(v)): "suppress_tokens begin_suppress_tokens",
+        _TENSOR: "attention_mask pixel_values inputs_embeds position_ids",
+        _CODES: "pixel_codes semantic_codes",
+        _Kind("a cache", lambda value: hasattr(value, "get_seq_length")): "past_key_values cache",
+        _Kind("the name of a kind of cache", _is(str)): "cache_implementation",
+        _Kind("True, False or 'never'", _is(bool, str)): "early_stopping",
+        _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable): "prefix_allowed_tokens_fn",
+        _Kind(
+            "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
+            "`context_width`",
+            _is_watermark,
+        ): "watermarking_config",
+        _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias): "sequence_bias",
+        _Kind(
+            "a pair of a number of tokens and a factor", _is_list_of(_is_number, 2)
+        ): "exponential_decay_length_penalty",
+        _Kind("a list of stopping criteria", _is_list_of(callable)): "stopping_criteria",
+        _Kind("a list of logits processors", _is_list_of(callable)): "logits_processor",
+        _Kind(
+            "an object with the methods `put` and `end`", lambda v: hasattr(v, "put") and hasattr(v, "end")
+        ): "streamer",
+    }
+)
+
+# What transformers' settings do where images are drawn; all others are refused where they are on. Those of the text of
+# an interleaved answer are passed over in image mode, which writes none, with a warning that names what is meant instead.
+_OF_TEXT = set(
+    """do_sample temperature top_k top_p max_length max_new_tokens min_length min_new_tokens min_p top_h typical_p
+    epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    watermarking_config""".split()
 )
 # Honoured in both modes, or the same whatever they are.
-_OF_BOTH = {
-    *("num_return_sequences", "cache_implementation", "compile_config", "disable_compile", "return_dict_in_generate"),
-    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
-    *("transformers_version", "is_assistant", "chat_template"),
-}
-# Passed over with a warning: how, not what. All others are refused where they are on.
-_WITHOUT_EFFECT = {"use_cache", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"}
-_WITHOUT_EFFECT |= {"continuous_batching_config", "use_model_defaults"}
-# Arguments of transformers' `generate`, and its newer settings, that ask for nothing.
-_OFF = {"synced_gpus": False, "trust_remote_code": False}
+_OF_BOTH = set(
+    """num_return_sequences cache_implementation compile_config disable_compile return_dict_in_generate pad_token_id
+    bos_token_id eos_token_id decoder_start_token_id transformers_version is_assistant chat_template""".split()
+)
+# Passed over with a warning: how, not what.
+_WITHOUT_EFFECT = set(
+    """use_cache cache_config max_cache_len low_memory prefill_chunk_size continuous_batching_config
+    use_model_defaults""".split()
+)
 
 
 class GenerationArguments:
@@ -304,8 +290,7 @@ class GenerationArguments:
         kwargs (`dict`): the keywords of the call.
 
     Attributes:
-        settings ([`DualTokenImageGenerationConfig`])
-        inputs ([`DualTokenImageGenerationInputs`])
+        settings ([`DualTokenImageGenerationConfig`]), inputs ([`DualTokenImageGenerationInputs`]).
         generation_config (`GenerationConfig`, *optional*), kwargs (`dict`): what is left for transformers.
 
     Raises:
@@ -314,16 +299,14 @@ class GenerationArguments:
     """
 
     def __init__(self, own: GenerationConfig, generation_config: GenerationConfig | dict | None, kwargs: dict):
-        kwargs = dict(kwargs)
-        settings = _pop(kwargs, DualTokenImageGenerationConfig.names())
         if generation_config is not None and not isinstance(generation_config, (GenerationConfig, dict)):
             raise TypeError(
                 f"`generation_config` must be a GenerationConfig or a dict, got {type(generation_config).__name__}."
             )
-        given = _fields(generation_config)
-        self._own = _fields(own)
+        given, self._own, kwargs = _fields(generation_config), _fields(own), dict(kwargs)
+        of_images = _pop(kwargs, DualTokenImageGenerationConfig.names())
         self._places = (_fields(kwargs), given, self._own)
-        self.settings = DualTokenImageGenerationConfig.resolve(settings, given, self._own)
+        self.settings = DualTokenImageGenerationConfig.resolve(of_images, given, self._own)
         self.mode = self.settings.generation_mode
         given = {name: value for name, value in given.items() if name not in DualTokenImageGenerationConfig.names()}
         self._given = {**given, **kwargs}
@@ -340,18 +323,7 @@ class GenerationArguments:
             kwargs["watermarking_config"] = WatermarkingConfig(**kwargs["watermarking_config"])
         self.generation_config, self.kwargs = generation_config, kwargs
         if self.mode == "text":
-            if self.value("assistant_early_exit") is not None:
-                raise ValueError(
-                    "`assistant_early_exit` drafts with the first layers of the model, which this one cannot do: pass an "
-                    "`assistant_model`, or `prompt_lookup_num_tokens`."
-                )
-            # Guidance is of images, but may be said once for all modes.
-            off = {"generation_mode", "guidance_scale", *([] if self.inputs.progress_bar else ["progress_bar"])}
-            for name in {**settings, **inputs}.keys() - off:
-                raise ValueError(
-                    f"`{name}` belongs to image and interleaved generation, and this is text: pass "
-                    "`generation_mode='image'` or `'interleaved'`."
-                )
+            self._check_text({**of_images, **inputs})
         else:
             self._check_other_settings(config_fields=given)
 
@@ -361,33 +333,53 @@ class GenerationArguments:
         value = self._given[name] if name in self._given else self._own.get(name)
         return default if value is None else value
 
-    def length(self) -> tuple[str | None, int | None]:
+    def new_tokens(self, prompt_length: int, default: int) -> int:
         """
-        `"max_new_tokens"` or `"max_length"`, and its value, from the place that counts most; `None` twice if neither is.
+        New tokens at most, by `max_new_tokens`, or by `max_length` less the prompt, at the place that counts most.
 
         At one place the new tokens count before the length.
         """
         for place in self._places:
             for name in ("max_new_tokens", "max_length"):
                 if name in place and self.value(name) is not None:
-                    return name, place[name]
-        return None, None
+                    left = place[name] - (prompt_length if name == "max_length" else 0)
+                    if left <= 0:
+                        raise ValueError(
+                            f"`max_length` counts the prompt, whose {prompt_length} tokens leave no room below "
+                            f"{place[name]}: pass `max_new_tokens`."
+                        )
+                    return left
+        return default
+
+    def _check_text(self, given: dict) -> None:
+        """What text mode does not do, of this model's and of transformers' arguments."""
+        if self.value("assistant_early_exit") is not None:
+            raise ValueError(
+                "`assistant_early_exit` drafts with the first layers of the model, which this one cannot do: pass an "
+                "`assistant_model`, or `prompt_lookup_num_tokens`."
+            )
+        # Guidance is of images, but may be said once for all modes.
+        off = {"generation_mode", "guidance_scale", *([] if self.inputs.progress_bar else ["progress_bar"])}
+        for name in given.keys() - off:
+            raise ValueError(
+                f"`{name}` belongs to image and interleaved generation, and this is text: pass "
+                "`generation_mode='image'` or `'interleaved'`."
+            )
 
     def _check_other_settings(self, config_fields: dict) -> None:
         """What the mode does not do: refused, or named in a warning where it changes nothing in the images."""
-        known = set(GenerationConfig().to_dict())
+        known = {*GenerationConfig().to_dict(), "synced_gpus", "trust_remote_code", *_WITHOUT_EFFECT, *config_fields}
         # The model's own settings are those of its text.
         settings = self._given if self.mode == "image" else {**self._own, **self._given}
+        passed_over = _OF_BOTH | (_OF_TEXT if self.mode == "interleaved" else set())
         refused, without_effect = [], []
         for name, value in settings.items():
-            if value is None or name in DualTokenImageGenerationConfig.names():
-                continue
-            is_setting = name in known | _OFF.keys() | _WITHOUT_EFFECT or name in config_fields
-            if not is_setting or name in _OF_BOTH or (self.mode == "interleaved" and name in _OF_TEXT):
+            if value is None or name not in known - passed_over - {*DualTokenImageGenerationConfig.names()}:
                 continue
             if name in _OF_TEXT:
                 if name in self.kwargs or value != self._own.get(name):
-                    instead = f": it is {_OF_TEXT[name]} for images" if _OF_TEXT[name] else ""
+                    is_ours = f"image_{name}" in DualTokenImageGenerationConfig.names()
+                    instead = f": it is `image_{name}` for images" if is_ours else ""
                     logger.warning_once(f"`generation_mode='image'` writes no text and passes over `{name}`{instead}.")
             elif not _is_off(name, value):
                 (without_effect if name in _WITHOUT_EFFECT else refused).append(name)
@@ -399,9 +391,9 @@ class GenerationArguments:
 
     def refuse(self, names) -> None:
         """Raise a `ValueError` for arguments that the mode does not take, with the names that are most like theirs."""
+        names, hints = sorted(names), []
         if not names:
             return
-        names, hints = sorted(names), []
         known = {*GenerationConfig().to_dict(), *DualTokenImageGenerationConfig.names()}
         known |= {*DualTokenImageGenerationInputs.names()}
         for name in names:
@@ -431,7 +423,7 @@ def _fields(generation_config: GenerationConfig | dict | None) -> dict:
 
 def _is_off(name: str, value) -> bool:
     """Whether one of transformers' settings asks for nothing; 1 return sequence or beam, for instance."""
-    off = {**GenerationConfig._get_default_generation_params(), **_OFF}.get(name)
+    off = GenerationConfig._get_default_generation_params().get(name)
     return value is None or (type(value) in (bool, int, float, str) and value == (False if off is None else off))
 
 

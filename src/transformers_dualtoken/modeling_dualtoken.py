@@ -222,6 +222,11 @@ class DualTokenModel(DualTokenPreTrainedModel):
             [self.vision_tokenizer.quantizer(kind).embed_codes_with_depth(part) for kind, part in codes]
         )
 
+    def codebooks(self) -> torch.Tensor:
+        """Code vectors `(M, books, K, C)`, with 1 or D books; a shared one is repeated if the other kind's is not."""
+        books = [self.vision_tokenizer.quantizer(kind).codebook.embeddings for kind in CODE_KINDS]
+        return torch.stack([book.expand(max(map(len, books)), -1, -1) for book in books])
+
     def embed_image_codes(self, pixel_codes: torch.LongTensor, semantic_codes: torch.LongTensor) -> torch.Tensor:
         """Embeddings `(..., H)` of positions from their codes `(..., D)`: both sums of code vectors, projected."""
         features = torch.cat(list(self.code_embeds(pixel_codes, semantic_codes).sum(-2)), dim=-1)
