@@ -38,6 +38,7 @@ from transformers_dualtoken import (
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
 from transformers_dualtoken.recipe_files import parse_settings, run_script
+from transformers_dualtoken.remote_code import carry_code
 from transformers_dualtoken.training import (
     DualTokenImageDataset,
     DualTokenImageStream,
@@ -126,6 +127,7 @@ def load_model(
         AutoTokenizer.from_pretrained(siglip),
         text_length=model.config.text_config.max_position_embeddings,
     )
+    carry_code(model, processor)
     return model, teacher, processor
 
 

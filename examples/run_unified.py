@@ -45,6 +45,7 @@ from transformers_dualtoken import (
 )
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.recipe_files import parse_settings, run_script
+from transformers_dualtoken.remote_code import carry_code
 from transformers_dualtoken.training import (
     ChatEncoder,
     DualTokenChatDataset,
@@ -228,6 +229,7 @@ def load_model(arguments: ModelArguments, training) -> tuple[DualTokenForCausalL
         )
     else:
         set_trainable(model, arguments.train_parts)
+        carry_code(model, processor)
     return model, processor
 
 

@@ -8,11 +8,20 @@ from pathlib import Path
 
 import pytest
 from tiny_models import tiny_tokenizer_config, tiny_unified_config
+from training_helpers import build_tiny_processor
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import transformers_dualtoken
-from transformers_dualtoken import DualTokenConfig, DualTokenForCausalLM, DualTokenVisionTokenizer, save_remote_code
+from transformers_dualtoken import (
+    DualTokenConfig,
+    DualTokenForCausalLM,
+    DualTokenImageProcessorPil,
+    DualTokenVisionTokenizer,
+    DualTokenVisionTokenizerProcessor,
+    save_remote_code,
+)
+from transformers_dualtoken.remote_code import carry_code
 
 
 KEPT = Path(__file__).parents[1] / "examples" / "digits" / "checkpoint" / "dualtoken"
@@ -65,6 +74,9 @@ def test_auto_map_and_files(tmp_path):
         # All that transformers 5.6 copies to where it imports them from.
         needed = {Path(path).stem for path in get_relative_import_files(tmp_path / f"{file}.py")}
         assert set(get_relative_imports(tmp_path / f"{file}.py")) == needed, auto_class
+    # Saved again, here or by anybody who has the package, it stays so.
+    DualTokenForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
+    assert sorted(path.name for path in (tmp_path / "again").glob("*.py")) == files
     # Where the package is imported, its classes are what loads; asking for remote code changes nothing.
     assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path)) is DualTokenForCausalLM
     assert type(AutoModelForMultimodalLM.from_pretrained(tmp_path, trust_remote_code=True)) is DualTokenForCausalLM
@@ -89,12 +101,35 @@ def test_trl_loads_a_checkpoint_by_its_path(tmp_path):
     assert type(model) is DualTokenForCausalLM
 
 
+@pytest.mark.parametrize("kind", ["unified", "tokenizer"])
+def test_what_carries_its_code_is_saved_with_it(tmp_path, kind):
+    """As models are that the examples train: the folders are the same as those that `save_remote_code` makes."""
+    if kind == "unified":
+        model, processor = DualTokenForCausalLM(tiny_unified_config()), build_tiny_processor()
+    else:
+        model = DualTokenVisionTokenizer(tiny_tokenizer_config())
+        processor = DualTokenVisionTokenizerProcessor(DualTokenImageProcessorPil(), build_tiny_processor().tokenizer)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "after")
+    files = save_remote_code(tmp_path / "after")
+    carry_code(model, processor)
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "carried")
+    assert sorted(path.name for path in (tmp_path / "carried").glob("*.py")) == files
+    for name in [*files, "config.json", "processor_config.json"]:
+        assert (tmp_path / "carried" / name).read_text() == (tmp_path / "after" / name).read_text(), name
+
+
 @pytest.mark.slow
-def test_without_the_package_it_answers_draws_and_saves_again(tmp_path):
-    model = AutoModelForMultimodalLM.from_pretrained(KEPT)
+@pytest.mark.parametrize("by", ["save_remote_code", "carry_code"])
+def test_without_the_package_it_answers_draws_and_saves_again(tmp_path, by):
+    model, processor = AutoModelForMultimodalLM.from_pretrained(KEPT), AutoProcessor.from_pretrained(KEPT)
+    if by == "carry_code":
+        carry_code(model, processor)
     model.save_pretrained(tmp_path / "first")
-    AutoProcessor.from_pretrained(KEPT).save_pretrained(tmp_path / "first")
-    save_remote_code(tmp_path / "first")
+    processor.save_pretrained(tmp_path / "first")
+    if by == "save_remote_code":
+        save_remote_code(tmp_path / "first")
     for folder, saved in (("first", "second"), ("second", "third")):
         environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / f"modules-{folder}"), "HF_HUB_OFFLINE": "1"}
         environment.pop("PYTHONPATH", None)

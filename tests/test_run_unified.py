@@ -28,7 +28,7 @@ from training_helpers import (
     say,
     write_images,
 )
-from transformers import AutoModelForCausalLM, AutoProcessor, Qwen2Model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, Qwen2Model
 
 from transformers_dualtoken.training import (
     ChatEncoder,
@@ -204,8 +204,11 @@ def test_evaluation_samples_and_card(unified_folder, data, tmp_path):
         "language_model",
         "lm_head",
     }
-    assert AutoProcessor.from_pretrained(run).num_image_tokens == 9
-    assert AutoProcessor.from_pretrained(run / "checkpoint-6").num_image_tokens == 9
+    for folder in (run, run / "checkpoint-6"):
+        assert AutoProcessor.from_pretrained(folder).num_image_tokens == 9
+        # They load without this package.
+        assert "AutoModelForMultimodalLM" in AutoConfig.from_pretrained(folder).auto_map
+        assert (folder / "modeling_dualtoken.py").is_file()
 
 
 def test_rates_of_parts(unified_folder, data, tmp_path):
@@ -272,6 +275,7 @@ def test_lora_run_is_merged_and_loaded(unified_folder, data, tmp_path):
     run_unified.main(listed)
     adapter = tmp_path / "adapter"
     assert (adapter / "adapter_model.safetensors").is_file() and not (adapter / "model.safetensors").exists()
+    assert not list(adapter.glob("*.py"))
     assert state_log(adapter)[-2]["loss"] < state_log(adapter)[0]["loss"]
     model = merge_adapter(adapter, tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -33,7 +33,7 @@ from training_helpers import (
     state_of,
     write_images,
 )
-from transformers import SiglipModel, SiglipVisionModel, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, SiglipModel, SiglipVisionModel, TrainerCallback, TrainingArguments
 
 from transformers_dualtoken import DualTokenVisionTokenizer
 from transformers_dualtoken.evaluation.pictures import reconstruction_grid
@@ -845,6 +845,7 @@ def test_run_goes_on_where_it_was_stopped(siglip_folder, tmp_path, no_dataset_ca
     arguments = [*run_arguments(siglip_folder, tmp_path, images), *extra]
     folder = check_resume(run_tokenizer.main, arguments, tmp_path)
     assert_same_adversary(folder, tmp_path / "stopped")
+    assert (folder / "modeling_vision_tokenizer.py").is_file() and AutoConfig.from_pretrained(folder).auto_map
     results = (folder / "train_results.json").read_bytes()
     check_finished(run_tokenizer.main, arguments, folder)
     assert (folder / "train_results.json").read_bytes() == results
