@@ -60,6 +60,7 @@ test-extras: $(EXTRAS)/.installed
 lint: $(TEST)/.installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
+	$(TEST)/bin/python tests/model_conventions.py
 
 architecture:
 	$(PYTHON) tests/architecture.py

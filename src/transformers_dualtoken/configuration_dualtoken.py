@@ -242,7 +242,6 @@ class _CheckedConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
 
-# trf-ignore: TRF057 every field is described where it is declared
 class DualTokenQuantizerConfig(_CheckedConfig):
     """One residual quantiser and its EMA codebook."""
 
@@ -270,7 +269,6 @@ class DualTokenQuantizerConfig(_CheckedConfig):
             )
 
 
-# trf-ignore: TRF057 every field is described where it is declared
 class DualTokenVisionTokenizerConfig(_CheckedConfig):
     """
     The vision tokenizer: a SigLIP or SigLIP 2 encoder of fixed resolution, two quantisers and an image decoder.
@@ -417,7 +415,6 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         }
 
 
-# trf-ignore: TRF057 every field is described where it is declared
 class DualTokenDepthHeadConfig(_CheckedConfig):
     """
     The two depth transformers, one per kind of codes. At the defaults and a language model of width 2048 each head has
@@ -446,7 +443,6 @@ class DualTokenDepthHeadConfig(_CheckedConfig):
             raise ValueError(f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}).")
 
 
-# trf-ignore: TRF057 every field is described where it is declared
 class DualTokenConfig(_CheckedConfig):
     """The unified model: a vision tokenizer, a causal language model and a depth head for each kind of codes."""
 

@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The vision tokenizer: a SigLIP encoder with two vocabularies and an image decoder (paper, section 3.1).
 
 Pixel codes come from a shallow encoder layer and decode back to an image. Semantic codes come from a deep layer; their
@@ -22,7 +27,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .checkpoints import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import (
     CODE_KINDS,
-    DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
     config_fields,
 )
@@ -32,69 +36,45 @@ from .vector_quantization import DualTokenCodebook, DualTokenQuantizerOutput, Du
 @dataclass
 class DualTokenEncoderOutput(ModelOutput):
     """
-    What `encode` returns; fields of a kind that was not asked for are `None`. B images, H x W positions, D depths.
-
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): output of the last encoder layer,
-            before the final norm. The first field: pipelines that extract features take that.
-        pooler_output (`torch.Tensor` of shape `(B, hidden_size)`): SigLIP's pooled image feature, not normalised.
-        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
-        pixel_quantized, semantic_quantized (`torch.Tensor` of shape `(B, H * W, C)`): sums of the code vectors, with
-            a straight-through gradient.
-        semantic_features (`torch.Tensor` of shape `(B, H * W, hidden_size)`): what replaces the hidden state above
-            the semantic layer.
-        pixel_commitment_loss, semantic_commitment_loss (`torch.Tensor`, scalars).
-        pixel_hidden_state, semantic_hidden_state (`torch.Tensor` of shape `(B, H * W, hidden_size)`): outputs of the
-            pixel and the semantic layer, before quantisation.
-        hidden_states (tuple of `torch.Tensor` of shape `(B, H * W, hidden_size)`, with `output_hidden_states`): the
-            embeddings and the output of every encoder layer that was computed.
-        attentions (tuple of `torch.Tensor` of shape `(B, heads, H * W, H * W)`, with `output_attentions`): of the same
-            layers.
+    What `encode` returns; fields of a kind that was not asked for are `None`. B images, N = h x w positions, D depths,
+    C code width, H hidden width.
     """
 
+    # Of the last encoder layer, before the final norm, (B, N, H). First: pipelines that extract features take that.
     last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    pixel_codes: torch.LongTensor | None = None
-    semantic_codes: torch.LongTensor | None = None
+    pooler_output: torch.Tensor | None = None  # SigLIP's image feature (B, H), not normalised
+    pixel_codes: torch.LongTensor | None = None  # (B, h, w, D)
+    semantic_codes: torch.LongTensor | None = None  # (B, h, w, D)
+    # Sums of the code vectors, with a straight-through gradient, (B, N, C).
     pixel_quantized: torch.Tensor | None = None
     semantic_quantized: torch.Tensor | None = None
-    semantic_features: torch.Tensor | None = None
-    pixel_commitment_loss: torch.Tensor | None = None
-    semantic_commitment_loss: torch.Tensor | None = None
+    semantic_features: torch.Tensor | None = None  # in place of the semantic layer's output, (B, N, H)
+    pixel_commitment_loss: torch.Tensor | None = None  # scalar
+    semantic_commitment_loss: torch.Tensor | None = None  # scalar
+    # Outputs of the pixel and the semantic layer, before quantisation, (B, N, H).
     pixel_hidden_state: torch.Tensor | None = None
     semantic_hidden_state: torch.Tensor | None = None
+    # If asked for: the embeddings and the output of every layer that was computed, (B, N, H); (B, heads, N, N).
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
 class DualTokenDecoderOutput(ModelOutput):
-    """
-    Args:
-        reconstruction (`torch.Tensor` of shape `(B, 3, S', S')`): image, nominally in [-1, 1], not clamped.
-    """
+    """What `decode` returns."""
 
-    reconstruction: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None  # images (B, 3, S', S'), nominally in [-1, 1], not clamped
 
 
 @dataclass
 class DualTokenVisionTokenizerOutput(DualTokenEncoderOutput):
-    """
-    Every field of [`DualTokenEncoderOutput`], and
+    """What a call returns: every field of [`DualTokenEncoderOutput`], and of B images and T texts:"""
 
-    Args:
-        reconstruction (`torch.Tensor` of shape `(B, 3, S', S')`): image, nominally in [-1, 1], not clamped.
-        image_embeds (`torch.Tensor` of shape `(B, hidden_size)`): pooled image features of length 1.
-        text_embeds (`torch.Tensor` of shape `(T, hidden_size)`, when `input_ids` were given): likewise of the texts.
-        logits_per_image (`torch.Tensor` of shape `(B, T)`): SigLIP's scaled and shifted similarities.
-        logits_per_text (`torch.Tensor` of shape `(T, B)`).
-    """
-
-    reconstruction: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None  # (B, 3, S', S'), nominally in [-1, 1], not clamped
+    image_embeds: torch.Tensor | None = None  # pooled features of length 1, (B, H)
+    text_embeds: torch.Tensor | None = None  # (T, H), of length 1
+    logits_per_image: torch.Tensor | None = None  # SigLIP's scaled and shifted similarities, (B, T)
+    logits_per_text: torch.Tensor | None = None  # (T, B)
 
 
 class DualTokenProjectionAttention(nn.Module):
@@ -125,11 +105,7 @@ class DualTokenProjectionAttention(nn.Module):
         key = key.view(heads).transpose(1, 2)
         value = (value + self.v_bias).view(heads).transpose(1, 2)
         context = F.scaled_dot_product_attention(query, key, value, is_causal=not self.is_down)
-        if self.is_down:
-            context = context.mean(dim=1)
-        else:
-            context = context.transpose(1, 2).flatten(2)
-        return self.out_proj(context)
+        return self.out_proj(context.mean(dim=1) if self.is_down else context.transpose(1, 2).flatten(2))
 
 
 class DualTokenGatedMlp(nn.Module):
@@ -143,15 +119,14 @@ class DualTokenGatedMlp(nn.Module):
         self.down_proj = nn.Linear(hidden_features, features)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, features)` -> the same."""
         hidden_states = self.norm(hidden_states)
         gate = F.gelu(self.gate_proj(hidden_states), approximate="tanh")
         return self.down_proj(gate * self.up_proj(hidden_states))
 
 
 class DualTokenAttentionProjection(nn.Module):
-    """
-    Projection between the encoder's width and the codes': y = W LN_3(x) + Attn(LN_1(x)); y + MLP(LN_2(y)).
-    """
+    """Projection between the encoder's width and the codes': y = W LN_3(x) + Attn(LN_1(x)); y + MLP(LN_2(y))."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
@@ -180,6 +155,7 @@ class DualTokenPostQuantizerBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, in_channels, h, w)` -> `(B, out_channels, h, w)`."""
         residual = self.shortcut(hidden_states)
         hidden_states = self.conv1(F.silu(self.norm1(hidden_states)))
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
@@ -197,14 +173,8 @@ class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedMode
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules = [
-        "SiglipTextEmbeddings",
-        "SiglipVisionEmbeddings",
-        "SiglipEncoderLayer",
-        "SiglipMultiheadAttentionPoolingHead",
-        "DualTokenAttentionProjection",
-        "DualTokenResidualQuantizer",
-    ]
+    # SiglipModel's come on top.
+    _no_split_modules = ["DualTokenAttentionProjection", "DualTokenResidualQuantizer"]
     # What `encode` returns with `output_hidden_states` and `output_attentions`.
     _can_record_outputs = {"hidden_states": SiglipEncoderLayer, "attentions": SiglipAttention}
     # In the checkpoint of a unified model, or of one without heads.
@@ -220,11 +190,11 @@ class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedMode
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, but not quantised: codes and pictures hang on the exact weights."""
+        """As in transformers, but never in low-bit weights: codes and images depend on the exact ones."""
         if kwargs.get("quantization_config") is not None:
             raise ValueError(
-                "The vision tokenizer is not quantised: leave `quantization_config` out. In a unified model it stays "
-                "whole while the language model is quantised."
+                "The vision tokenizer is not quantised to fewer bits: leave `quantization_config` out. In a unified model "
+                "its weights stay as they are while those of the language model are quantised."
             )
         return super().from_pretrained(*args, **kwargs)
 
@@ -272,11 +242,12 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         hidden_size = config.vision_config.hidden_size
         towers = {"vision_config": config.vision_config, "text_config": config.text_config}
         # A new config sets the attention of its sub-configs, which are ours.
-        attention = {"": config._attn_implementation}
-        attention |= {name: tower._attn_implementation for name, tower in towers.items()}
+        attention = {name: tower._attn_implementation for name, tower in towers.items()}
+        attention[""] = config._attn_implementation
         self.siglip = SiglipModel._from_config(SiglipConfig(**towers, attn_implementation=attention))
         pixel, semantic = config.pixel_quantizer_config, config.semantic_quantizer_config
         self.pixel_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
+        # CODEPATH: None in ablations without a shortcut; all published checkpoints have one.
         if config.shortcut_layer is not None:
             self.shortcut_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
         self.semantic_down_proj = DualTokenAttentionProjection(hidden_size, semantic.code_dim)
@@ -287,14 +258,11 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         self.post_quantizer_block = DualTokenPostQuantizerBlock(
             hidden_size, config.decoder_in_channels, config.decoder_norm_num_groups
         )
-        levels = reversed(range(len(config.decoder_block_out_channels)))
+        has_attention = [i in config.decoder_attention_levels for i in range(len(config.decoder_block_out_channels))]
         self.decoder = Decoder(
             in_channels=config.decoder_in_channels,
             out_channels=config.vision_config.num_channels,
-            up_block_types=tuple(
-                "AttnUpDecoderBlock2D" if level in config.decoder_attention_levels else "UpDecoderBlock2D"
-                for level in levels
-            ),
+            up_block_types=tuple(f"{'Attn' * has}UpDecoderBlock2D" for has in reversed(has_attention)),
             block_out_channels=tuple(config.decoder_block_out_channels),
             layers_per_block=config.decoder_num_res_blocks,
             norm_num_groups=config.decoder_norm_num_groups,
@@ -313,16 +281,16 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         Start of training: the towers of a SigLIP or SigLIP 2 checkpoint of fixed resolution, everything else new.
 
-        Without overrides the paper's layers are carried over to the encoder's depth (27 layers: 6, 4, 26; 24 layers:
-        6, 4, 23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below. The model is
-        in eval mode, as after `from_pretrained`.
+        By default the paper's layers are carried over to the encoder's depth (27 layers: 6, 4, 26; 24 layers: 6, 4,
+        23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below. In eval mode, as
+        after `from_pretrained`.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id of model type `siglip`.
-            dtype (`torch.dtype`, *optional*): dtype of the weights; float32 by default.
-            attn_implementation (`str`, *optional*): of the towers, as in `from_pretrained`.
-            config_overrides: fields of [`DualTokenVisionTokenizerConfig`]. A dict given for a quantiser's config
-                changes only the fields it names.
+            dtype (`torch.dtype`, *optional*): of the weights; float32 by default.
+            attn_implementation (`str`, *optional*): of the towers.
+            config_overrides: fields of [`DualTokenVisionTokenizerConfig`]; a dict for a quantiser's config changes only
+                the fields it names.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
@@ -336,8 +304,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 f"`from_siglip_pretrained` takes a SigLIP or SigLIP 2 checkpoint of fixed resolution (model type "
                 f"'siglip'); {pretrained_model_name_or_path!r} is of model type {siglip_config.get('model_type')!r}."
             )
-        known = DualTokenVisionTokenizerConfig.__dataclass_fields__
-        unknown = sorted(set(config_overrides) - set(known))
+        unknown = sorted(set(config_overrides) - set(DualTokenVisionTokenizerConfig.__dataclass_fields__))
         if unknown:
             raise ValueError(f"No such fields of DualTokenVisionTokenizerConfig: {', '.join(unknown)}.")
         siglip = SiglipModel.from_pretrained(pretrained_model_name_or_path, dtype=dtype)
@@ -350,10 +317,9 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         num_depths = 8 if vision_config.image_size > 256 else 4
         for kind in CODE_KINDS:
             name = f"{kind}_quantizer_config"
-            override = config_overrides.pop(name, None) or {}
-            if not isinstance(override, DualTokenQuantizerConfig):
-                override = DualTokenQuantizerConfig(**{"num_depths": num_depths, **override})
-            fields[name] = override
+            fields[name] = config_overrides.pop(name, None) or {}
+            if isinstance(fields[name], dict):
+                fields[name] = {"num_depths": num_depths, **fields[name]}
         config = DualTokenVisionTokenizerConfig(**{**fields, **config_overrides})
         model = cls._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
         model.siglip.load_state_dict(siglip.state_dict())
@@ -395,8 +361,8 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         Codes and features of images. In training mode this also moves the codebooks (EMA).
 
-        The device is waited for once, to look at the range of `pixel_values`. `torch.compile(tok.encode)` is one graph
-        without that look (a compiled call takes any range), and waits for nothing.
+        One host sync, to check the range of `pixel_values`. `torch.compile(tok.encode)` is one graph without that
+        check and without a sync.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
@@ -414,9 +380,9 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         if not codes or not set(codes) <= set(CODE_KINDS):
             raise ValueError(f"`codes` must name 'pixel', 'semantic' or both, got {codes}.")
         self._check_pixel_values(pixel_values)
-        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        return self._encode(pixel_values, codes, features, return_dict=True, **wanted)
+        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = {name: value for name, value in recorded.items() if value is not None}
+        return self._encode(pixel_values, codes, features, return_dict=True, **recorded)
 
     @capture_outputs(tie_last_hidden_states=False)
     def _encode(
@@ -430,14 +396,15 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
 
         hidden_states = vision_model.embeddings(pixel_values)
         tapped = {}
-        for depth, layer in enumerate(vision_model.encoder.layers[:deepest], start=1):
+        for number, layer in enumerate(vision_model.encoder.layers[:deepest], start=1):
             hidden_states = layer(hidden_states, attention_mask=None)
-            tapped[depth] = hidden_states if depth in pixel_layers else None
+            tapped[number] = hidden_states if number in pixel_layers else None
 
         fields = {}
         if wants_pixel:
             fields["pixel_hidden_state"] = tapped[config.pixel_layer]
             latent = self.pixel_down_proj(tapped[config.pixel_layer])
+            # CODEPATH: as in the constructor.
             if config.shortcut_layer is not None:
                 latent = latent + config.shortcut_weight * self.shortcut_down_proj(tapped[config.shortcut_layer])
             fields |= self._quantized_fields("pixel", self.pixel_quantizer(latent))
@@ -471,20 +438,18 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         Images from pixel codes, or from their sums of code vectors (which keep the gradient). Exactly one is given.
 
-        The device is waited for once, to look at the range of `pixel_codes`; as in `encode`, a compiled call does not
-        look. The features of a position lie side by side, so the decoder's maps are channels-last from the start;
-        `tok.to(memory_format=torch.channels_last)` brings the weights of its convolutions into the same order.
+        One host sync, to check the range of `pixel_codes`, which a compiled call leaves out. The decoder's maps are
+        channels-last from the start; `tok.to(memory_format=torch.channels_last)` brings its weights into that order.
 
         Args:
-            pixel_codes (`torch.LongTensor` of shape `(B, H, W, D)`).
-            pixel_quantized (`torch.Tensor` of shape `(B, H * W, C)`).
+            pixel_codes (`torch.LongTensor` of shape `(B, h, w, D)`).
+            pixel_quantized (`torch.Tensor` of shape `(B, N, C)`).
             slice_size (`int`, *optional*): how many images are decoded at a time; all by default. Without gradients the
-                memory is that of one slice. The images stay the same, which they would not with tiles of an image: the
-                decoder's group norms and attention look at the whole of it.
+                memory is that of one slice. The images stay the same, as they would not if decoded in tiles.
 
         Raises:
-            ValueError: for both or neither, another grid, another number of depths, codes out of range, or a
-                `slice_size` below 1.
+            ValueError: for both or neither, another grid or number of depths, codes out of range, or a `slice_size`
+                below 1.
         """
         if slice_size is not None and slice_size < 1:
             raise ValueError(f"`slice_size` must be at least 1, or None for all images at once; got {slice_size}.")
@@ -499,12 +464,12 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
                 f"`pixel_quantized` must have shape (B, {grid**2}, {code_dim}), got {tuple(pixel_quantized.shape)}."
             )
         if slice_size is None or slice_size >= len(pixel_quantized):
-            reconstruction = self._decode_quantized(pixel_quantized)
-        else:
-            reconstruction = torch.cat([self._decode_quantized(part) for part in pixel_quantized.split(slice_size)])
-        return DualTokenDecoderOutput(reconstruction=reconstruction)
+            return DualTokenDecoderOutput(reconstruction=self._decode_quantized(pixel_quantized))
+        parts = [self._decode_quantized(part) for part in pixel_quantized.split(slice_size)]
+        return DualTokenDecoderOutput(reconstruction=torch.cat(parts))
 
     def _decode_quantized(self, pixel_quantized: torch.Tensor) -> torch.Tensor:
+        """`(B, N, C)` -> `(B, 3, S', S')`."""
         grid, latent_size = self.config.grid_size, self.config.decoder_latent_size
         features = self.pixel_up_proj(pixel_quantized.to(self.pixel_up_proj.proj.weight.dtype))
         latent = features.transpose(1, 2).unflatten(2, (grid, grid))
@@ -513,7 +478,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         return self.decoder(self.post_quantizer_block(latent))
 
     def check_codes(self, kind: str, codes: torch.Tensor) -> None:
-        """Raise a `ValueError` unless `codes` `(B, H, W, D)` fit the grid, the depths and the codebook of a kind."""
+        """Raise a `ValueError` unless `codes` `(B, h, w, D)` fit the grid, the depths and the codebook of a kind."""
         grid = self.config.grid_size
         self.quantizer(kind).check_codes(codes, f"{kind}_codes")
         if codes.ndim != 4 or codes.shape[1:3] != (grid, grid):
@@ -525,12 +490,8 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """
-        SigLIP's image features through the quantised semantic branch.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` `(B, H * W, hidden_size)` after the final norm,
-            `pooler_output` `(B, hidden_size)`, not normalised, and with `output_hidden_states` and
-            `output_attentions` those of the encoder's layers.
+        SigLIP's features of images `(B, 3, S, S)` through the semantic codes: `last_hidden_state` `(B, N, H)` after the
+        final norm, and `pooler_output` `(B, H)`, not normalised.
         """
         encoded = self.encode(pixel_values, codes=("semantic",), **_recording(kwargs))
         return BaseModelOutputWithPooling(
@@ -545,11 +506,11 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """
-        SigLIP's text features: `pooler_output` `(T, hidden_size)`, not normalised.
+        SigLIP's features of texts `(T, L)`: `pooler_output` `(T, H)`, not normalised.
 
         SigLIP was trained on texts padded on the right to the text tower's full length, the padding attended. So an
-        `attention_mask` only says where the texts `(T, L)` end: from it they are padded as in training. Without one,
-        `input_ids` are taken as they are.
+        `attention_mask` says only where the texts end, and they are padded as in training; without one, they are taken
+        as they are.
         """
         if attention_mask is not None:
             input_ids = self._padded_as_in_training(input_ids, attention_mask)
@@ -577,11 +538,10 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
-            input_ids, attention_mask (`torch.LongTensor` of shape `(T, L)`, *optional*): texts, as in
-                `get_text_features`.
-            codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): as in `encode`. Without pixel codes there is
-                no reconstruction, without semantic ones neither image embedding nor similarities.
-            kwargs: `output_hidden_states` and `output_attentions`, as in `encode`, and `return_dict`.
+            input_ids, attention_mask (`torch.LongTensor` of shape `(T, L)`, *optional*): as in `get_text_features`.
+            codes (`Sequence[str]`): as in `encode`. Without pixel codes there is no reconstruction, without semantic
+                ones neither image embedding nor similarities.
+            kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
         """
         encoded = self.encode(pixel_values, codes=codes, **_recording(kwargs))
         reconstruction = image_embeds = text_embeds = logits_per_image = logits_per_text = None
