@@ -741,7 +741,7 @@ def test_sources_that_are_none(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_webdataset_without_images(tmp_path, streaming):
     path = write_tar(tmp_path / "a.tar", {"0.txt": b"a", "0.json": b"{}", "1.txt": b"b"})
-    with pytest.raises(ValueError, match=r"a.tar' holds no images: its samples have the keys \['json', 'txt'\]"):
+    with pytest.raises(ValueError, match=r"a.tar' has 0 images, with the keys \['json', 'txt'\]"):
         load_image_dataset(path, streaming=streaming)
 
 

@@ -1,9 +1,8 @@
 """
 Codes of the images of any data set, made once: training on them needs neither the images nor the encoder.
 
-A folder of codes holds parquet shards and, once all are there, one file of JSON that describes them. Every shard also
-carries, in its footer, the settings it was made with and what it counts: it is whole or absent, and several processes
-need no word with each other.
+Every shard of a folder carries, in its footer, the settings it was made with and what it counts: it is whole or absent,
+and several processes need no word with each other. Whoever finds the last one in place writes the folder's description.
 """
 
 import functools
@@ -14,7 +13,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,20 +45,16 @@ _ROWS_PER_GROUP = 512
 # Skipped samples that are named, of a shard and of the folder.
 _MAX_SKIPPED_NAMED = 10
 _COUNTS = ("num_samples", "num_images", "num_skipped")
-_TOKENIZER_SETTINGS = ("tokenizer_fingerprint", "bfloat16_fingerprint", "grid", "num_depths", "codebook_size")
+_NEEDED = ("tokenizer_fingerprint", "bfloat16_fingerprint", "grid", "num_depths", "codebook_size", "num_shards")
 
 
 @dataclass
 class PrecomputeSummary:
     """
-    What one process did, and the folder's description once it is finished.
+    What one process did in this run, and `dualtoken_codes.json` once all have written their shards.
 
-    Args:
-        num_samples, num_images, num_skipped (`int`): written, and passed over, by this process in this run.
-        num_encoded (`int`): images that went through the encoder; equal ones of a shard do once.
-        seconds (`float`): of this run.
-        description (`dict`, *optional*): contents of `dualtoken_codes.json`; `None` as long as other processes have
-            shards to write.
+    `num_samples` and `num_images` were written, `num_skipped` samples passed over; `num_encoded` images went through
+    the encoder, equal ones of a shard once.
     """
 
     num_samples: int = 0
@@ -87,46 +82,39 @@ def precompute_codes(
     show_progress: bool = False,
 ) -> PrecomputeSummary:
     """
-    Write the samples of `sources` with their images as codes; [`load_code_source`] reads them.
+    Write the samples of `sources`, one source after the other, with codes for images; [`load_code_source`] reads them.
 
-    The folder holds `shard-00000.parquet`, ..., of `samples_per_shard` rows of the sources each (the sources one after
-    the other), and at last `dualtoken_codes.json`. Columns: `id`, `source`, `example` (JSON, images as `{"type":
-    "image"}`), `pixel_codes` and `semantic_codes` (lists of h * w * D codes, one for an image; int16, or int32 where
-    the codebook has more than 32768 codes), `num_images`.
-
-    Killed at any moment and started again with the same arguments, it goes on after the last whole shard of every
-    process, and the result is the same, as it is with any number of processes. Every process reads all rows of a
-    stream, undecoded, and keeps those of its shards.
+    The folder holds `shard-00000.parquet`, ... and at last `dualtoken_codes.json`. Columns: `id`, `source`, `example`
+    (JSON, images as `{"type": "image"}`), `pixel_codes` and `semantic_codes` (of every image h * w * D codes, int16, or
+    int32 where the codebook has more than 32768), `num_images`. Killed at any moment and started again with the same
+    arguments, it goes on after the last whole shard of every process; the result is the same, with any number of
+    processes. Every process reads all rows of a stream, undecoded, and keeps those of its shards.
 
     Args:
         vision_tokenizer ([`DualTokenVisionTokenizer`]): on the device, and in the dtype, that it is to run in.
         image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`]): the tokenizer's.
-        sources (`list[ChatSource]`): in an order of rows that is always the same. Images that come as codes are kept;
-            they must be this tokenizer's. The folder becomes one source, without weights.
+        sources (`list[ChatSource]`): in an order of rows that is always the same. Images that come as codes, which must
+            be this tokenizer's, are kept. The folder becomes one source, without weights.
         output_dir (`str` or `os.PathLike`): a new folder, or one that the same arguments began.
         batch_size (`int`, defaults to 64): images that are encoded at once.
         samples_per_shard (`int`, defaults to 2048): rows of a shard; what a killed process loses at most.
         max_samples (`int`, *optional*): take only the first so many rows of every source.
         bf16 (`bool`, defaults to `False`): encode under bfloat16 autocast, as training with `bf16` does.
-        on_bad_sample (`str`, defaults to `"error"`): `"skip"` passes over samples that are faulty, or have an image
-            that cannot be read, and counts them.
+        on_bad_sample (`str`, defaults to `"error"`): `"skip"` passes over and counts samples that cannot be used.
         num_workers (`int`, defaults to 0): processes that read images.
-        rank (`int`), world_size (`int`): which of how many processes this is; shard i is written by process
-            i % world_size.
-        show_progress (`bool`, defaults to `False`): a bar of images.
+        rank (`int`), world_size (`int`): which of how many processes this is; it writes every `world_size`-th shard.
+        show_progress (`bool`, defaults to `False`): a bar of samples.
 
     Raises:
-        ValueError: for a sample that cannot be used, which is named, with `on_bad_sample="error"`, and for 1000 such in
-            a row in any case; for a folder that was begun with other settings; for sources without a row, and arguments
-            out of range.
+        ValueError: for a sample that cannot be used, unless it is to be skipped, and for 1000 such in a row; for a
+            folder begun with other settings; for sources without a row, and arguments out of range.
         RuntimeError: for a sample that fails otherwise, by a fault of the network for instance.
     """
     check_bad_sample_rule(on_bad_sample)
-    for name, value in (("batch_size", batch_size), ("samples_per_shard", samples_per_shard)):
-        if value < 1:
+    at_least_1 = {"batch_size": batch_size, "samples_per_shard": samples_per_shard, "max_samples": max_samples}
+    for name, value in at_least_1.items():
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"`max_samples` must be at least 1, or None for all, got {max_samples}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must lie between 0 and {world_size - 1}, one less than `world_size`, got {rank}.")
     if len(sources) > 1 and any(source.weight is not None for source in sources):
@@ -134,7 +122,7 @@ def precompute_codes(
             f"The weights of the sources are not kept: {str(output_dir)!r} becomes one source. Give each a folder of its "
             "own to weigh them."
         )
-    start, folder = time.perf_counter(), Path(output_dir)
+    start, folder, summary = time.perf_counter(), Path(output_dir), PrecomputeSummary()
     quantizers = {kind: vision_tokenizer.quantizer(kind).config for kind in CODE_KINDS}
     settings = {
         "format_version": FORMAT_VERSION,
@@ -149,32 +137,40 @@ def precompute_codes(
         "max_samples": max_samples,
         "sources": [_describe(source, max_samples) for source in sources],
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    done = _find_shards(folder)
-    for shard in done.values():
-        _check_settings(folder, _read_footer(shard)["settings"], settings)
+    done = _begin_or_resume(folder, settings)
     if (folder / DESCRIPTION_FILE).is_file():
-        return PrecomputeSummary(description=read_description(folder))
+        summary.description = read_description(folder)
+        return summary
 
-    rows = _Rows(sources, settings, [index % world_size == rank for index in range(world_size)], set(done))
-    samples = DataLoader(
-        _Samples(sources, image_processor, settings),
-        sampler=rows,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=num_workers,
-    )
-    summary, was_training = PrecomputeSummary(), vision_tokenizer.training
-    encode = functools.partial(_encode, vision_tokenizer, bf16)
+    rows = _Rows(sources, settings, lambda shard: shard % world_size == rank and shard not in done)
+    reader = _SampleReader(sources, image_processor, settings)
+    samples = DataLoader(reader, sampler=rows, batch_size=None, num_workers=num_workers)
+    num_bad_in_a_row, was_training = 0, vision_tokenizer.training
     vision_tokenizer.eval()  # in training mode the codebooks would move
     try:
-        samples = tqdm(_counting_bad_ones(samples), unit=" samples", disable=not show_progress)
+        samples = tqdm(samples, unit=" samples", disable=not show_progress)
         for shard, group in itertools.groupby(samples, key=lambda sample: sample.shard):
-            usable = _refusing_bad_ones(group, on_bad_sample)
-            counts, num_encoded = _write_shard(folder, shard, usable, settings, encode, batch_size)
+            images, written, skipped = _ImageEncoder(vision_tokenizer, batch_size, bf16), [], []
+            for sample in group:
+                num_bad_in_a_row = 0 if sample.error is None else num_bad_in_a_row + 1
+                if sample.error is None:
+                    written.append(sample)
+                    sample.images = [images.add(image, sample.pixel_values) for image in sample.images]
+                    sample.pixel_values = {}
+                elif num_bad_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                    last = f"The last is {sample.name}: {sample.error}."
+                    raise ValueError(f"{num_bad_in_a_row:,} samples in a row cannot be used. {last}")
+                elif on_bad_sample == "error":
+                    raise ValueError(
+                        f"The sample {sample.name} cannot be used: {sample.error}. Mend it and start again (what is "
+                        "written stays), or pass such samples over with `on_bad_sample` = 'skip'."
+                    )
+                else:
+                    skipped.append(sample)
+            counts = _write_shard(folder, shard, written, skipped, images.finish(), settings)
             for name in _COUNTS:
                 setattr(summary, name, getattr(summary, name) + sum(part[name] for part in counts))
-            summary.num_encoded += num_encoded
+            summary.num_encoded += len(images.numbers)
     finally:
         vision_tokenizer.train(was_training)
     if rows.count == 0:
@@ -182,32 +178,6 @@ def precompute_codes(
     summary.description = _finish(folder, settings, rows.count)
     summary.seconds = time.perf_counter() - start
     return summary
-
-
-# From rows to shards
-
-
-class _Rows:
-    """
-    The rows of the shards that are wanted, as (shard, source, number of the row, row), one source after the other;
-    `count` counts all rows, once iterated. The row is `None` where it can be asked for by its number.
-
-    It is the sampler of a `DataLoader`: the workers read and decode images, while a stream is read here, once.
-    """
-
-    def __init__(self, sources: list[ChatSource], settings: dict, is_mine: list[bool], done: set[int]):
-        self.sources, self.settings, self.is_mine, self.done, self.count = sources, settings, is_mine, done, 0
-
-    def __iter__(self) -> Iterator[tuple[int, int, int, dict | None]]:
-        self.count, limit = 0, self.settings["max_samples"]
-        for number, source in enumerate(self.sources):
-            is_stream = isinstance(source.dataset, datasets.IterableDataset)
-            rows = source.dataset if is_stream else itertools.repeat(None, len(source.dataset))
-            for index, row in enumerate(itertools.islice(rows, limit)):
-                shard = self.count // self.settings["samples_per_shard"]
-                self.count += 1
-                if self.is_mine[shard % len(self.is_mine)] and shard not in self.done:
-                    yield shard, number, index, row
 
 
 @dataclass
@@ -219,14 +189,34 @@ class _Sample:
     name: str
     id: str | None = None
     example: str = ""
-    images: list[bytes | list[np.ndarray]] = field(default_factory=list)
+    images: list = field(default_factory=list)
     pixel_values: dict[bytes, torch.Tensor] = field(default_factory=dict)
     error: str | None = None
-    num_bad_in_a_row: int = 0
 
 
-class _Samples(Dataset):
-    """From what `_Rows` gives to samples, in the workers."""
+class _Rows:
+    """
+    The sampler of the loader: of the shards that are wanted (shard, source, number of the row, row of a stream, which
+    is read here, once). `count` is the number of all rows, once iterated.
+    """
+
+    def __init__(self, sources: list[ChatSource], settings: dict, is_wanted: Callable[[int], bool]):
+        self.sources, self.settings, self.is_wanted, self.count = sources, settings, is_wanted, 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, int, dict | None]]:
+        self.count = 0
+        for number, source in enumerate(self.sources):
+            is_stream = isinstance(source.dataset, datasets.IterableDataset)
+            rows = source.dataset if is_stream else itertools.repeat(None, len(source.dataset))
+            for index, row in enumerate(itertools.islice(rows, self.settings["max_samples"])):
+                shard = self.count // self.settings["samples_per_shard"]
+                self.count += 1
+                if self.is_wanted(shard):
+                    yield shard, number, index, row
+
+
+class _SampleReader(Dataset):
+    """From rows to samples, in the workers."""
 
     def __init__(self, sources: list[ChatSource], image_processor, settings: dict):
         self.sources, self.image_processor, self.settings = sources, image_processor, settings
@@ -238,16 +228,12 @@ class _Samples(Dataset):
         try:
             example = source.to_example(source.dataset[index] if row is None else row)
             sample.id = example.get("id")
-            if "messages" in example:
-                plain = {**example, "messages": [without_image_data(message) for message in example["messages"]]}
-            else:
-                plain = without_image_data(example)
-            sample.example = json.dumps(plain)
+            plain = {"messages": list(map(without_image_data, example["messages"]))} if "messages" in example else {}
+            sample.example = json.dumps({**example, **plain} if plain else without_image_data(example))
             for position, part in enumerate(_image_parts(example), start=1):
                 sample.images.append(self._read(part, position, sample.pixel_values))
         except BadSampleError as error:
-            sample.error, sample.images, sample.pixel_values = str(error), [], {}
-            sample.id = sample.id or error.sample_id
+            sample.error, sample.id = str(error), sample.id or error.sample_id
         except Exception as error:
             raise RuntimeError(
                 f"The sample {sample.name} cannot be read ({type(error).__name__}: {error})."
@@ -270,104 +256,51 @@ class _Samples(Dataset):
         return key
 
     def _check_codes(self, part: dict, kind: str, position: int) -> np.ndarray:
-        codes, codebook_size = np.asarray(part[f"{kind}_codes"]), self.settings["codebook_size"][kind]
+        codes, size = np.asarray(part[f"{kind}_codes"]), self.settings["codebook_size"][kind]
         shape = (*self.settings["grid"], self.settings["num_depths"][kind])
-        if codes.shape != shape or codes.dtype.kind not in "iu" or not 0 <= codes.min() <= codes.max() < codebook_size:
+        if codes.shape != shape or codes.dtype.kind not in "iu" or not 0 <= codes.min() <= codes.max() < size:
             raise BadSampleError(
                 f"the {kind} codes of its image {position} do not fit the tokenizer: they must be integers of shape "
-                f"{shape} from 0 to {codebook_size - 1}, and are {codes.dtype} of shape {codes.shape}"
+                f"{shape} from 0 to {size - 1}, and are {codes.dtype} of shape {codes.shape}"
             )
         return codes.ravel()
-
-
-def _unchanged(sample: _Sample) -> _Sample:
-    return sample
 
 
 def _image_parts(example: dict) -> list[dict]:
     return image_parts(example["messages"] if "messages" in example else [example])
 
 
-def _counting_bad_ones(samples: Iterable[_Sample]) -> Iterator[_Sample]:
-    num_bad_in_a_row = 0
-    for sample in samples:
-        sample.num_bad_in_a_row = num_bad_in_a_row = 0 if sample.error is None else num_bad_in_a_row + 1
-        yield sample
+class _ImageEncoder:
+    """Codes of the images of a shard, in batches; equal images are encoded once."""
 
+    def __init__(self, vision_tokenizer: DualTokenVisionTokenizer, batch_size: int, bf16: bool):
+        self.vision_tokenizer, self.batch_size, self.bf16 = vision_tokenizer, batch_size, bf16
+        self.numbers: dict[bytes, int] = {}
+        self.waiting: list[torch.Tensor] = []
+        # They stay on the device until the shard is written: to fetch them would wait for it.
+        self.codes: list[list[torch.Tensor]] = []
 
-def _refusing_bad_ones(samples: Iterable[_Sample], on_bad_sample: str) -> Iterator[_Sample]:
-    """The samples, as long as bad ones may be passed over."""
-    for sample in samples:
-        if sample.num_bad_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"{MAX_SKIPPED_IN_A_ROW:,} samples in a row cannot be used. The last is {sample.name}: {sample.error}."
-            )
-        if sample.error is not None and on_bad_sample == "error":
-            raise ValueError(
-                f"The sample {sample.name} cannot be used: {sample.error}. Mend it and start again (what is written "
-                "stays), or pass such samples over and have them counted with `on_bad_sample` = 'skip'."
-            )
-        yield sample
+    def add(self, image: bytes | list[np.ndarray], pixel_values: dict[bytes, torch.Tensor]) -> int | list[np.ndarray]:
+        """Where in the result of `finish` the codes of an image will be; codes are given back."""
+        if isinstance(image, bytes) and image not in self.numbers:
+            self.numbers[image] = len(self.numbers)
+            self.waiting.append(pixel_values[image])
+            if len(self.waiting) == self.batch_size:
+                self._encode()
+        return self.numbers[image] if isinstance(image, bytes) else image
 
+    def finish(self) -> list[np.ndarray]:
+        """Codes (images, h * w * D) of each kind; nothing if there was no image."""
+        if self.waiting:
+            self._encode()
+        return [torch.cat(codes).cpu().numpy() for codes in zip(*self.codes)]
 
-@torch.no_grad()
-def _encode(vision_tokenizer: DualTokenVisionTokenizer, bf16: bool, images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Codes `(B, h * w * D)` of each kind, which stay on the device: to fetch them at once would wait for it."""
-    pixel_values = torch.stack(images).to(vision_tokenizer.device)
-    with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=bf16):
-        encoded = vision_tokenizer.encode(pixel_values, features=False)
-    return [encoded[f"{kind}_codes"].flatten(1).to(torch.int32) for kind in CODE_KINDS]
-
-
-def _write_shard(folder: Path, index: int, samples: Iterable[_Sample], settings: dict, encode, batch_size: int):
-    """Encode and write the samples of a shard; returns the counts of each source, and how many images were encoded."""
-    names = [source["name"] for source in settings["sources"]]
-    counts, skipped = [dict.fromkeys(_COUNTS, 0) for _ in names], []
-    columns, images = {"id": [], "source": [], "example": []}, []
-    numbers, waiting, encoded = {}, [], []  # equal images are encoded once
-    for sample in samples:
-        count = counts[sample.source]
-        if sample.error is not None:
-            count["num_skipped"] += 1
-            skipped.append({"sample": sample.name, "reason": sample.error})
-            continue
-        count["num_samples"] += 1
-        count["num_images"] += len(sample.images)
-        for name, value in zip(columns, (sample.id, names[sample.source], sample.example)):
-            columns[name].append(value)
-        for key in sample.images:
-            if isinstance(key, bytes) and key not in numbers:
-                numbers[key] = len(numbers)
-                waiting.append(sample.pixel_values[key])
-                if len(waiting) == batch_size:
-                    encoded.append(encode(waiting))
-                    waiting = []
-        images.append([numbers[image] if isinstance(image, bytes) else image for image in sample.images])
-    if waiting:
-        encoded.append(encode(waiting))
-    arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
-    for position, kind in enumerate(CODE_KINDS):
-        made = torch.cat([codes[position] for codes in encoded]).cpu().numpy() if encoded else None
-        listed = [[made[image] if isinstance(image, int) else image[position] for image in row] for row in images]
-        width = settings["grid"][0] * settings["grid"][1] * settings["num_depths"][kind]
-        arrays[f"{kind}_codes"] = _nested_lists(listed, width, _code_dtype(settings["codebook_size"][kind]))
-    arrays["num_images"] = pa.array(list(map(len, images)), pa.int32())
-    footer = {"settings": settings, "counts": counts, "skipped": skipped[:_MAX_SKIPPED_NAMED]}
-    table = pa.table(arrays).replace_schema_metadata({_FOOTER_KEY: json.dumps(footer)})
-    _write_atomically(_shard_path(folder, index), lambda file: _write_table(table, file))
-    return counts, len(numbers)
-
-
-def _nested_lists(samples: list[list[np.ndarray]], width: int, dtype: np.dtype) -> pa.Array:
-    """Codes `(width,)` of every image of every sample as a column of lists of lists."""
-    codes = [image for images in samples for image in images]
-    flat = np.concatenate(codes).astype(dtype, copy=False) if codes else np.zeros(0, dtype)
-    images = pa.ListArray.from_arrays(pa.array(np.arange(len(codes) + 1) * width, pa.int32()), pa.array(flat))
-    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, samples)]), pa.int32()), images)
-
-
-def _code_dtype(codebook_size: int) -> np.dtype:
-    return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
+    @torch.no_grad()
+    def _encode(self) -> None:
+        pixel_values, self.waiting = torch.stack(self.waiting).to(self.vision_tokenizer.device), []
+        with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=self.bf16):
+            encoded = self.vision_tokenizer.encode(pixel_values, features=False)
+        self.codes.append([encoded[f"{kind}_codes"].flatten(1).to(torch.int32) for kind in CODE_KINDS])
 
 
 # The folder
@@ -382,14 +315,20 @@ def _describe(source: ChatSource, max_samples: int | None) -> dict:
     return {"name": source.name, "num_rows": num_rows, "digest": Hasher.hash(ends)}
 
 
-def _check_settings(folder: Path, found: dict, settings: dict) -> None:
-    different = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
-    if different:
-        listed = "; ".join(f"{key} was {found.get(key)} and is now {settings.get(key)}" for key in different)
-        raise ValueError(
-            f"The folder {str(folder)!r} was begun with other settings: {listed}. Give the same arguments as then, or "
-            "another output folder."
-        )
+def _begin_or_resume(folder: Path, settings: dict) -> set[int]:
+    """Numbers of the shards that are written already, with these settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _find_shards(folder)
+    for shard in shards.values():
+        found = _read_footer(shard)["settings"]
+        different = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
+        if different:
+            listed = "; ".join(f"{key} was {found.get(key)} and is now {settings.get(key)}" for key in different)
+            raise ValueError(
+                f"The folder {str(folder)!r} was begun with other settings: {listed}. Give the same arguments as then, "
+                "or another output folder."
+            )
+    return set(shards)
 
 
 def _shard_path(folder, index: int) -> Path:
@@ -409,6 +348,46 @@ def _read_footer(shard: Path) -> dict:
     if _FOOTER_KEY not in metadata:
         raise ValueError(f"{str(shard)!r} is no shard of precomputed codes. Give an empty output folder.")
     return json.loads(metadata[_FOOTER_KEY])
+
+
+def _features(settings: dict) -> datasets.Features:
+    codes = {kind: datasets.Value(_code_dtype(size).name) for kind, size in settings["codebook_size"].items()}
+    return datasets.Features(
+        {
+            **{name: datasets.Value("string") for name in ("id", "source", "example")},
+            **{f"{kind}_codes": datasets.List(datasets.List(value)) for kind, value in codes.items()},
+            "num_images": datasets.Value("int32"),
+        }
+    )
+
+
+def _code_dtype(codebook_size: int) -> np.dtype:
+    return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
+
+
+def _write_shard(folder: Path, index: int, written: list, skipped: list, encoded: list, settings: dict) -> list[dict]:
+    """Write the samples of a shard; returns the counts of each source."""
+    names = [source["name"] for source in settings["sources"]]
+    rows, counts = [], [dict.fromkeys(_COUNTS, 0) for _ in names]
+    for sample in written:
+        codes = {
+            f"{kind}_codes": [encoded[k][image] if isinstance(image, int) else image[k] for image in sample.images]
+            for k, kind in enumerate(CODE_KINDS)
+        }
+        row = {"id": sample.id, "source": names[sample.source], "example": sample.example, **codes}
+        rows.append({**row, "num_images": len(sample.images)})
+        counts[sample.source]["num_samples"] += 1
+        counts[sample.source]["num_images"] += len(sample.images)
+    for sample in skipped:
+        counts[sample.source]["num_skipped"] += 1
+    named = [{"sample": sample.name, "reason": sample.error} for sample in skipped[:_MAX_SKIPPED_NAMED]]
+    footer = json.dumps({"settings": settings, "counts": counts, "skipped": named})
+    features = _features(settings)
+    columns = {name: [row[name] for row in rows] for name in features}
+    table = datasets.Dataset.from_dict(columns, features=features).data.table
+    table = table.replace_schema_metadata({_FOOTER_KEY: footer})
+    _write_atomically(_shard_path(folder, index), lambda file: _write_table(table, file))
+    return counts
 
 
 def _write_table(table: pa.Table, file) -> None:
@@ -447,13 +426,12 @@ def _finish(folder: Path, settings: dict, num_rows: int) -> dict | None:
             )
     by_source = zip(*(footer["counts"] for footer in footers.values()))
     counts = [{name: sum(part[name] for part in parts) for name in _COUNTS} for parts in by_source]
-    skipped = [sample for footer in footers.values() for sample in footer["skipped"]]
     description = {
         **settings,
         "sources": [{**source, **part} for source, part in zip(settings["sources"], counts)],
         "num_shards": num_shards,
         **{name: sum(part[name] for part in counts) for name in _COUNTS},
-        "skipped": skipped[:_MAX_SKIPPED_NAMED],
+        "skipped": [sample for footer in footers.values() for sample in footer["skipped"]][:_MAX_SKIPPED_NAMED],
     }
     text = json.dumps(description, indent=2) + "\n"
     _write_atomically(folder / DESCRIPTION_FILE, lambda file: file.write(text.encode()))
@@ -465,47 +443,41 @@ def is_code_folder(path) -> bool:
     folder = Path(path)
     if (folder / DESCRIPTION_FILE).is_file():
         return True
-    return folder.is_dir() and any(_has_footer(shard) for shard in _find_shards(folder).values())
-
-
-def _has_footer(shard: Path) -> bool:
-    try:
-        return bool(_read_footer(shard))
-    except ValueError:  # another shard, or who reads this one, says what is wrong
-        return False
+    for shard in _find_shards(folder).values() if folder.is_dir() else ():
+        try:
+            return bool(_read_footer(shard))
+        except ValueError:  # another shard, or who reads this one, says what is wrong
+            continue
+    return False
 
 
 def read_description(path) -> dict:
-    """
-    The contents of `dualtoken_codes.json` of a folder whose shards are all there.
-
-    Raises:
-        ValueError: if the folder is not there, holds no codes, is not finished, lacks a shard, or is of a later format.
-    """
+    """`dualtoken_codes.json` of a folder that is finished, whole and of this format; else a `ValueError` says what it is."""
     folder, file = Path(path), Path(path) / DESCRIPTION_FILE
     if not folder.is_dir():
         raise ValueError(f"There is no folder of precomputed codes at {str(path)!r}.")
     if not is_code_folder(folder):
         raise ValueError(f"{str(path)!r} holds no precomputed codes: it has no {DESCRIPTION_FILE}.")
+    shards = _find_shards(folder)
     if not file.is_file():
         raise ValueError(
-            f"The precomputed codes in {str(path)!r} are not finished: {len(_find_shards(folder))} shards are there and "
+            f"The precomputed codes in {str(path)!r} are not finished: {len(shards)} shards are there and "
             f"{DESCRIPTION_FILE}, which is written last, is not. Start precompute_codes again with the same arguments; "
             "it goes on where it was stopped."
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
-        lacking = sorted({"format_version", "num_shards", *_TOKENIZER_SETTINGS} - set(description))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{str(file)!r} is damaged ({error}). Delete it and start precompute_codes again.") from error
-    if lacking:
-        raise ValueError(f"{str(file)!r} is damaged: it lacks {', '.join(lacking)}. Start precompute_codes again.")
-    if description["format_version"] != FORMAT_VERSION:
+        version, *_ = [description[name] for name in ("format_version", *_NEEDED)]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"The precomputed codes in {str(path)!r} are of format {description['format_version']}; this version of "
-            f"transformers-dualtoken reads format {FORMAT_VERSION}."
+            f"{str(file)!r} is damaged ({error!r}). Delete it and start precompute_codes again."
+        ) from error
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"The precomputed codes in {str(path)!r} are of format {version}; this version of transformers-dualtoken "
+            f"reads format {FORMAT_VERSION}."
         )
-    missing = sorted(set(range(description["num_shards"])) - set(_find_shards(folder)))
+    missing = sorted(set(range(description["num_shards"])) - set(shards))
     if missing:
         raise ValueError(
             f"Of the {description['num_shards']} shards of precomputed codes in {str(path)!r}, {len(missing)} are "
@@ -525,8 +497,7 @@ def load_code_source(
     Args:
         path (`str` or `os.PathLike`): the folder; its name becomes the source's.
         weight (`float`, *optional*): in a mixture.
-        streaming (`bool`, defaults to `False`): read while training, a shard per file; else the rows are copied to the
-            cache of `datasets` once and mapped into memory.
+        streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
         fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with: the one that
             made the codes, or the same one rounded to bfloat16.
 
@@ -541,16 +512,12 @@ def load_code_source(
             f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and its "
             "dtype (examples/precompute_codes.py), or train with the tokenizer that made them."
         )
-    features = {name: datasets.Value("string") for name in ("id", "source", "example")}
-    for kind, codebook_size in description["codebook_size"].items():
-        features[f"{kind}_codes"] = datasets.List(datasets.List(datasets.Value(_code_dtype(codebook_size).name)))
-    features["num_images"] = datasets.Value("int32")
     dataset = datasets.load_dataset(
         "parquet",
         data_files=[str(_shard_path(path, index)) for index in range(description["num_shards"])],
         split="train",
         streaming=streaming,
-        features=datasets.Features(features),
+        features=_features(description),
     )
     shapes = {kind: (*description["grid"], depths) for kind, depths in description["num_depths"].items()}
     to_example = functools.partial(_with_codes, shapes=shapes, sizes=description["codebook_size"])
@@ -583,12 +550,10 @@ def tokenizer_fingerprint(
     vision_tokenizer: DualTokenVisionTokenizer, image_processor, dtype: torch.dtype | None = None
 ) -> str:
     """
-    SHA-256 of everything that decides the codes of an image, as 64 hexadecimal digits.
-
-    That is: the encoder up to the semantic layer, the down-projections, the vectors of both codebooks, the layers and
-    sizes of the config, and how the image processor makes pixels of an image (its two backends count as one; they
-    differ by one level of 255 at a few pixels). It stays the same within a unified model and after saving; rounded to
-    bfloat16 a tokenizer has another one, since rounded weights make other codes.
+    SHA-256 of everything that decides the codes of an image, as 64 hexadecimal digits: the encoder up to the semantic
+    layer, the down-projections, both codebooks, the layers and sizes of the config, and how the image processor makes
+    pixels of an image (its two backends count as one). It is the same within a unified model and after saving; rounded
+    to bfloat16 a tokenizer has another one, since rounded weights make other codes.
 
     Args:
         vision_tokenizer ([`DualTokenVisionTokenizer`]): under ZeRO-3 every rank must call, since parts are gathered.

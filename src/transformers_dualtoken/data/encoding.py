@@ -45,7 +45,8 @@ class ChatEncoder:
     Examples as samples for [`DualTokenForCausalLM`].
 
     Of a chat all the assistant says is a target, images included, but for messages with `weight` 0 or `train` false;
-    everything else is context. Of a document everything is, and it ends in the tokenizer's end-of-sequence token. Special tokens that occur in a text stay text.
+    everything else is context. Of a document everything is, and it ends in the tokenizer's end-of-sequence token.
+    Special tokens that occur in a text stay text.
 
     For guidance, a share of the samples that draw an image forget their prompt: all before the first drawn image's
     `<image_start>` is left out, which leaves `<image_start>` at position 0, as at generation.
@@ -78,8 +79,7 @@ class ChatEncoder:
             raise ValueError(
                 "The tokenizer has no end-of-sequence token, which closes every document. Set `eos_token`."
             )
-        self.processor = processor
-        self.max_length, self.cut_long_samples = max_length, cut_long_samples
+        self.processor, self.max_length, self.cut_long_samples = processor, max_length, cut_long_samples
         self.prompt_drop_probability = prompt_drop_probability
         tokens = processor.image_tokens
         self.image_ids, self.image_token_id = np.array(tokens.ids, dtype=np.int32), tokens.pad_id
@@ -101,11 +101,19 @@ class ChatEncoder:
         """
         if ("messages" in example) == ("content" in example):
             raise BadSampleError("it must have either 'messages' (a chat) or 'content' (a document)")
-        encoded = self._encode_chat(example) if "messages" in example else self._encode_document(example)
+        encode = self._encode_chat if "messages" in example else self._encode_document
+        try:
+            messages = _messages(example)
+            input_ids, is_target = encode(messages, example)
+        except BadSampleError:
+            raise
+        except (ValueError, jinja2.TemplateError) as error:
+            raise BadSampleError(f"it cannot be rendered ({error})") from error
+        encoded = EncodedExample(input_ids, is_target, image_parts(messages))
         for number, part in enumerate(encoded.images):
             if part_image(part) is None and not any(part.get(key) is not None for key in CODE_KEYS):
                 raise BadSampleError(f"its image {number} has no image data: the part is {part!r:.200}")
-        if self.max_length is not None and len(encoded.input_ids) > self.max_length:
+        if self.max_length is not None and len(input_ids) > self.max_length:
             encoded = self._cut(encoded)
         # Nothing predicts the first token.
         encoded.is_target[:1] = False
@@ -117,65 +125,44 @@ class ChatEncoder:
     @staticmethod
     def images(example: dict) -> list[dict]:
         """The image parts of an example, in reading order."""
-        ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
-        return image_parts(messages)
+        return image_parts(_messages(example))
 
-    def _encode_chat(self, example: dict) -> EncodedExample:
-        try:
-            ((messages,), _) = normalize_chats(example["messages"])
-            encoded = self.processor.apply_chat_template(
-                messages,
-                tools=example.get("tools"),
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                placeholders_only=True,
-            )
-        except (ValueError, jinja2.TemplateError) as error:
-            raise BadSampleError(f"its chat cannot be rendered ({error})") from error
+    def _encode_chat(self, messages: list[dict], example: dict) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self.processor.apply_chat_template(
+            messages,
+            tools=example.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            placeholders_only=True,
+        )
         for number, message in enumerate(messages):
             parts = message["content"]
             is_empty = not any(isinstance(part, str) or part.get("text") != "" for part in parts)
             if is_learned(message) and is_empty and not keys_beside_content(message):
                 raise BadSampleError(f"the assistant says nothing in message {number}, and that would be learned")
-        return EncodedExample(
-            np.array(encoded["input_ids"][0], dtype=np.int32),
-            np.array(encoded["assistant_masks"][0], dtype=bool),
-            image_parts(messages),
-        )
+        return np.array(encoded["input_ids"][0], np.int32), np.array(encoded["assistant_masks"][0], bool)
 
-    def _encode_document(self, example: dict) -> EncodedExample:
-        content = example["content"]
-        try:
-            (((message,),), _) = normalize_chats([{"role": "", "content": content}])
-        except ValueError as error:
-            raise BadSampleError(str(error)) from error
-        parts = [{"type": "text", "text": message["content"]}] if isinstance(content, str) else message["content"]
-        ids, images = [], []
-        for part in parts:
+    def _encode_document(self, messages: list[dict], example: dict) -> tuple[np.ndarray, np.ndarray]:
+        content, ids = messages[0]["content"], []
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
                 ids.append(self.image_ids)
-                images.append(part)
             elif part["text"]:
-                try:
-                    check_text(part["text"])
-                except ValueError as error:
-                    raise BadSampleError(str(error)) from error
+                check_text(part["text"])
                 tokens = self.processor.tokenizer(part["text"], add_special_tokens=False, split_special_tokens=True)
                 ids.append(np.array(tokens["input_ids"], dtype=np.int32))
         if not ids:
             raise BadSampleError("it has no content, so nothing to learn")
         input_ids = np.concatenate([*ids, np.array([self.processor.tokenizer.eos_token_id], dtype=np.int32)])
-        return EncodedExample(input_ids, np.ones(len(input_ids), dtype=bool), images)
+        return input_ids, np.ones(len(input_ids), dtype=bool)
 
     def _cut(self, encoded: EncodedExample) -> EncodedExample:
         length, end = len(encoded.input_ids), self.max_length
         if not self.cut_long_samples:
             raise BadSampleError(f"it has {length} tokens, more than `max_length` = {self.max_length}")
         starts = self.image_starts(encoded.input_ids)
-        for start in starts:
-            if start < end < start + len(self.image_ids):
-                end = start
+        end = next((int(start) for start in starts if start < end < start + len(self.image_ids)), end)
         kept = [part for start, part in zip(starts, encoded.images) if start < end]
         if not encoded.is_target[1:end].any():
             raise BadSampleError(
@@ -188,7 +175,7 @@ class ChatEncoder:
         placeholders = np.flatnonzero(input_ids == self.image_token_id)
         return placeholders[:: len(self.image_ids) - 2] - 1
 
-    def drop_start(self, encoded: EncodedExample, key: str) -> int:
+    def _drop_start(self, encoded: EncodedExample, key: str) -> int:
         """Where a sample begins: at 0, or where its prompt is dropped at its first drawn image's `<image_start>`."""
         if random.Random(f"{key}/prompt").random() >= self.prompt_drop_probability:
             return 0
@@ -203,16 +190,13 @@ class ChatEncoder:
         Raises:
             BadSampleError: for an image that cannot be read, or if some images have codes and others have not.
         """
-        start = self.drop_start(encoded, key)
+        start = self._drop_start(encoded, key)
         input_ids = torch.from_numpy(encoded.input_ids[start:].astype(np.int64))
         is_target = torch.from_numpy(encoded.is_target[start:].copy())
         is_target[0] = False
-        num_dropped = int((self.image_starts(encoded.input_ids) < start).sum()) if start else 0
-        return {
-            "input_ids": input_ids,
-            "labels": input_ids.masked_fill(~is_target, -100),
-            **self._images(encoded.images[num_dropped:]),
-        }
+        num_dropped = int((self.image_starts(encoded.input_ids) < start).sum())
+        labels = input_ids.masked_fill(~is_target, -100)
+        return {"input_ids": input_ids, "labels": labels, **self._images(encoded.images[num_dropped:])}
 
     def _images(self, parts: list[dict]) -> dict[str, torch.Tensor]:
         if not parts:
@@ -233,7 +217,12 @@ class ChatEncoder:
         try:
             image = read_image(value)
         except (TypeError, UnreadableImageError) as error:
-            raise BadSampleError(
-                f"its image {image_name(value) or 'without a name'} cannot be used: {error}"
-            ) from error
+            name = image_name(value) or "without a name"
+            raise BadSampleError(f"its image {name} cannot be used: {error}") from error
         return self.processor.image_processor(images=image, return_tensors="pt").pixel_values[0]
+
+
+def _messages(example: dict) -> list[dict]:
+    """The messages of an example, normalised; a document is one without a role."""
+    ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
+    return messages

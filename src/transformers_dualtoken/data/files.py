@@ -101,12 +101,7 @@ def may_be_hub_name(path: str) -> bool:
 
 
 def load_ready(source: str, split: str, streaming: bool, name: str | None = None, data_files=None):
-    """
-    A data set of the Hub, or one of `save_to_disk`; `None` where `source` is other local files.
-
-    Raises:
-        ValueError: if there is nothing at `source`, or no such split in it; for options of the Hub and a local path.
-    """
+    """A data set of the Hub, or one of `save_to_disk`; `None` where `source` is other local files."""
     if is_local(source):
         if name is not None or data_files is not None:
             raise ValueError(
@@ -187,17 +182,8 @@ def split_of(path: str, kind: str, split: str) -> str:
 
 def choose_files(source: str, found: Mapping, kinds: Iterable[str], split: str, wanted: str) -> tuple[str, list[str]]:
     """
-    The one kind of files, of those asked for, and those of the split; a file and a pattern are taken whole.
-
-    Args:
-        source (`str`): path or pattern.
-        found (`dict`): of [`find_files`].
-        kinds (`Iterable[str]`): that can be read.
-        split (`str`): to which subfolders and, of all but images, words of the file names say what belongs.
-        wanted (`str`): what these kinds are called in a message.
-
-    Raises:
-        ValueError: if there are no such files, files of several kinds, or none of the split.
+    Of what [`find_files`] found: the one of `kinds` that is there, and its files of the split; a file and a pattern are
+    taken whole. `wanted` is what these kinds are called in a message.
     """
     chosen = {kind: found[kind] for kind in sorted(kinds) if found.get(kind)}
     if not chosen:
@@ -230,14 +216,8 @@ def choose_files(source: str, found: Mapping, kinds: Iterable[str], split: str, 
 def dataset_of_shards(generator: Callable, shards: list, features: datasets.Features, streaming: bool, **arguments):
     """
     `generator(shards, **arguments)` as a `datasets` data set: memory-mapped from its cache until a file changes, or
-    with `streaming` read when it is used.
-
-    Args:
-        shards (`list`): paths, or tuples that begin with one; what several readers of a stream can share.
-        arguments: of the generator; no lists, which `datasets` would take for shards.
-
-    Raises:
-        ValueError: for a file that cannot be read, which it names; in a stream where it is read.
+    with `streaming` read when it is used. Shards are paths, or tuples that begin with one; no argument is a list, which
+    `datasets` would take for shards.
     """
     gen_kwargs = {"shards": shards, **arguments}
     if streaming:
@@ -269,13 +249,8 @@ def naming_file(path: str):
 
 def read_tar(path: str, choose: Callable[[list[str]], Iterable[str]]) -> Iterator[tuple[str, list, list]]:
     """
-    The samples of a webdataset shard: name, the keys of all files, and (key, bytes) of those whose keys are chosen.
-
-    A key is what stands after the first dot of a file's name. A sparse file, and one larger than `MAX_FILE_BYTES`,
-    counts as an empty one.
-
-    Raises:
-        ValueError: for a shard that is truncated or damaged, also where it just stops between two files.
+    The samples of a webdataset shard: name, the keys of all files (what stands after the first dot of a name), and
+    (key, bytes) of those whose keys are chosen. A shard that just stops between two files is damaged, too.
     """
     with naming_file(path), tarfile.open(path, "r:") as tar:
         members = (member for member in tar if member.isfile() or member.islnk())

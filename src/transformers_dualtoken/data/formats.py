@@ -34,11 +34,11 @@ class Format:
     roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
 
-    def find_columns(self, columns, named: Mapping | None = None) -> dict[str, str] | None:
+    def find_columns(self, columns, named: Mapping = {}) -> dict[str, str] | None:
         """The column of each role: the one that is `named`, or the first of its names; `None` if one is missing."""
         found = {}
         for role, names in self.roles.items():
-            names = (named[role],) if named and role in named else names
+            names = (named[role],) if role in named else names
             found[role] = next((name for name in names if name in columns), None)
         return None if None in found.values() else found
 
@@ -54,20 +54,18 @@ def detect_format(columns) -> str | None:
     return next((name for name in ("edit", "caption", "text") if FORMATS[name].find_columns(columns)), None)
 
 
+# Chats
+
+
 def convert_messages(record: Mapping, folder: str | None) -> dict:
-    """
-    Chat messages, as `messages` or, in two parts, `prompt` and `completion`. Image parts without data get the images
-    of the column `images` (or `image`) in reading order.
-    """
+    """Chat messages, as `messages` or, in two parts, `prompt` and `completion`."""
     messages = record.get("messages")
     if messages is None:
         parts = [_rows(record.get(name) or []) for name in ("prompt", "completion")]
         if not all(isinstance(part, (list, tuple)) for part in parts):
             raise BadSampleError("its prompt and completion must be lists of messages")
         messages = [*parts[0], *parts[1]]
-    chat = _normalized(_with_system(record, _rows(messages)))
-    _fill_images([message["content"] for message in chat], _images_of(record), folder)
-    return {"messages": chat, **_tools_of(record)}
+    return _chat(record, _rows(messages), folder, "image part without data")
 
 
 def convert_llava(record: Mapping, folder: str | None) -> dict:
@@ -84,51 +82,39 @@ def convert_llava(record: Mapping, folder: str | None) -> dict:
             )
         beside = {key: value for key, value in turn.items() if key not in ("from", "value")}
         messages.append({**beside, "role": _LLAVA_ROLES[role], "content": _split_at_images(turn["value"])})
-    chat = _normalized(_with_system(record, messages))
-    _fill_images([message["content"] for message in chat], _images_of(record), folder, _LLAVA_IMAGE)
-    return {"messages": chat, **_tools_of(record)}
+    return _chat(record, messages, folder, _LLAVA_IMAGE)
 
 
-def _with_system(record: Mapping, messages) -> Sequence:
-    """The messages behind the column `system`, as ShareGPT's records have it, where it holds a system prompt."""
-    system = record.get("system")
-    if system is None or system == "":
-        return messages
-    if not isinstance(system, str):
-        raise BadSampleError(f"its 'system' must be a string, got {system!r:.100}")
-    if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages or []):
-        raise BadSampleError("it has a system prompt twice, in its column 'system' and in its messages")
-    return [{"role": "system", "content": system}, *(messages or [])]
+def _split_at_images(text: str) -> str | list[dict]:
+    """The parts of a text, without the line breaks beside its images."""
+    first, *others = text.split(_LLAVA_IMAGE)
+    if not others:
+        return text
+    pieces = [first.rstrip("\r\n"), *(piece.strip("\r\n") for piece in others[:-1]), others[-1].lstrip("\r\n")]
+    parts = []
+    for piece in pieces:
+        parts += [{"type": "image"}, {"type": "text", "text": piece}]
+    return [part for part in parts[1:] if part.get("text") != ""]
 
 
-def _tools_of(record: Mapping) -> dict[str, list]:
-    """The column `tools`, a list or JSON of one, for the chat template to write or refuse."""
-    tools = record.get("tools")
+def _chat(record: Mapping, messages: Sequence, folder: str | None, placeholder: str) -> dict:
+    """Messages behind the column `system`, as ShareGPT's records have it, with the columns of images and `tools`."""
+    system, tools = record.get("system"), record.get("tools")
+    if system is not None and system != "":
+        if not isinstance(system, str):
+            raise BadSampleError(f"its 'system' must be a string, got {system!r:.100}")
+        if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages or []):
+            raise BadSampleError("it has a system prompt twice, in its column 'system' and in its messages")
+        messages = [{"role": "system", "content": system}, *(messages or [])]
+    messages = _normalized(messages)
+    _fill_images([message["content"] for message in messages], _images_of(record), folder, placeholder)
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
     except ValueError as error:
         raise BadSampleError(f"its tools are not valid JSON ({error})") from error
-    if not tools:
-        return {}
-    if not isinstance(tools, list):
+    if tools and not isinstance(tools, list):
         raise BadSampleError(f"its tools must be a list, got {type(tools).__name__}")
-    return {"tools": tools}
-
-
-def _split_at_images(text: str) -> str | list[dict]:
-    pieces = text.split(_LLAVA_IMAGE)
-    if len(pieces) == 1:
-        return text
-    parts = []
-    for index, piece in enumerate(pieces):
-        if index > 0:
-            parts.append({"type": "image"})
-            piece = piece.lstrip("\r\n")
-        if index < len(pieces) - 1:
-            piece = piece.rstrip("\r\n")
-        if piece:
-            parts.append({"type": "text", "text": piece})
-    return parts
+    return {"messages": messages, **({"tools": tools} if tools else {})}
 
 
 def convert_caption(
@@ -142,7 +128,7 @@ def convert_caption(
 ) -> dict:
     """An image and its caption: drawn after the caption, or described by it."""
     image = {"type": "image", "image": _image(record.get(image_column), folder)}
-    caption = _text_of(record, caption_column)
+    caption = _wording(record, caption_column)
     if task == "draw":
         # Not by `str.format`: braces may occur in both.
         return _exchange(draw_prompt.replace("{caption}", caption), [image])
@@ -156,44 +142,46 @@ def convert_edit(
     before, after = (
         {"type": "image", "image": _image(record.get(column), folder)} for column in (input_column, edited_column)
     )
-    return _exchange([before, {"type": "text", "text": _text_of(record, instruction_column)}], [after])
+    return _exchange([before, {"type": "text", "text": _wording(record, instruction_column)}], [after])
+
+
+def _exchange(question, answer) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+# Documents
 
 
 def convert_text(record: Mapping, folder: str | None, text_column: str, sample_by: str) -> dict:
     """Plain text, every token of it a target."""
-    text = record.get(text_column)
-    if not isinstance(text, str) or not text.strip():
-        raise BadSampleError(f"its {text_column!r} must be a string that is not empty, got {text!r:.100}")
-    return {"content": text}
+    return {"content": _text_of(record, text_column)}
 
 
 def convert_interleaved(record: Mapping, folder: str | None) -> dict:
     """A document: `content` of parts, or `images` and `texts` with `None` (or "") where the other one stands."""
-    content = record.get("content")
+    content, images = record.get("content"), []
     if content is None:
-        content, images = _merged(record.get("texts"), record.get("images")), []
+        content = _merged(record.get("texts"), record.get("images"))
     else:
         images = _images_of(record)
     content = _normalized([{"role": "user", "content": _rows(content)}])[0]["content"]
     if not content:
         raise BadSampleError("the document is empty")
-    _fill_images([content], images, folder)
+    _fill_images([content], images, folder, "image part without data")
     return {"content": content}
 
 
 def _merged(texts, images) -> list[dict]:
-    if not isinstance(texts, (list, tuple)) or not isinstance(images, (list, tuple)) or len(texts) != len(images):
-        sizes = [
-            len(column) if isinstance(column, (list, tuple)) else type(column).__name__ for column in (texts, images)
-        ]
+    columns = (texts, images)
+    if not all(isinstance(column, (list, tuple)) for column in columns) or len(texts) != len(images):
+        sizes = [len(column) if isinstance(column, (list, tuple)) else type(column).__name__ for column in columns]
         raise BadSampleError(f"its texts and images must be lists of one length, got {sizes[0]} and {sizes[1]}")
     parts = []
     for index, (text, image) in enumerate(zip(texts, images)):
         if _is_missing(image):
             if not isinstance(text, str):
                 raise BadSampleError(f"entry {index} is neither a text (got {text!r:.100}) nor an image")
-            if text:
-                parts.append({"type": "text", "text": text})
+            parts += [{"type": "text", "text": text}] if text else []
         elif text:
             raise BadSampleError(f"entry {index} is both a text and an image: their order is unknown")
         else:
@@ -201,33 +189,30 @@ def _merged(texts, images) -> list[dict]:
     return parts
 
 
-_IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "image_path", "image_url", "file_name")
-_INPUT_NAMES = ("input_image", "source_image", "original_image", "source_img", "src_img", "image")
-_EDITED_NAMES = ("edited_image", "output_image", "target_image", "edited_img", "target_img")
-
-
-def _with_file_names(names: tuple[str, ...]) -> tuple[str, ...]:
+def _with_file_names(*names: str) -> tuple[str, ...]:
     """Also what the metadata of an image folder calls the file of a column."""
     return (*names, *(f"{name}_file_name" for name in names))
 
 
+_IMAGE_NAMES = _with_file_names("image", "jpg", "jpeg", "png", "webp", "img", "image_path", "image_url", "file_name")
+_INPUT_NAMES = _with_file_names("input_image", "source_image", "original_image", "source_img", "src_img", "image")
+_EDITED_NAMES = _with_file_names("edited_image", "output_image", "target_image", "edited_img", "target_img")
+_INSTRUCTION_NAMES = ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list")
+
 FORMATS = {
-    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image", "tools")),
-    "llava": Format(convert_llava, ("conversations", "images", "image", "tools")),
+    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image", "tools", "system")),
+    "llava": Format(convert_llava, ("conversations", "images", "image", "tools", "system")),
     "caption": Format(
         convert_caption,
-        roles={
-            "image_column": _with_file_names(_IMAGE_NAMES),
-            "caption_column": ("caption", "text", "txt", "prompt"),
-        },
+        roles={"image_column": _IMAGE_NAMES, "caption_column": ("caption", "text", "txt", "prompt")},
         options={"task": "draw", "draw_prompt": "{caption}", "describe_prompt": "Describe this image."},
     ),
     "edit": Format(
         convert_edit,
         roles={
-            "input_column": _with_file_names(_INPUT_NAMES),
-            "instruction_column": ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list"),
-            "edited_column": _with_file_names(_EDITED_NAMES),
+            "input_column": _INPUT_NAMES,
+            "instruction_column": _INSTRUCTION_NAMES,
+            "edited_column": _EDITED_NAMES,
         },
     ),
     "text": Format(convert_text, roles={"text_column": ("text",)}, options={"sample_by": "document"}),
@@ -235,8 +220,7 @@ FORMATS = {
 }
 
 
-def _exchange(question, answer) -> dict:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+# What stands in columns
 
 
 def _rows(value):
@@ -259,13 +243,16 @@ def _normalized(messages) -> list[dict]:
 
 
 def _text_of(record: Mapping, column: str) -> str:
-    """A caption or an instruction, without blanks around it; of several wordings the first."""
     text = record.get(column)
-    if isinstance(text, (list, tuple)) and text:
-        text = text[0]
     if not isinstance(text, str) or not text.strip():
         raise BadSampleError(f"its {column!r} must be a string that is not empty, got {text!r:.100}")
-    return text.strip()
+    return text
+
+
+def _wording(record: Mapping, column: str) -> str:
+    """A caption or an instruction, without blanks around it; of several wordings the first."""
+    text = record.get(column)
+    return _text_of({column: text[0]} if isinstance(text, (list, tuple)) and text else record, column).strip()
 
 
 def _images_of(record: Mapping) -> list:
@@ -287,29 +274,23 @@ def _is_missing(image) -> bool:
     return image is None or (isinstance(image, Mapping) and all(value is None for value in image.values()))
 
 
-def _codes(values, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise BadSampleError(f"the {name} of an image are no array ({error})") from error
-
-
-def _fill_images(contents: list, images: list, folder: str | None, placeholder: str = "image part without data"):
+def _fill_images(contents: list, images: list, folder: str | None, placeholder: str):
     """Give the image parts of contents what they stand for: their own image or codes, or the next of `images`."""
-    parts = [part for content in contents if not isinstance(content, str) for part in content]
     empty = []
-    for part in parts:
+    for part in (part for content in contents if not isinstance(content, str) for part in content):
         if part["type"] != "image":
             continue
         image = part_image({key: value for key, value in part.items() if not _is_missing(value)})
-        codes = {key: _codes(part[key], key) for key in CODE_KEYS if key in part}
-        index = part.get("index")
+        codes, index = {key: part[key] for key in CODE_KEYS if key in part}, part.get("index")
         part.clear()
         part["type"] = "image"
         if codes:
             if len(codes) < len(CODE_KEYS):
                 raise BadSampleError(f"an image part has only {', '.join(codes)} of {' and '.join(CODE_KEYS)}")
-            part.update(codes)
+            try:
+                part.update({key: np.asarray(values) for key, values in codes.items()})
+            except (ValueError, TypeError, OverflowError) as error:
+                raise BadSampleError(f"the codes of an image are no array ({error})") from error
         elif image is not None:
             part["image"] = _image(image, folder)
         else:

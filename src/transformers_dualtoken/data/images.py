@@ -17,18 +17,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..image_reading import UnreadableImageError, read_image
-from .files import (
-    IMAGE_EXTENSIONS,
-    MAX_SHARDS,
-    ROWS_LOOKED_AT,
-    SPLITS,
-    choose_files,
-    dataset_of_shards,
-    find_files,
-    load_ready,
-    naming_file,
-    read_tar,
-)
+from . import files
 from .samples import MAX_SKIPPED_IN_A_ROW
 
 
@@ -54,19 +43,15 @@ def load_image_dataset(
     Any source of images as a `datasets` data set with one column, of undecoded images, and others if asked for.
 
     Args:
-        source (`str` or `os.PathLike`): a folder of images, with or without subfolders; a folder of `.parquet` files,
-            or of webdataset shards (`.tar`); a file, or a pattern such as `shards/*.tar`, of any of these kinds, taken
-            whole; a folder written by `save_to_disk`; the name of a data set on the Hub.
-
-            In a folder the subfolders and, for shards, the words of the file names say what belongs to a split
-            (`train`, `val`, `test` and their like); what names no split belongs to `"train"`. How many files are left
-            out is logged.
+        source (`str` or `os.PathLike`): a folder of images, of `.parquet` files, or of webdataset shards (`.tar`); a
+            file, or a pattern such as `shards/*.tar`, of one of these kinds, taken whole; a folder written by
+            `save_to_disk`; the name of a data set on the Hub. In a folder the subfolders and, for shards, the words of
+            the file names say what belongs to a split; what names none belongs to `"train"`.
         name (`str`, *optional*), data_files (*optional*): of a data set on the Hub, as in `datasets.load_dataset`.
         split (`str`, defaults to `"train"`).
-        streaming (`bool`, defaults to `False`): read while training instead of at once (shards are else copied to the
-            cache of `datasets`).
-        image_column (`str`, defaults to `"image"`): where a parquet file or a data set holds the images; the column
-            of the result. In a webdataset any key that is an image's ending counts, unless the samples have this key.
+        streaming (`bool`, defaults to `False`): read while training; shards are else copied to the cache of `datasets`.
+        image_column (`str`, defaults to `"image"`): that holds the images; the column of the result. In a webdataset
+            any key that is an image's ending counts, unless the samples have this key.
         keep_columns (`Iterable[str]`, *optional*): columns to leave beside the images, such as labels and captions. A
             folder of images has those of its `metadata.jsonl` (or `.csv`, `.parquet`) or, without one, `"label"`, the
             subfolder. A webdataset has its keys: integers where they are called `cls` or `index`, else text, and
@@ -81,32 +66,27 @@ def load_image_dataset(
             truncated or damaged, which it names; in a stream that is raised where the shard is read.
     """
     source, keep = os.path.expanduser(os.fspath(source)), tuple(keep_columns)
-    dataset = load_ready(source, split, streaming, name=name, data_files=data_files)
+    dataset = files.load_ready(source, split, streaming, name, data_files)
     if dataset is not None:
         return undecoded(_with_image_column(dataset, source, image_column), image_column, keep)
-
-    found = find_files(source)
+    found = files.find_files(source)
     data = {kind: [path for path in paths if not _is_metadata(path)] for kind, paths in found.items()}
     wanted = "are no images, parquet files or webdataset shards"
-    kind, files = choose_files(source, data, ("image", "parquet", "tar"), split, wanted)
+    kind, paths = files.choose_files(source, data, ("image", "parquet", "tar"), split, wanted)
     if kind == "image":
-        dataset = _image_files(source, files, found, streaming, image_column, keep)
+        dataset = _image_files(source, paths, found, streaming, image_column, keep)
         return undecoded(dataset, image_column, keep)
-    features = {image_column: _UNDECODED}
     if kind == "tar":
-        _check_tars(files, image_column)
-        features |= {key: datasets.Value("int64" if key in _INTEGER_KEYS else "string") for key in keep}
-        return dataset_of_shards(
-            _tar_rows, files, datasets.Features(features), streaming, image_column=image_column, keep=keep
-        )
-    row_groups = []
-    for path in files:  # which also finds files that were cut off
-        found_features, number = _inspect_parquet(path, image_column, keep)
-        row_groups += [(path, group) for group in range(number)]
-        features = {**features, **{column: found_features[column] for column in keep if column not in features}}
-    return dataset_of_shards(
-        _parquet_rows, row_groups, datasets.Features(features), streaming, image_column=image_column, keep=keep
-    )
+        _check_tars(paths, image_column)
+        features = {key: datasets.Value("int64" if key in _INTEGER_KEYS else "string") for key in keep}
+        generator, shards = _tar_rows, paths
+    else:
+        inspected = [_inspect_parquet(path, image_column, keep) for path in paths]  # finds files that were cut off
+        features = inspected[0][0]
+        generator = _parquet_rows
+        shards = [(path, group) for path, (_, number) in zip(paths, inspected) for group in range(number)]
+    features = datasets.Features({image_column: _UNDECODED, **{key: features[key] for key in keep}})
+    return files.dataset_of_shards(generator, shards, features, streaming, image_column=image_column, keep=keep)
 
 
 def undecoded(dataset, image_column: str, keep=()):
@@ -121,7 +101,7 @@ def undecoded(dataset, image_column: str, keep=()):
     wanted = list(dict.fromkeys((image_column, *keep)))
     columns = dataset.column_names
     if columns is None:  # a stream that was mapped
-        columns = list(dict.fromkeys(column for row in dataset.take(ROWS_LOOKED_AT) for column in row))
+        columns = list(dict.fromkeys(column for row in dataset.take(files.ROWS_LOOKED_AT) for column in row))
     for column in wanted:
         if column not in columns:
             raise ValueError(f"The data set has no column {column!r}; it has {columns}.")
@@ -163,23 +143,21 @@ def _with_image_column(dataset, source: str, image_column: str):
     return dataset.rename_column(keys[0], image_column)
 
 
-def _image_files(source: str, files: list[str], found: dict, streaming: bool, image_column: str, keep: tuple):
+def _image_files(source: str, paths: list[str], found: dict, streaming: bool, image_column: str, keep: tuple):
     """Image files, with what stands of them in a metadata file, or the class that is their subfolder."""
-    columns, features = {image_column: files}, {image_column: _UNDECODED}
+    columns, features = {image_column: paths}, {image_column: _UNDECODED}
     if keep:
         metadata = [path for kind in ("json", "csv", "parquet") for path in found.get(kind, ()) if _is_metadata(path)]
         rows = {}
         for path in metadata:
-            with naming_file(path):
+            with files.naming_file(path):
                 table = _METADATA_READERS[Path(path).suffix](path).to_pylist()
-            place = os.path.dirname(path)
-            rows |= {
-                os.path.normpath(os.path.join(place, row["file_name"])): row for row in table if row.get("file_name")
-            }
+            folder = os.path.dirname(path)
+            rows |= {os.path.normpath(os.path.join(folder, row.get("file_name") or "")): row for row in table}
         for column in keep:
             if any(column in row for row in rows.values()):
-                columns[column] = [rows.get(os.path.normpath(path), {}).get(column) for path in files]
-        labels = [_class_of(path, source) for path in files]
+                columns[column] = [rows.get(os.path.normpath(path), {}).get(column) for path in paths]
+        labels = [_class_of(path, source) for path in paths]
         if "label" in keep and not metadata and None not in labels:
             # Of all splits: the classes have the same numbers in each.
             names = sorted({_class_of(path, source) for path in found["image"]} - {None})
@@ -187,11 +165,11 @@ def _image_files(source: str, files: list[str], found: dict, streaming: bool, im
             features["label"] = datasets.ClassLabel(names=names)
     elif streaming:
         # A stream shuffles within blocks only, and folders are sorted by class: it starts from another order.
-        random.Random(0).shuffle(files)
+        random.Random(0).shuffle(paths)
     dataset = datasets.Dataset.from_dict(columns)
     for column, feature in features.items():
         dataset = dataset.cast_column(column, feature)
-    return dataset.to_iterable_dataset(min(len(files), MAX_SHARDS)) if streaming else dataset
+    return dataset.to_iterable_dataset(min(len(paths), files.MAX_SHARDS)) if streaming else dataset
 
 
 def _is_metadata(path: str) -> bool:
@@ -203,52 +181,44 @@ def _class_of(path: str, source: str) -> str | None:
     if not os.path.isdir(source):
         return os.path.basename(os.path.dirname(path))
     folders = Path(os.path.relpath(path, source)).parts[:-1]
-    return None if not folders or (len(folders) == 1 and folders[0].lower() in SPLITS) else folders[-1]
+    return None if not folders or (len(folders) == 1 and folders[0].lower() in files.SPLITS) else folders[-1]
 
 
-def _check_tars(files: list[str], image_column: str) -> None:
+def _check_tars(paths: list[str], image_column: str) -> None:
     """
-    Raise if the first samples show that all are not as they should be: none has an image, or most have several. A
-    single one that is not is passed over when it is read.
+    Raise if of the first samples none has an image, or most have several. A single one that is not as it should be is
+    passed over when it is read.
     """
-    several, all_keys, num_whole, num_samples = [], set(), 0, 0
-    samples = ((path, *sample) for path in files for sample in read_tar(path, lambda keys: ()))
+    num_samples = num_whole = num_several = 0
+    odd = {}
+    samples = ((path, *sample) for path in paths for sample in files.read_tar(path, lambda keys: ()))
     try:
         for path, sample, keys, _ in itertools.islice(samples, MAX_SKIPPED_IN_A_ROW):
-            images = _image_keys(keys, image_column)
-            num_whole += len(images) == 1
-            if len(images) > 1:
-                several.append((path, sample, sorted(images)))
-            all_keys.update(keys)
-            num_samples += 1
-            if num_samples >= ROWS_LOOKED_AT and num_whole + len(several) > 0:
+            num_images, num_samples = len(_image_keys(keys, image_column)), num_samples + 1
+            num_whole, num_several = num_whole + (num_images == 1), num_several + (num_images > 1)
+            if num_images != 1:
+                odd.setdefault(num_images > 1, (path, sample, keys))
+            if num_samples >= files.ROWS_LOOKED_AT and num_whole + num_several > 0:
                 break
     except ValueError:  # a damaged shard, which is named again where it is read
         if not num_samples:
             raise
-    if several and len(several) >= num_whole:
-        path, sample, images = several[0]
+    if num_whole <= num_several:
+        path, sample, keys = odd.get(num_several > 0, (paths[0], "", []))
         raise ValueError(
-            f"The sample {sample!r} of the webdataset shard {path!r} has {len(images)} images, with the keys {images}. "
-            "Say which by `image_column`."
-        )
-    if not num_whole:
-        raise ValueError(
-            f"The webdataset shard {files[0]!r} holds no images"
-            + (f", nor do those after it, {len(files)} in all" if len(files) > 1 else "")
-            + f": its samples have the keys {sorted(all_keys)}, of which none is {image_column!r} or the ending of an "
-            "image, such as 'jpg', 'png' or 'webp'."
+            f"The sample {sample!r} of the webdataset shard {path!r} has {len(_image_keys(keys, image_column))} images, "
+            f"with the keys {sorted(keys)}. Say which by `image_column`, or give one an ending such as 'jpg' or 'png'."
         )
 
 
 def _image_keys(keys: list[str], image_column: str) -> list[str]:
-    return [image_column] if image_column in keys else [key for key in keys if key.lower() in IMAGE_EXTENSIONS]
+    return [image_column] if image_column in keys else [key for key in keys if key.lower() in files.IMAGE_EXTENSIONS]
 
 
 def _tar_rows(shards: list[str], image_column: str, keep: tuple[str, ...]) -> Iterator[dict]:
     for path in shards:
-        for sample, keys, files in read_tar(path, lambda keys: [*_image_keys(keys, image_column), *keep]):
-            images, contents = _image_keys(keys, image_column), dict(files)
+        for sample, keys, read in files.read_tar(path, lambda keys: [*_image_keys(keys, image_column), *keep]):
+            images, contents = _image_keys(keys, image_column), dict(read)
             # What has no image, or several, is counted as an image that cannot be read.
             image = {"bytes": b"", "path": f"{path}/{sample}"}
             if len(images) == 1:
@@ -267,7 +237,7 @@ def _tar_rows(shards: list[str], image_column: str, keep: tuple[str, ...]) -> It
 
 def _inspect_parquet(path: str, image_column: str, keep: tuple[str, ...]) -> tuple[datasets.Features, int]:
     """The types of the columns, and the number of row groups: what can be read at once."""
-    with naming_file(path), pq.ParquetFile(path) as file:
+    with files.naming_file(path), pq.ParquetFile(path) as file:
         schema, num_row_groups = file.schema_arrow, file.num_row_groups
     for column in (image_column, *keep):
         if column not in schema.names:
@@ -281,7 +251,7 @@ def _inspect_parquet(path: str, image_column: str, keep: tuple[str, ...]) -> tup
 def _parquet_rows(shards: list[tuple[str, int]], image_column: str, keep: tuple[str, ...]) -> Iterator[dict]:
     columns = list(dict.fromkeys((image_column, *keep)))
     for path, row_group in shards:
-        with naming_file(path), pq.ParquetFile(path) as file:
+        with files.naming_file(path), pq.ParquetFile(path) as file:
             before = sum(file.metadata.row_group(group).num_rows for group in range(row_group))
             batches = file.iter_batches(batch_size=64, row_groups=[row_group], columns=columns)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
@@ -309,15 +279,11 @@ class ImagePreparation:
 
     Args:
         image_processor: makes `pixel_values` `(1, 3, S, S)` of a PIL image.
-        crop_scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): range of the crop's share of the area; `(1, 1)`
-            switches the augmentation off.
-        reducing_gap (`float`, *optional*, defaults to 2.0): see [`read_image`]; large images are then also averaged
-            over whole pixels before they are resized (`PIL.Image.Image.resize`). The difference cannot be seen, and a
-            photograph takes a fraction of the time. `None` decodes and resizes at full size, as the image processor
-            does by itself.
-
-    Raises:
-        ValueError: for a `crop_scale` outside (0, 1] and a `reducing_gap` below 1.
+        crop_scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): range, within (0, 1], of the crop's share of the
+            area; `(1, 1)` switches the augmentation off.
+        reducing_gap (`float`, *optional*, defaults to 2.0): from 1 on, see [`read_image`]: large images are averaged
+            over whole pixels before they are resized (`PIL.Image.Image.resize`), in a fraction of the time and without
+            a visible difference. `None`: at full size, as the image processor does by itself.
     """
 
     def __init__(self, image_processor, crop_scale=(0.9, 1.0), reducing_gap: float | None = 2.0):

@@ -15,15 +15,7 @@ from transformers.utils import logging
 from ..image_reading import UnreadableImageError, image_name
 from .encoding import ChatEncoder, EncodedExample
 from .images import ImagePreparation, report_skipped, undecoded
-from .samples import (
-    MAX_NAMED,
-    MAX_SKIPPED_IN_A_ROW,
-    BadSampleError,
-    ChatSource,
-    check_bad_sample_rule,
-    check_weights,
-    refusal,
-)
+from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource, check_sources, refusal
 
 
 logger = logging.get_logger(__name__)
@@ -64,25 +56,21 @@ class _EpochDataset(Dataset):
 
 class DualTokenImageDataset(_EpochDataset):
     """
-    Images of a `datasets` table as `pixel_values`, with the paper's augmentation: a random crop of 90 to 100 % of the
-    area, resized (code, stage 1; no flip).
+    Images of a `datasets` table as `pixel_values`, augmented as by [`ImagePreparation`].
 
     What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a resumed run sees
-    what an uninterrupted one would have seen. In the place of an image that cannot be read (see [`read_image`]) stands
-    the next one that can; each such file is logged once by every process.
+    what an uninterrupted one would have seen. In the place of an image that cannot be read stands the next one that
+    can; each such file is logged once by every process.
 
     Args:
         dataset (`datasets.Dataset`): with a column of images, decoded or not.
-        image_processor: makes `pixel_values` `(1, 3, S, S)` of a PIL image.
+        image_processor, crop_scale, reducing_gap: see [`ImagePreparation`]; for evaluation `(1, 1)` and `None`.
         image_column (`str`, defaults to `"image"`).
-        crop_scale (`tuple[float, float]`, defaults to `(0.9, 1.0)`): range of the crop's share of the area; `(1, 1)`
-            switches the augmentation off.
         seed (`int`, defaults to 0).
-        reducing_gap (`float`, *optional*, defaults to 2.0): see [`ImagePreparation`]; `None` for evaluation.
 
     Raises:
-        ValueError: for a data set without rows, a column that is missing and settings out of range; by `[]`, if all
-            images that may stand in (at most `MAX_SKIPPED_IN_A_ROW`) cannot be read either.
+        ValueError: for a data set without rows, a column that is missing and settings out of range; by `[]`, if none
+            of the next `MAX_SKIPPED_IN_A_ROW` images can be read.
     """
 
     def __init__(
@@ -132,12 +120,7 @@ class DualTokenImageDataset(_EpochDataset):
 
 
 class _EncodedSource:
-    """
-    The samples of one source that can be trained on, as ids; what its images hold stays where it is.
-
-    The ids lie beside the source in the cache of `datasets`, mapped into memory: ranks and workers share them, and a
-    run that is started again finds them there.
-    """
+    """The samples of one source that can be trained on, as ids in the cache of `datasets`, which ranks and workers share."""
 
     def __init__(self, source: ChatSource, encoder: ChatEncoder, on_bad_sample: str, num_workers: int):
         self.source, self.encoder = source, encoder
@@ -220,22 +203,20 @@ class DualTokenChatDataset(_EpochDataset):
     """
     Samples of one or several sources, as [`ChatEncoder`] makes them.
 
-    All samples are tokenised when the data set is first made (the ids are kept in the cache of `datasets`), and
-    whatever is wrong with one is found then: a missing image file, a placeholder without an image, an image that
-    `max_length` would cut, a sample without anything to learn. Images are read when their sample is asked for.
+    All samples are tokenised at first (the ids are kept in the cache of `datasets`), and what is wrong with one is
+    found then: a missing image file, a placeholder without an image, nothing to learn. Images are read when their
+    sample is asked for.
 
     Without weights every sample comes once in an epoch. With weights an epoch has as many samples as all sources
     together, divided by weight; a source goes on in the next epoch where it stopped, and in another order whenever it
-    begins anew. What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a
-    resumed run goes on as it would have.
+    begins anew. What is drawn for a sample depends on the seed, the epoch and the sample's index only.
 
     Args:
         sources (`list[ChatSource]` or `list[dict]`): of [`load_chat_sources`], or examples themselves.
         encoder ([`ChatEncoder`]).
         seed (`int`, defaults to 0).
         on_bad_sample (`str`, defaults to `"error"`): `"error"` refuses the data set and names the sample; `"skip"`
-            passes such samples over, counts them and names the first ones. An image that turns out to be broken when
-            it is read is treated likewise; in the place of its sample stands the next one.
+            passes such samples over and counts them; for one whose image turns out to be broken stands the next.
         num_workers (`int`, defaults to 0): processes that tokenise.
 
     Attributes:
@@ -254,9 +235,7 @@ class DualTokenChatDataset(_EpochDataset):
         num_workers: int = 0,
     ):
         super().__init__(seed)
-        check_bad_sample_rule(on_bad_sample)
-        if not sources:
-            raise ValueError("There are no sources to train on.")
+        check_sources(sources, on_bad_sample)
         kinds = {isinstance(source, ChatSource) for source in sources}
         if len(kinds) > 1 or not all(isinstance(source, (ChatSource, Mapping)) for source in sources):
             raise ValueError(
@@ -266,7 +245,6 @@ class DualTokenChatDataset(_EpochDataset):
         if kinds == {False}:
             sources = [ChatSource("the examples", list(sources), dict)]
         weights = [source.weight for source in sources]
-        check_weights([source.name for source in sources], weights)
         self.encoder, self.on_bad_sample, self.is_weighted = encoder, on_bad_sample, weights[0] is not None
         self.sources = [_EncodedSource(source, encoder, on_bad_sample, num_workers) for source in sources]
         faults = [fault for source in self.sources for fault in source.faults]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import datasets
 
 
-BAD_SAMPLE_RULES = ("error", "skip")
 # More unusable samples than this in a row are a broken data set, not a few broken files.
 MAX_SKIPPED_IN_A_ROW = 1000
 # So many of them are named in a process's log; all are counted.
@@ -52,16 +51,21 @@ class ChatSource:
 
 
 def check_bad_sample_rule(rule: str) -> None:
-    if rule not in BAD_SAMPLE_RULES:
-        raise ValueError(f"`on_bad_sample` must be one of {', '.join(BAD_SAMPLE_RULES)}, got {rule!r}.")
+    if rule not in ("error", "skip"):
+        raise ValueError(f"`on_bad_sample` must be one of error, skip, got {rule!r}.")
+
+
+def check_sources(sources: Sequence, on_bad_sample: str) -> None:
+    """Raise for a rule that is unknown, for no sources, and for weights that do not fit each other."""
+    check_bad_sample_rule(on_bad_sample)
+    if not sources:
+        raise ValueError("There are no sources to train on.")
+    if all(isinstance(source, ChatSource) for source in sources):
+        check_weights([source.name for source in sources], [source.weight for source in sources])
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float | None]) -> None:
-    """
-    Raises:
-        ValueError: unless all sources have a weight or none has, and the weights are finite numbers above 0 whose sum
-            is finite.
-    """
+    """Raise unless all sources have a weight or none has, and the weights are finite numbers above 0, as is their sum."""
     names = [f"{name} ({number})" for number, name in enumerate(names, 1)]  # a mixture may name a path twice
     for name, weight in zip(names, weights):
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)

@@ -15,20 +15,8 @@ import pyarrow.parquet as pq
 import yaml
 from datasets.exceptions import DatasetGenerationError
 
+from . import files
 from .codes import is_code_folder, load_code_source
-from .files import (
-    LINE_FEATURES,
-    ROWS_LOOKED_AT,
-    TAR_FEATURES,
-    choose_files,
-    dataset_of_shards,
-    find_files,
-    is_local,
-    iterate_rows,
-    load_ready,
-    may_be_hub_name,
-    parse_row,
-)
 from .formats import FORMATS, TASKS, detect_format
 from .samples import BadSampleError, ChatSource, check_weights
 
@@ -63,7 +51,7 @@ class RowToExample:
             name = row["key"] if self.kind == "tar" else f"{os.path.basename(row['file'])}:{row['number']}"
             folder = os.path.dirname(row["file"]) if folder is None else folder
         try:
-            record = parse_row(row, self.kind)
+            record = files.parse_row(row, self.kind)
             own = [record[key] for key in ("id", "__key__") if isinstance(record.get(key), (str, int))]
             name = str(own[0]) if own else name
             example = FORMATS[self.format].convert(record, folder, **self.options)
@@ -160,7 +148,7 @@ def _read_specs(spec) -> list[dict]:
         source["path"] = path = os.path.expanduser(os.fspath(source["path"]))
         # Of a mixture file; but what is not there may be the name of a data set on the Hub, which looks like a path.
         joined = os.path.join(folder or "", path)
-        source["path"] = path if may_be_hub_name(path) and not os.path.exists(joined) else joined
+        source["path"] = path if files.may_be_hub_name(path) and not os.path.exists(joined) else joined
         if isinstance(source.get("image_folder"), (str, os.PathLike)):
             place = os.path.expanduser(os.fspath(source["image_folder"]))
             source["image_folder"] = place if "://" in place else os.path.join(folder or "", place)
@@ -272,7 +260,7 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
 
 
 def _short_name(path: str) -> str:
-    if not is_local(path):
+    if not files.is_local(path):
         return path  # on the Hub
     path = Path(os.path.abspath(path))
     return os.path.join(path.parent.name, path.name) if glob.has_magic(path.name) else path.name
@@ -280,27 +268,29 @@ def _short_name(path: str) -> str:
 
 def _open_rows(path: str, spec: Mapping, streaming: bool):
     """A source's data set, the kind of its rows, the folder of its relative image paths, and the columns of some rows."""
-    dataset = load_ready(path, spec["split"], streaming, name=spec.get("name"))
+    dataset = files.load_ready(path, spec["split"], streaming, name=spec.get("name"))
     if dataset is not None:
-        return dataset, "columns", path if is_local(path) else None, _columns_of(dataset, path)
-    kind, files = _find_data(path, spec["split"])
+        return dataset, "columns", path if files.is_local(path) else None, _columns_of(dataset, path)
+    kind, paths = _find_data(path, spec["split"])
     if kind == "parquet":
-        dataset = _load_parquet(files, streaming)
-        folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
+        dataset = _load_parquet(paths, streaming)
+        folder = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in paths])
         return dataset, "columns", folder, _columns_of(dataset, path)
-    row_kind, features = ("tar", TAR_FEATURES) if kind == "tar" else ("line", LINE_FEATURES)
+    row_kind, features = ("tar", files.TAR_FEATURES) if kind == "tar" else ("line", files.LINE_FEATURES)
     options = {"kind": kind, "sample_by": spec.get("sample_by", "document")}
     # The first rows of the first file and of some others.
-    chosen = files[:: -(-len(files) // _FILES_LOOKED_AT)]
-    count = -(-ROWS_LOOKED_AT // len(chosen))
-    rows = itertools.chain.from_iterable(itertools.islice(iterate_rows([file], **options), count) for file in chosen)
+    chosen = paths[:: -(-len(paths) // _FILES_LOOKED_AT)]
+    count = -(-files.ROWS_LOOKED_AT // len(chosen))
+    rows = itertools.chain.from_iterable(
+        itertools.islice(files.iterate_rows([file], **options), count) for file in chosen
+    )
     columns = _columns_of_rows(rows, row_kind, path)
-    return dataset_of_shards(iterate_rows, files, features, streaming, **options), row_kind, None, columns
+    return files.dataset_of_shards(files.iterate_rows, paths, features, streaming, **options), row_kind, None, columns
 
 
 def _find_data(path: str, split: str) -> tuple[str, list[str]]:
     """The kind of files at a path or pattern, and those of the split."""
-    found = find_files(path)
+    found = files.find_files(path)
     metadata = {
         kind: [file for file in found.get(kind, ()) if Path(file).name.split(".")[0] == "metadata"]
         for kind in ("json", "csv", "parquet")
@@ -315,12 +305,12 @@ def _find_data(path: str, split: str) -> tuple[str, list[str]]:
         "is no data of conversations, captions or text (JSON lines, JSON, parquet, CSV, webdataset shards (.tar), text "
         "(.txt) without images, or images with a metadata.jsonl)"
     )
-    return choose_files(path, found, kinds, split, wanted)
+    return files.choose_files(path, found, kinds, split, wanted)
 
 
 def _columns_of(dataset, path: str) -> list[set[str]]:
     if dataset.features is None:  # a stream of files without a schema
-        return _columns_of_rows(dataset.take(ROWS_LOOKED_AT), "columns", path)
+        return _columns_of_rows(dataset.take(files.ROWS_LOOKED_AT), "columns", path)
     fields = dataset.features.get("json")
     return [{*dataset.features, *(fields if isinstance(fields, dict) else ())}]
 
@@ -332,7 +322,7 @@ def _columns_of_rows(rows: Iterable, kind: str, path: str) -> list[set[str]]:
         for row in rows:
             count += 1
             try:
-                columns.append(set(parse_row(row, kind)))
+                columns.append(set(files.parse_row(row, kind)))
             except BadSampleError as failure:
                 error = failure
     except ValueError:  # a file is damaged, which is named again where it is read
@@ -345,17 +335,17 @@ def _columns_of_rows(rows: Iterable, kind: str, path: str) -> list[set[str]]:
     return columns
 
 
-def _load_parquet(files: list[str], streaming: bool):
+def _load_parquet(paths: list[str], streaming: bool):
     try:
         # Of all files: one may lack a column, or hold nothing in it.
-        schema = pa.unify_schemas([pq.read_schema(file) for file in files], promote_options="permissive")
+        schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
         features = _undecoded_feature(dict(datasets.Features.from_arrow_schema(schema)))
         return datasets.load_dataset(
-            "parquet", data_files=files, split="train", streaming=streaming, features=datasets.Features(features)
+            "parquet", data_files=paths, split="train", streaming=streaming, features=datasets.Features(features)
         )
     except (OSError, pa.ArrowException, DatasetGenerationError) as error:
         reason = error.__cause__ or error
-        raise ValueError(f"The {len(files)} parquet files from {files[0]!r} on cannot be read: {reason}") from error
+        raise ValueError(f"The {len(paths)} parquet files from {paths[0]!r} on cannot be read: {reason}") from error
 
 
 def _undecoded(dataset, columns: list[str]):

@@ -11,15 +11,7 @@ from transformers.utils.versions import require_version
 from ..image_reading import UnreadableImageError, image_name
 from .encoding import ChatEncoder
 from .images import ImagePreparation, undecoded
-from .samples import (
-    MAX_NAMED,
-    MAX_SKIPPED_IN_A_ROW,
-    BadSampleError,
-    ChatSource,
-    check_bad_sample_rule,
-    check_weights,
-    refusal,
-)
+from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource, check_sources, refusal
 
 
 logger = logging.get_logger(__name__)
@@ -239,19 +231,12 @@ class StreamProgress:
 
 class DualTokenImageStream(SampleStream):
     """
-    Images of a streamed `datasets` data set as `pixel_values`, with the augmentation of [`DualTokenImageDataset`].
+    Images of a streamed `datasets` data set as `pixel_values` `(3, S, S)`, float32, augmented.
 
     Args:
         dataset (`datasets.IterableDataset`): with a column of images.
         image_processor, image_column, crop_scale, reducing_gap: see [`DualTokenImageDataset`].
         kwargs: of [`SampleStream`].
-
-    Yields:
-        `{"pixel_values": (3, S, S) float32, "num_skipped": int, "stream_position": dict}`: the image, how many
-        unreadable ones were passed over before it, and where the stream is after it.
-
-    Raises:
-        ValueError: as [`SampleStream`], and for a column that is missing.
     """
 
     noun = "image"
@@ -292,11 +277,8 @@ class DualTokenChatStream(SampleStream):
     """
 
     def __init__(self, sources: list[ChatSource], encoder: ChatEncoder, on_bad_sample: str = "error", **kwargs):
-        check_bad_sample_rule(on_bad_sample)
-        if not sources:
-            raise ValueError("There are no sources to train on.")
+        check_sources(sources, on_bad_sample)
         weights = [source.weight for source in sources]
-        check_weights([source.name for source in sources], weights)
         super().__init__([source.dataset for source in sources], None if None in weights else weights, **kwargs)
         self.sources, self.encoder = sources, encoder
         self.passed_over = (BadSampleError,) if on_bad_sample == "skip" else ()
