@@ -13,7 +13,9 @@ Needs the extra `trl`.
 """
 
 import sys
+from collections.abc import Callable
 
+import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 import transformers_dualtoken  # noqa: F401  (registers the model)
@@ -34,7 +36,27 @@ with needed_libraries("Training by TRL"):
         get_quantization_config,
     )
 
-    from transformers_dualtoken.data import TextAnswerCollator
+
+class TextAnswerCollator:
+    """
+    Another collator, `samples -> batch`, whose `labels` (B, L) are checked: no image may be a target.
+
+    TRL's `SFTTrainer` computes the loss itself, over every label, by the text head: it would teach the text head to
+    say `<image_pad>`, and the depth heads nothing.
+    """
+
+    def __init__(self, collator: Callable, image_token_id: int):
+        self.collator, self.image_token_id = collator, image_token_id
+
+    def __call__(self, samples: list) -> dict[str, torch.Tensor]:
+        batch = self.collator(samples)
+        rows = (batch["labels"] == self.image_token_id).any(-1).nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"The samples {rows} of this batch have images among their targets, but only text is learned here. "
+                "Images in questions: set `assistant_only_loss=True`. Images in answers: train with DualTokenTrainer."
+            )
+        return batch
 
 
 def main(argv: list[str] | None = None) -> SFTTrainer:

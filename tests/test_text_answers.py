@@ -9,22 +9,26 @@ from datasets import Dataset
 from tiny_models import lively_unified_model, tiny_unified_config
 from training_helpers import build_tiny_processor, noise
 
-from transformers_dualtoken.data import TextAnswerCollator
 
-
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 IMAGE = 51
 
 
-def test_images_among_text_targets_are_refused():
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
+    return importlib.import_module("sft_trl")
+
+
+def test_images_among_text_targets_are_refused(script):
     labels = torch.tensor([[-100, 5, -100], [5, IMAGE, 6]])
-    collator = TextAnswerCollator(lambda samples: {"labels": labels[samples]}, IMAGE)
+    collator = script.TextAnswerCollator(lambda samples: {"labels": labels[samples]}, IMAGE)
     assert collator([0])["labels"].shape == (1, 3)
     with pytest.raises(ValueError, match=r"The samples \[1\] of this batch have images among their targets"):
         collator([0, 1])
 
 
-@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
-def test_sft_on_questions_with_images(tmp_path, monkeypatch):
+def test_sft_on_questions_with_images(script, tmp_path):
     processor = build_tiny_processor()
     text_config = {**tiny_unified_config().text_config.to_dict(), "vocab_size": 400}
     text_config["eos_token_id"] = processor.tokenizer.eos_token_id
@@ -51,12 +55,11 @@ def test_sft_on_questions_with_images(tmp_path, monkeypatch):
     ]
     (tmp_path / "data").mkdir()
     Dataset.from_list(rows[1:] + rows[:1]).to_parquet(tmp_path / "data" / "train.parquet")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples"))
     arguments = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "data")]
     arguments += ["--output_dir", str(tmp_path / "out"), "--max_steps", "6", "--per_device_train_batch_size", "4"]
     arguments += ["--learning_rate", "1e-2", "--use_cpu", "1", "--bf16", "0", "--report_to", "none", "--use_peft"]
     arguments += ["--logging_steps", "1", "--save_strategy", "no", "--disable_tqdm", "1", "--lora_dropout", "0"]
-    trainer = importlib.import_module("sft_trl").main(arguments)
+    trainer = script.main(arguments)
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0] - 0.1
 

@@ -5,7 +5,7 @@ from ..optional_libraries import needed_libraries
 
 with needed_libraries("`transformers_dualtoken.data`"):
     from .codes import load_code_source, precompute_codes, tokenizer_fingerprint
-    from .collators import DualTokenDataCollator, TextAnswerCollator, collate_images
+    from .collators import DualTokenDataCollator, collate_images
     from .encoding import ChatEncoder
     from .images import load_image_dataset
     from .indexed import DualTokenChatDataset, DualTokenImageDataset
@@ -25,7 +25,6 @@ __all__ = [
     "DualTokenImageStream",
     "SampleStream",
     "StreamProgress",
-    "TextAnswerCollator",
     "collate_images",
     "load_chat_sources",
     "load_code_source",

@@ -1,7 +1,5 @@
 """Batches: of images, and of conversations and documents, padded or packed."""
 
-from collections.abc import Callable
-
 import torch
 
 
@@ -26,12 +24,11 @@ class DualTokenDataCollator:
     Makes one batch of samples of [`DualTokenChatDataset`] or [`DualTokenChatStream`]; their images are joined, flat over
     the batch, in reading order.
 
-    Without `packed_length` every sample has a row, padded on the right, and `attention_mask` says what is padding.
-
-    With it short samples share rows, of at most that many tokens (a longer sample has a row of its own), filled as
-    evenly as possible; instead of a mask there are `position_ids`, which begin at 0 for every sample. The model then
-    lets no sample see another one, and the first token of a sample is no target, so that losses and gradients are those
-    of the padded batch. A batch holds the same samples packed or not: steps, epochs and schedules do not change.
+    Without `packed_length` every sample has a row, padded on the right, and `attention_mask` says what is padding. With
+    it short samples share rows of at most that many tokens (a longer sample has a row of its own), filled as evenly as
+    possible; instead of a mask there are `position_ids`, which begin at 0 for every sample. The model then lets no
+    sample see another one, and the first token of a sample is no target, so that losses and gradients are those of the
+    padded batch. A batch holds the same samples packed or not: steps, epochs and schedules do not change.
 
     Args:
         pad_token_id (`int`).
@@ -51,34 +48,24 @@ class DualTokenDataCollator:
         if not samples:
             raise ValueError("A batch must have at least one sample, got none.")
         lengths = [len(sample["input_ids"]) for sample in samples]
-        if self.packed_length is None:
-            rows = [[index] for index in range(len(samples))]
-        else:
-            rows = pack(lengths, self.packed_length)
+        rows = [[i] for i in range(len(samples))] if self.packed_length is None else pack(lengths, self.packed_length)
         length = max(sum(lengths[index] for index in row) for row in rows)
         length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        shape = (len(rows), length)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, -100),
-        }
-        # Padding at the end of a packed row is one more sample.
-        positions, filled = torch.arange(length).repeat(len(rows), 1), torch.zeros(shape, dtype=torch.int64)
+        input_ids = torch.full((len(rows), length), self.pad_token_id)
+        labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+        positions = torch.arange(length).repeat(len(rows), 1)
         for row, members in enumerate(rows):
             start = 0
             for index in members:
                 end = start + lengths[index]
-                batch["input_ids"][row, start:end] = samples[index]["input_ids"]
-                batch["labels"][row, start:end] = samples[index]["labels"]
-                batch["labels"][row, start] = -100
-                positions[row, start:end] = torch.arange(lengths[index])
-                filled[row, start:end] = 1
+                input_ids[row, start:end] = samples[index]["input_ids"]
+                labels[row, start + 1 : end] = samples[index]["labels"][1:]
+                mask[row, start:end] = 1
+                # What follows is another sample, padding at the end of a packed row included.
+                positions[row, end:] -= end - start
                 start = end
-            positions[row, start:] = torch.arange(length - start)
-        if self.packed_length is None:
-            batch["attention_mask"] = filled
-        else:
-            batch["position_ids"] = positions
+        batch = {"input_ids": input_ids, "labels": labels}
+        batch |= {"attention_mask": mask} if self.packed_length is None else {"position_ids": positions}
         for name in ("pixel_values", "pixel_codes", "semantic_codes"):
             images = [samples[index][name] for row in rows for index in row if name in samples[index]]
             if images:
@@ -117,34 +104,3 @@ def pack(lengths: list[int], capacity: int) -> list[list[int]]:
         if max(fill) <= capacity:
             return rows + packed
         count += 1
-
-
-class TextAnswerCollator:
-    """
-    Another collator, whose labels are checked: no image may be a target.
-
-    TRL's `SFTTrainer` computes the loss itself, over every label, by the text head: it would teach the text head to
-    say `<image_pad>`, and the depth heads nothing. Images belong into questions there, and questions are no targets
-    (`assistant_only_loss=True`). Answers with images take [`DualTokenTrainer`].
-
-    Args:
-        collator (`Callable`): samples -> a batch with `labels` `(B, L)`, for instance the `data_collator` of an
-            `SFTTrainer`.
-        image_token_id (`int`): of the model's config.
-
-    Raises:
-        ValueError: when called, if an image is labelled; names the samples by their number in the batch.
-    """
-
-    def __init__(self, collator: Callable, image_token_id: int):
-        self.collator, self.image_token_id = collator, image_token_id
-
-    def __call__(self, samples: list) -> dict[str, torch.Tensor]:
-        batch = self.collator(samples)
-        rows = (batch["labels"] == self.image_token_id).any(-1).nonzero().flatten().tolist()
-        if rows:
-            raise ValueError(
-                f"The samples {rows} of this batch have images among their targets, but only text is learned here. "
-                "Images in questions: set `assistant_only_loss=True`. Images in answers: train with DualTokenTrainer."
-            )
-        return batch
