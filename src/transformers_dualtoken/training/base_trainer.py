@@ -29,10 +29,8 @@ _STREAM_POSITION = "stream_position"
 
 class EpochCallback(TrainerCallback):
     """
-    Tells the training data set the epoch, and the Trainer that of a stream.
-
-    accelerate tells a data set only while nothing wraps the batch sampler: not on several ranks, and not in the rest of
-    an epoch after a resume. The Trainer counts a stream's epochs from where a run was resumed; a stream without
+    Tells the training data set the epoch (accelerate does not on several ranks, nor in the rest of an epoch after a
+    resume), and the Trainer that of a stream, which it counts from where a run was resumed. A stream without
     `steps_per_epoch` is one epoch, as in `Trainer`.
     """
 
@@ -63,11 +61,9 @@ class DualTokenBaseTrainer(Trainer):
     be the best one, and callbacks such as early stopping count anew without `restore_callback_states_from_checkpoint`.
     A SIGTERM after the last step is passed on to the handler from before training, or is a warning.
 
-    `args.remove_unused_columns` and `logging_nan_inf_filter` are switched off.
-
     Raises:
-        ValueError: if several GPUs are visible to one process, which `Trainer` answers with `DataParallel`; for a
-            training set without a length that is no [`SampleStream`].
+        ValueError: if one process sees several GPUs, for a training set without a length that is no [`SampleStream`],
+            and for `use_liger_kernel`.
     """
 
     # Of a trainer without `args`.
@@ -83,37 +79,38 @@ class DualTokenBaseTrainer(Trainer):
         args.remove_unused_columns = False
         # It would hide what `check_finite` stops for, and wait for the device to do so.
         args.logging_nan_inf_filter = False
-        if args.device.type == "cpu":
-            # It serves the copy to another device, and torch warns of it at every epoch.
-            args.dataloader_pin_memory = False
-        if args.ddp_broadcast_buffers is None:
-            # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
-            args.ddp_broadcast_buffers = False
+        # On a CPU, torch warns of it at every epoch.
+        args.dataloader_pin_memory &= args.device.type != "cpu"
+        # Every rank makes the same moves of the codebooks, so nothing needs to be sent before each forward.
+        args.ddp_broadcast_buffers = bool(args.ddp_broadcast_buffers)
         super().__init__(model, args, *trainer_args, **kwargs)
-        if self.args.n_gpu > 1:
+        if args.n_gpu > 1:
             # Its replicas would lose their codebooks' moves, and images are flat over the batch.
             raise ValueError(
-                f"DataParallel does not work for DualToken, and one process sees {self.args.n_gpu} GPUs. Start with "
+                f"DataParallel does not work for DualToken, and one process sees {args.n_gpu} GPUs. Start with "
                 "`torchrun --nproc_per_node N`, or show it one by CUDA_VISIBLE_DEVICES=0."
             )
-        if getattr(self.args, "cpu_threads", None) is not None:
-            logger.info(use_cpu_threads(self.args.cpu_threads))
+        if args.use_liger_kernel:
+            raise ValueError(
+                "`use_liger_kernel` would change nothing: Liger Kernel knows no DualToken model. Leave it out, and before "
+                "the model is made call its `apply_liger_kernel_to_qwen2(fused_linear_cross_entropy=False)`."
+            )
+        if getattr(args, "cpu_threads", None) is not None:
+            logger.info(use_cpu_threads(args.cpu_threads))
         self.is_stream = isinstance(self.train_dataset, SampleStream)
         if isinstance(self.train_dataset, IterableDataset) and not self.is_stream:
             raise ValueError(
-                f"A training set without a length must be a {SampleStream.__name__} such as DualTokenImageStream or "
-                "DualTokenChatStream, which divides itself over ranks and knows its position; got "
-                f"{type(self.train_dataset).__name__}."
+                "A training set without a length must be a SampleStream such as DualTokenImageStream, which divides "
+                f"itself over ranks and knows its position; got {type(self.train_dataset).__name__}."
             )
-        if self.is_stream:
-            # A stream goes to its position by itself.
-            self.args.ignore_data_skip = True
+        # A stream goes to its position by itself.
+        args.ignore_data_skip |= self.is_stream
         self.stream_progress = StreamProgress()
         self._save_on_sigterm = SaveOnSigterm()
         self.spare_workers = self._save_on_sigterm.spare_workers
         self.add_callback(EpochCallback(self.is_stream, steps_per_epoch))
         self.add_callback(self._save_on_sigterm)
-        self._resumed_from: str | None = None
+        self._resumed_from = None
         self._term_sums, self._term_count = defaultdict(float), 0
         self._counts: dict[str, int | torch.Tensor] = dict.fromkeys(_COUNTED, 0)
         self._num_seen, self._logged_at = 0, time.perf_counter()
@@ -136,17 +133,12 @@ class DualTokenBaseTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("There is no evaluation set: give the trainer an `eval_dataset`.")
         if not hasattr(eval_dataset, "__len__"):
-            raise ValueError(
-                f"The evaluation set must have a length, so that each rank knows its share of the samples; got "
-                f"{type(eval_dataset).__name__}."
-            )
+            raise ValueError(f"The evaluation set must have a length to share; got {type(eval_dataset).__name__}.")
         if len(eval_dataset) == 0:
             raise ValueError("The evaluation set holds no samples.")
         self.check_ranks_agree(eval_dataset)
-        args = self.args
-        batches, num_counted = evaluation_batches(
-            len(eval_dataset), args.eval_batch_size, args.process_index, args.world_size
-        )
+        share = self.args.eval_batch_size, self.args.process_index, self.args.world_size
+        batches, num_counted = evaluation_batches(len(eval_dataset), *share)
         loader = self._plain_loader(eval_dataset, batch_sampler=batches)
         loader.num_counted_batches = num_counted
         return loader
@@ -193,10 +185,9 @@ class DualTokenBaseTrainer(Trainer):
     def note_batch(self, inputs: dict, num_samples: int = 0) -> None:
         """Take what is not the model's out of a training batch, and count its samples for `<noun>_per_second`."""
         self._num_seen += num_samples
-        for name in _COUNTED:
-            if name in inputs:
-                # Summed where it is: to look at it would wait for the device.
-                self._counts[name] = self._counts[name] + inputs.pop(name).sum()
+        for name in set(_COUNTED) & inputs.keys():
+            # Summed where it is: to look at it would wait for the device.
+            self._counts[name] = self._counts[name] + inputs.pop(name).sum()
         position = inputs.pop(_STREAM_POSITION, None)
         if position is not None:
             self.stream_progress.update(position)
@@ -295,7 +286,7 @@ class DualTokenBaseTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def sample_counts(self) -> dict[str, int]:
-        """How many samples were skipped and cut in training so far, on all ranks: `<noun>_skipped`, `<noun>_cut`."""
+        """`<noun>_skipped` and `<noun>_cut`: samples of the training so far, on all ranks."""
         counts = torch.tensor([int(self._counts[name]) for name in _COUNTED], device=self.args.device)
         counts = self.accelerator.reduce(counts, "sum").tolist()
         return {f"{self.noun}_{name.removeprefix('num_')}": count for name, count in zip(_COUNTED, counts)}
@@ -335,13 +326,10 @@ class DualTokenBaseTrainer(Trainer):
 
 def evaluation_batches(num_samples: int, batch_size: int, rank: int, num_ranks: int) -> tuple[list[list[int]], int]:
     """
-    The samples of one rank in batches, each sample on one rank, as many batches on every rank.
+    The samples of one rank in batches, each sample on one rank, and how many of the batches, from the first on, count.
 
     All ranks gather sharded weights (ZeRO-3, FSDP) at once, so that one with fewer samples goes on calling the model:
     with the first sample, in batches that do not count.
-
-    Returns:
-        The batches, and how many of them, from the first on, count.
     """
     own = range(rank, num_samples, num_ranks)
     batches = [list(own[start : start + batch_size]) for start in range(0, len(own), batch_size)]

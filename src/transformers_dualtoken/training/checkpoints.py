@@ -29,9 +29,6 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
 
     Whole is what has a readable state, which the Trainer writes last (transformers' `get_last_checkpoint` takes the
     last of any kind). `"true"` means the last one too, but there must be one; `"false"` begins anew.
-
-    Raises:
-        ValueError: if the checkpoint that is asked for is missing or not whole.
     """
     wanted = arguments.resume_from_checkpoint
     wanted = {"true": True, "false": False}.get(str(wanted).lower(), wanted)
@@ -41,8 +38,7 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
         if _state(wanted) is None:
             raise ValueError(
                 f"`resume_from_checkpoint` names {wanted!r}, which is no whole checkpoint: it has no readable "
-                "trainer_state.json, which is written last. Name an earlier one, or leave the argument out: the last whole "
-                f"one of {arguments.output_dir!r} is taken then."
+                "trainer_state.json, which is written last. Name an earlier one, or leave it out for the last whole one."
             )
         return str(wanted)
     folders = Path(arguments.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -68,12 +64,7 @@ def _state(checkpoint: str | Path) -> dict | None:
 
 
 class TrainingStopped(SystemExit):
-    """
-    Raised out of `train` when a SIGTERM ended it. Nothing after it in a script runs, and the exit status is 0.
-
-    Attributes:
-        checkpoint (`str`): the folder from which training goes on.
-    """
+    """Raised out of `train` when a SIGTERM ended it, with the `checkpoint` to go on from. The exit status is 0."""
 
     def __init__(self, checkpoint: str):
         super().__init__(0)
@@ -83,10 +74,8 @@ class TrainingStopped(SystemExit):
 class SaveOnSigterm(TrainerCallback):
     """
     After the step in which a SIGTERM came, to any rank: a log, an evaluation if it is due, a checkpoint, and
-    [`TrainingStopped`].
-
-    transformers' `enable_jit_checkpoint` saves within a step: a forward of the vision tokenizer has moved the codebooks
-    by then, and its batch would move them again after a resume.
+    [`TrainingStopped`]. (transformers' `enable_jit_checkpoint` saves within a step, when the vision tokenizer's forward
+    has moved the codebooks; after a resume the same batch would move them again.)
     """
 
     def __init__(self):
@@ -114,15 +103,13 @@ class SaveOnSigterm(TrainerCallback):
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, self._ask) if is_main else None
         self._is_listening.value = is_main
-        is_restored = False
         try:
             yield
         finally:
             self._is_listening.value = False
-            # Unless transformers' own handler has put another in its place at the end of training.
+            # At the end of training transformers' own handler may have put another in its place.
             if is_main and signal.getsignal(signal.SIGTERM) == self._ask:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-                is_restored = True
             if self._group is not None:
                 dist.destroy_process_group(self._group)
                 self._group = None
@@ -132,7 +119,7 @@ class SaveOnSigterm(TrainerCallback):
                 "SIGTERM came when no step of training was left: training has ended as usual, and the program goes on."
             )
             # Not the default, which would end the program before it has saved what was trained.
-            if is_restored and callable(before):
+            if callable(signal.getsignal(signal.SIGTERM)):
                 signal.raise_signal(signal.SIGTERM)
 
     def _ask(self, signum, frame) -> None:

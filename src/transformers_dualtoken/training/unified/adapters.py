@@ -42,25 +42,18 @@ def lora_config(
     """
     A `LoraConfig` for a unified model: low rank in the language model, everything new to it in full.
 
-    The vision tokenizer is never adapted.
-
     Args:
         model ([`DualTokenForCausalLM`]): what the config is for; it is not changed.
-        r (`int`, defaults to 16), alpha (`float`, defaults to 32): rank and scale; the change of a weight is
-            `alpha / r` B A.
-        dropout (`float`, defaults to 0.05): of the low-rank branches' inputs.
+        r, alpha, dropout: rank, scale (the change of a weight is `alpha / r` B A), and dropout of the branches' inputs.
         target_modules (`Sequence[str]` or `str`, *optional*): names of linear layers within the language model's
             blocks, all seven by default, and `"lm_head"`; a `str` goes to PEFT as it is.
-        train_in_full (`Sequence[str]`): of `"projector"`, `"heads"` (the depth heads), each a whole trained copy in
-            the adapter, and `"image_tokens"`: the embeddings of `<image_start>`, `<image_pad>` and `<image_end>`, and
-            their rows of the text head (unless LoRA adapts it). PEFT makes those under ZeRO-3 on GPUs only, and TRL
-            1.16 cannot train them. Not by default `"embeddings"`, those of all tokens: for words that the language model
-            has never seen, such as another language's.
+        train_in_full (`Sequence[str]`): of `"projector"`, `"heads"`, `"image_tokens"` (the embeddings of
+            `<image_start>`, `<image_pad>` and `<image_end>`, and their rows of the text head unless LoRA adapts it; TRL
+            1.16 cannot train them) and, for words new to the language model, `"embeddings"` (those of all tokens).
         kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
 
     Raises:
-        ValueError: for unknown names, or what cannot be trained: `"lm_head"` where it is tied to the embeddings or
-            weights are split, and tied embeddings where weights are split.
+        ValueError: for unknown names, and what cannot be trained on tied embeddings or split weights.
     """
     is_tied = model.config.tie_word_embeddings
     unknown = sorted(set(train_in_full) - set(TRAINED_IN_FULL))
@@ -83,8 +76,8 @@ def lora_config(
         )
     if "embeddings" in train_in_full and is_tied and _is_split():
         raise ValueError(
-            "`train_in_full` names embeddings that are tied to the text head, which are not trained in shards. Leave them "
-            "out, or use ZeRO-2 instead of ZeRO-3 or FSDP."
+            "`train_in_full` names embeddings that are tied to the text head, which are not trained where weights are "
+            "split (ZeRO-3, FSDP). Leave them out, or use ZeRO-2."
         )
     modules = [module for part, module in _MODULES_IN_FULL.items() if part in train_in_full]
     # PEFT ties to them what it makes of a tied head.
@@ -108,12 +101,10 @@ def lora_config(
 
 
 def _is_split() -> bool:
-    """Whether an engine will hold every weight in parts."""
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
 
 
 def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
-    """A pattern of what PEFT adapts."""
     blocks = [name for name in names if name != "lm_head"]
     modules = [name for name, _ in model.named_modules()]
     missing = [name for name in blocks if not any(re.fullmatch(backbone_targets([name]), m) for m in modules)]
@@ -129,19 +120,14 @@ def add_lora(
     model: DualTokenForCausalLM, config: LoraConfig | None = None, *, revision: str | None = None, **kwargs
 ) -> PeftModel:
     """
-    Give a unified model a new, trainable adapter, and print its size; everything else is frozen.
+    Give a unified model, quantised or not, a new, trainable adapter in place; everything else is frozen.
 
     What is trained is held in float32, whatever the base model's dtype: in bfloat16 most steps would round to nothing.
     Not so under DeepSpeed ZeRO-3, which keeps its own float32 copies, and FSDP, which wants one dtype.
 
     Args:
-        model ([`DualTokenForCausalLM`]): the base model, quantised or not. It is changed in place.
         config (`peft.LoraConfig`, *optional*): by default [`lora_config`] of `kwargs`.
         revision (`str`, *optional*): of the base model on the Hub; the adapter remembers it.
-
-    Returns:
-        `peft.PeftModel`: for [`DualTokenTrainer`], `generate` in all modes, and `save_pretrained`, which writes the
-        adapter alone.
     """
     if config is not None and kwargs:
         raise ValueError(f"Give `add_lora` a config or its settings, not both; got also {', '.join(sorted(kwargs))}.")
@@ -176,25 +162,21 @@ def merge_adapter(
     The sum is made in float32 and rounded once; `merge_and_unload()` on a bfloat16 model rounds the adapter's part too.
 
     Args:
-        adapter (`str` or `os.PathLike`): folder or Hub name of the adapter.
+        adapter, base (`str` or `os.PathLike`): folder or Hub name; the base model is by default what the adapter names.
         output (`str` or `os.PathLike`): a new or empty folder. It is written whole or not at all.
-        base (`str` or `os.PathLike`, *optional*): the base model; by default the one that the adapter names.
         dtype (`torch.dtype`, *optional*): of the written weights; the base model's by default.
 
     Raises:
         FileNotFoundError: if there is no such adapter or base model.
-        ValueError: if `output` holds files or lies in one of the two, if the adapter names no base model and none is
-            given, for files that are damaged, an adapter that does not fit, or values that are not finite.
-        OSError: if `output` cannot be written.
+        ValueError: if `output` is not empty or lies in one of the two, if no base model is named, for damaged files,
+            an adapter that does not fit, or values that are not finite.
     """
     with new_folder(output, adapter, *([] if base is None else [base])) as folder:
         config, revision = _adapter_config(adapter), None
         if base is None:
             base, revision = config.base_model_name_or_path, config.revision
         if not base or not isinstance(base, (str, os.PathLike)):
-            raise ValueError(
-                f"The adapter {adapter} names no base model; give the one that it was trained on as `base`."
-            )
+            raise ValueError(f"The adapter {adapter} names no base model; give the one it was trained on as `base`.")
         with checkpoint_errors(base):
             for name in ("config.json", "generation_config.json"):
                 path = _file(base, name, revision=revision)

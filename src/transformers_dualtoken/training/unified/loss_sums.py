@@ -12,12 +12,7 @@ class UnifiedLossSums:
     """
     Sums of cross-entropies and counts of right predictions. Batches of any split of the data add up to the same means.
 
-    `update` never waits for the device.
-
-    Args:
-        config ([`DualTokenConfig`]): the model's, for its depths and the weights of its loss.
-        device (`torch.device` or `str`, defaults to `"cpu"`): where the sums are, which must be a device that the
-            process group can send.
+    `device` is where the sums are, which the process group must be able to send. `update` never waits for it.
     """
 
     def __init__(self, config: DualTokenConfig, device: torch.device | str = "cpu"):
@@ -25,7 +20,6 @@ class UnifiedLossSums:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         # The text's, and those of both kinds by depth. In float64, since a sum of millions would swallow single terms in
         # float32; MPS lacks it.
         dtype = torch.float32 if self.device.type == "mps" else torch.float64
@@ -55,13 +49,10 @@ class UnifiedLossSums:
 
     def compute(self) -> dict[str, float]:
         """
-        Means over the targets, and the numbers of targets. Losses are in nats.
-
-        Returns:
-            `dict`: `loss`, the weighted sum of the three losses; of text `text_loss`, `text_perplexity` (e to it) and
-            `text_accuracy`; of both kinds of codes `pixel_loss`, over the depths summed or averaged as
-            `config.depth_reduction` says, and `pixel_loss_depth_1`, `pixel_accuracy_depth_1` and so on;
-            `num_text_targets`, `num_visual_targets`. What has no target is left out, and adds nothing to `loss`.
+        Means over the targets, in nats: `loss`, the weighted sum of the three losses; `text_loss`, `text_perplexity` (e
+        to it) and `text_accuracy`; of both kinds of codes `pixel_loss`, over the depths summed or averaged as
+        `config.depth_reduction` says, `pixel_loss_depth_1`, `pixel_accuracy_depth_1` and so on; `num_text_targets` and
+        `num_visual_targets`. What has no target is left out, and adds nothing to `loss`.
         """
         config, metrics, (num_text, num_visual) = self.config, {"loss": 0.0}, self._num_targets
         losses, num_correct = self._losses.cpu().double(), self._num_correct.cpu().double()

@@ -10,16 +10,10 @@ from ...modeling_dualtoken import DualTokenForCausalLM
 from ...optional_libraries import MissingLibraryError
 
 
-def low_bit_config(
-    bits: int = 4, library: str = "bitsandbytes", dtype: torch.dtype = torch.bfloat16
-) -> BitsAndBytesConfig | TorchAoConfig:
+def low_bit_config(bits: int = 4, library: str = "bitsandbytes", dtype: torch.dtype = torch.bfloat16):
     """
-    A `quantization_config` for `from_pretrained` in the recommended settings.
-
-    Args:
-        bits (`int`, defaults to 4): 4 (NF4 with quantised scales, as in QLoRA) or 8.
-        library (`str`, defaults to `"bitsandbytes"`): or `"torchao"`, with 8 bits: int8 weights, one scale per output.
-        dtype (`torch.dtype`, defaults to `torch.bfloat16`): in which 4-bit layers compute.
+    A `quantization_config` for `from_pretrained`: of `"bitsandbytes"` with 4 bits (NF4 with quantised scales, as in
+    QLoRA, computing in `dtype`) or 8, or of `"torchao"` with 8 (int8 weights, one scale per output).
 
     Raises:
         ValueError: for another number of bits or another library.
@@ -37,26 +31,16 @@ def low_bit_config(
         return TorchAoConfig(Int8WeightOnlyConfig())
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **options)
 
 
 def load_quantized(
-    path: str | os.PathLike,
-    *,
-    bits: int = 4,
-    library: str = "bitsandbytes",
-    dtype: torch.dtype = torch.bfloat16,
-    **kwargs,
+    path: str | os.PathLike, *, bits: int = 4, library: str = "bitsandbytes", dtype=torch.bfloat16, **kwargs
 ) -> DualTokenForCausalLM:
     """
-    Load a unified model whose language model has 4 or 8 bits a weight; the rest has `dtype`, the codebooks float32.
-
-    The blocks' weights are frozen; [`add_lora`] adds what can be trained. `kwargs` are those of `from_pretrained`.
+    `from_pretrained` of a unified model whose language model has 4 or 8 bits a weight, frozen; the rest has `dtype`, the
+    codebooks float32. [`add_lora`] adds what can be trained.
     """
     config = low_bit_config(bits, library, dtype)
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, **kwargs)

@@ -27,14 +27,7 @@ _DEFAULT_NEW_TOKENS = 128
 
 
 def read_prompts(path) -> list[dict]:
-    """
-    Read the prompts of [`SampleGenerationCallback`] from a JSON file, a list of them.
-
-    Images that are given by relative paths lie relative to the file.
-
-    Raises:
-        ValueError: if the file holds no list.
-    """
+    """The prompts of [`SampleGenerationCallback`] from a JSON list; relative paths of images are relative to the file."""
     path = Path(path)
     prompts = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(prompts, list):
@@ -50,15 +43,10 @@ def read_prompts(path) -> list[dict]:
 
 class SamplePrompt:
     """
-    A prompt that is ready for the model.
+    A prompt that is ready for the model, called by its `number` (from 1).
 
-    Args:
-        prompt (`dict`): `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the
-            default), `"image"` or `"interleaved"`; everything else goes to `generate` (`guidance_scale`,
-            `num_return_sequences`, `max_new_tokens`, ...). An image part's `"image"` is whatever
-            [`~image_reading.locate_image`] takes.
-        processor ([`DualTokenProcessor`]).
-        number (`int`): what to call it, from 1.
+    `prompt` has `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the default), `"image"`
+    or `"interleaved"`; everything else goes to `generate` (`guidance_scale`, `num_return_sequences`, ...).
 
     Raises:
         ValueError: names the prompt, if it is of another form or an image cannot be read.
@@ -121,25 +109,17 @@ class SampleGenerationCallback(TrainerCallback):
         prompts (`list[dict]`): see [`SamplePrompt`]; [`read_prompts`] reads them from a file.
         processor ([`DualTokenProcessor`], *optional*): the trainer's `processing_class` by default.
         steps (`int`, *optional*): generate every so many steps; by default at evaluations.
-        seed (`int`, defaults to 0).
 
     Raises:
         ValueError: if there is no prompt, or one cannot be used; at once, and not at the first evaluation.
     """
 
-    def __init__(
-        self,
-        trainer,
-        prompts: Sequence[dict],
-        processor: DualTokenProcessor | None = None,
-        steps: int | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, trainer, prompts: Sequence[dict], processor=None, steps: int | None = None, seed: int = 0):
         processor = trainer.processing_class if processor is None else processor
         if not isinstance(processor, DualTokenProcessor):
+            got = type(processor).__name__
             raise ValueError(
-                f"Samples need a DualTokenProcessor, as `processor` or as the trainer's `processing_class`; got "
-                f"{type(processor).__name__}."
+                f"Samples need a DualTokenProcessor, here or as the trainer's `processing_class`; got {got}."
             )
         if not prompts:
             raise ValueError("There must be at least one sample prompt.")
@@ -160,17 +140,12 @@ class SampleGenerationCallback(TrainerCallback):
             self.generate()
 
     def generate(self) -> None:
-        """
-        Answer the prompts now; every rank must call it.
-
-        Raises:
-            RuntimeError: if generation fails; names the prompt.
-        """
+        """Answer the prompts now; every rank must call it. A `RuntimeError` names a prompt whose generation fails."""
         trainer = self.trainer
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        devices = [] if model.device.type in ("cpu", "mps", "meta") else [model.device]
-        random_state = {"devices": devices, "device_type": devices[0].type if devices else "cuda"}
+        is_gpu = model.device.type not in ("cpu", "mps", "meta")
+        random_state = {"devices": [model.device] * is_gpu, "device_type": model.device.type if is_gpu else "cuda"}
         was_training, answers = model.training, []
         # Dropout and gradient checkpointing, which allows no cache, are for training only.
         model.eval()
@@ -198,10 +173,9 @@ class SampleGenerationCallback(TrainerCallback):
         else:
             settings["generator"] = torch.Generator().manual_seed(self.seed)
         output = model.generate(**inputs, generation_mode=prompt.mode, **settings)
-        sequences, images = output, iter(())
-        if prompt.mode != "text":
-            sequences = output.sequences
-            images = iter(self.processor.post_process_images(model.decode_images(output)))
+        sequences = output if prompt.mode == "text" else output.sequences
+        images = [] if prompt.mode == "text" else self.processor.post_process_images(model.decode_images(output))
+        images = iter(images)
         return [self._parts(ids, images) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _parts(self, ids: list[int], images: Iterator[Image.Image]) -> list[dict]:
@@ -249,10 +223,8 @@ class SampleGenerationCallback(TrainerCallback):
 @contextlib.contextmanager
 def _gathered(wrapped: nn.Module, model: nn.Module):
     """
-    Within this context sharded weights are whole where no forward of their module would gather them.
-
     Engines gather a module's weights around its forward. Generation also enters by other ways: the depth heads draw
-    depth by depth, and the model's own layers are called without its forward.
+    depth by depth, and the model's own layers are called without its forward; within this context those are whole.
     """
     units = []
     if hasattr(wrapped, "unshard"):  # FSDP2

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
 import torch
@@ -15,39 +15,15 @@ from ...modeling_vision_tokenizer import CODE_KINDS
 
 # Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
 PEAK_TFLOPS = {
-    "A10": 125.0,
-    "A10G": 70.0,
-    "A30": 165.0,
-    "A40": 149.7,
-    "A100": 312.0,
-    "A800": 312.0,
-    "B200": 2250.0,
-    "GH200": 989.0,
-    "H20": 148.0,
-    "H100": 989.0,
-    "H100 NVL": 835.0,
-    "H100 PCIe": 756.0,
-    "H200": 989.0,
-    "H800": 989.0,
-    "L4": 121.0,
-    "L40": 181.0,
-    "L40S": 362.0,
-    "MI300X": 1307.0,
-    "RTX 3090": 71.0,
-    "RTX 4090": 165.0,
-    "RTX 5090": 209.5,
-    "RTX 6000 Ada": 364.0,
-    "RTX A6000": 154.8,
-}
+    "A10": 125.0, "A10G": 70.0, "A30": 165.0, "A40": 149.7, "A100": 312.0, "A800": 312.0, "B200": 2250.0,
+    "GH200": 989.0, "H20": 148.0, "H100": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H200": 989.0, "H800": 989.0,
+    "L4": 121.0, "L40": 181.0, "L40S": 362.0, "MI300X": 1307.0, "RTX 3090": 71.0, "RTX 4090": 165.0,
+    "RTX 5090": 209.5, "RTX 6000 Ada": 364.0, "RTX A6000": 154.8,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device | str, peak_tflops: float | None = None) -> float | None:
-    """
-    The bfloat16 operations a second that a device can do at most: `peak_tflops` 1e12, or what [`PEAK_TFLOPS`] knows.
-
-    Raises:
-        ValueError: if `peak_tflops` is not positive.
-    """
+    """The bfloat16 operations a second that a device can do: `peak_tflops` 1e12, or what [`PEAK_TFLOPS`] knows."""
     if peak_tflops is not None:
         if not peak_tflops > 0:
             raise ValueError(f"`peak_tflops` must be positive, in 1e12 operations a second; got {peak_tflops}.")
@@ -77,10 +53,9 @@ class StepCounts:
 
 
 class _Products:
-    """FLOPs a position of modules, called in the order of the forward: its products, and those of its backward."""
+    """FLOPs a position of modules called in the order of the forward; `flows`: the next one's input has a gradient."""
 
     def __init__(self, flows: bool = False):
-        # Whether the input of the next module needs a gradient.
         self.flows = flows
 
     def __call__(self, *modules: nn.Module) -> int:
@@ -88,8 +63,9 @@ class _Products:
         flops, before, after = 0, self.flows, self.flows
         for module in modules:
             flows = before
-            # PEFT's wrapper of trained tokens holds a layer twice.
-            for part in dict.fromkeys(_active_modules(module)):
+            # PEFT's wrappers hold a layer and its trained copy, or a layer twice.
+            names = module.named_modules(remove_duplicate=False)
+            for part in dict.fromkeys(part for name, part in names if "original_module" not in name):
                 if isinstance(part, (nn.Linear, DualTokenStackedLinear)):
                     flops += 2 * _size(part) * (1 + flows + part.weight.requires_grad)
                 flows |= any(parameter.requires_grad for parameter in part.parameters(recurse=False))
@@ -104,23 +80,13 @@ class _Products:
 
 class TrainingFlops:
     """
-    Floating-point operations of a training step, from the model's own layers: forward, and the backward that its
-    trainable weights need.
+    Floating-point operations of a training step of a [`DualTokenForCausalLM`], or a `PeftModel` of one, by what is
+    trained when this is made: `per_token`, `per_attention_pair` and so on, as [`StepCounts`] counts.
 
     A product with a weight of n numbers takes 2 n operations a position forward, 2 n more for the weight's gradient
     where it is trained, and 2 n more for its input's where anything before it is. Norms, activations, softmaxes,
     embeddings and the optimizer are left out, and so is what gradient checkpointing computes a second time: model
-    FLOPs, not hardware FLOPs.
-
-    Make it once it is settled what is trained. Weights that LoRA, quantisation, ZeRO-3 or FSDP hold in another form
-    count with their full shapes.
-
-    Args:
-        model ([`DualTokenForCausalLM`], or a `PeftModel` of one).
-
-    Attributes:
-        per_token, per_attention_pair, per_text_target, per_visual_target, per_image, per_encoded_image (`int`): in the
-            order of [`StepCounts`].
+    FLOPs, not hardware FLOPs. Weights that LoRA, quantisation, ZeRO-3 or FSDP hold in another form count in full.
 
     Raises:
         AttributeError: for a language model of other blocks than Qwen2's.
@@ -130,8 +96,7 @@ class TrainingFlops:
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         base, language_model = model.model, model.model.language_model
         products = _Products()
-        projector = sum(products(layer) for layer in _active(base.visual_projector).children())
-        self.per_image = model.config.num_positions * projector
+        self.per_image = model.config.num_positions * products(base.visual_projector)
         self.per_encoded_image = _encoder_flops(base.vision_tokenizer)
         products(language_model.get_input_embeddings())
         self.per_token = self.per_attention_pair = 0
@@ -147,7 +112,7 @@ class TrainingFlops:
         products(language_model.norm)
         flows = products.flows
         self.per_text_target = products(model.lm_head)
-        self.per_visual_target = _depth_head_flops(_active(model.depth_heads), flows)
+        self.per_visual_target = _depth_head_flops(model.depth_heads, flows)
 
     def __call__(self, counts: StepCounts) -> int:
         """FLOPs of a step that works on `counts`."""
@@ -193,21 +158,6 @@ def _encoder_flops(tokenizer: nn.Module) -> int:
     return 2 * positions * weights + 2 * 2 * positions**2 * widths
 
 
-def _active(module: nn.Module) -> nn.Module:
-    """The copy of a module that PEFT trains in its place, where it does (`modules_to_save`)."""
-    if not hasattr(module, "modules_to_save"):
-        return module
-    return module.modules_to_save[module.active_adapters[0]]
-
-
-def _active_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """A module and those within it, as they are called; of two copies the one in use."""
-    module = _active(module)
-    yield module
-    for child in module.children():
-        yield from _active_modules(child)
-
-
 def _size(layer: nn.Module) -> int:
     """Numbers of a weight, also where it is packed (quantised) or in parts (ZeRO-3; FSDP says the whole shape)."""
     if isinstance(layer, nn.Linear):
@@ -219,38 +169,23 @@ class ThroughputMeter:
     """
     Tokens and images a second over all ranks, the share of padding, and model FLOPs utilisation, between two logs.
 
-    Counting never waits for the device; `compute` does, and all ranks must call it.
-
-    Args:
-        accelerator (`accelerate.Accelerator`).
-        image_token_id (`int`): the label of image positions.
-        pad_token_id (`int`): without an `attention_mask` (packed samples), the run of it at a row's end is padding,
-            from where positions begin anew.
-        flops ([`TrainingFlops`], *optional*), peak (`float`, *optional*): of the model, and of one device as
-            [`peak_flops`] says; without either no utilisation is reported.
+    Counting never waits for the device; `compute` does, and all ranks must call it. Without an `attention_mask` (packed
+    samples), a run of `pad_token_id` at a row's end is padding, from where positions begin anew. Without `flops`
+    ([`TrainingFlops`]) or `peak` ([`peak_flops`]) no utilisation is reported.
     """
 
-    def __init__(
-        self,
-        accelerator,
-        image_token_id: int,
-        pad_token_id: int,
-        flops: TrainingFlops | None = None,
-        peak: float | None = None,
-    ):
+    def __init__(self, accelerator, image_token_id: int, pad_token_id: int, flops=None, peak: float | None = None):
         self.accelerator = accelerator
         self.image_token_id, self.pad_token_id = image_token_id, pad_token_id
         self.flops, self.peak = flops, peak
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts and start the clock."""
         # Tokens, pairs, text targets, visual targets: known to the device alone.
         self._on_device = torch.zeros(4, dtype=torch.int64, device=self.accelerator.device)
         # Images, encoded images, positions: shapes.
         self._shapes = [0, 0, 0]
-        self._started, self._paused = time.perf_counter(), 0.0
-        self._is_paused = False
+        self._started, self._paused, self._pauses = time.perf_counter(), 0.0, 0
 
     @torch.no_grad()
     def update(self, batch: Mapping[str, torch.Tensor]) -> None:
@@ -280,24 +215,17 @@ class ThroughputMeter:
     @contextlib.contextmanager
     def paused(self):
         """Time within this context does not count: evaluation, and saving. Within itself it changes nothing."""
-        if self._is_paused:
-            yield
-            return
-        start, self._is_paused = time.perf_counter(), True
+        start, self._pauses = time.perf_counter(), self._pauses + 1
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - start
-            self._is_paused = False
+            self._pauses -= 1
+            self._paused += 0.0 if self._pauses else time.perf_counter() - start
 
     def compute(self) -> dict[str, float]:
         """
-        Numbers since the last call, over all ranks.
-
-        Returns:
-            `dict`: `tokens_per_second` (text and image positions, no padding), `images_per_second`, `padding_share`
-            (of all positions, in 0..1) and, where the peak is known, `model_flops_utilization` (in 0..1). Empty where
-            nothing was counted.
+        Since the last call, over all ranks: `tokens_per_second` (no padding), `images_per_second`, `padding_share` (of all
+        positions, in 0..1), `model_flops_utilization` (in 0..1, where the peak is known). Empty of nothing.
         """
         shapes = torch.tensor(self._shapes, device=self.accelerator.device)
         *counts, positions = self.accelerator.reduce(torch.cat([self._on_device, shapes]), "sum").tolist()

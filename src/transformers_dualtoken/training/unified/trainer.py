@@ -1,7 +1,5 @@
 """Training of the unified model."""
 
-from collections import defaultdict
-
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -27,13 +25,7 @@ _LOSS_TERMS = ("text_loss", "pixel_loss", "semantic_loss")
 
 
 def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
-    """
-    Train the named parts of a model and freeze the rest. The vision tokenizer is always frozen.
-
-    Args:
-        model ([`DualTokenForCausalLM`]).
-        parts (`list[str]`): of `"projector"`, `"language_model"` and `"heads"`.
-    """
+    """Train the parts of a model, of `"projector"`, `"language_model"` and `"heads"`, and freeze the rest."""
     unknown = sorted(set(parts) - set(TRAINABLE_PARTS))
     if unknown or not parts:
         raise ValueError(f"`parts` must name some of {', '.join(TRAINABLE_PARTS)}, got {parts}.")
@@ -47,16 +39,10 @@ def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
         parameter.requires_grad_(name.startswith(prefixes))
 
 
-def part_of(name: str) -> str | None:
-    """The part of `TRAINABLE_PARTS` that a parameter belongs to, whatever wraps the model (PEFT, DDP)."""
-    return next((part for part, prefixes in TRAINABLE_PARTS.items() if any(p in name for p in prefixes)), None)
-
-
 class _EpochLengthGroupedSampler(LengthGroupedSampler):
     """
-    Samples of like length together, in another order in every epoch, which depends on the seed and the epoch only.
-
-    transformers' sampler draws from the global random state, which a resumed run cannot bring back for the epoch at hand.
+    Samples of like length together, in an order of the seed and the epoch only: transformers' sampler draws from the
+    global random state, which a resumed run cannot bring back for the epoch at hand.
     """
 
     def __init__(self, dataset, batch_size: int, seed: int):
@@ -76,11 +62,8 @@ class DualTokenTrainer(DualTokenBaseTrainer):
 
     Text and visual targets are counted apart, over the whole global batch: each loss is a mean over its own targets,
     whatever the number of accumulation steps and ranks. Logged are the three losses beside their weighted sum, losses
-    and accuracies of both heads at every depth, tokens and images a second, and where the device's peak is known the
-    share of it that is used. An evaluation reports [`UnifiedLossSums`] exactly, whatever the batch size and the number of
-    ranks.
-
-    `train_sampling_strategy="group_by_length"` puts samples of like length into one batch.
+    and accuracies of both heads at every depth, and [`ThroughputMeter`]. An evaluation reports [`UnifiedLossSums`]
+    exactly, whatever the batch size and the number of ranks.
 
     Args:
         learning_rates (`dict[str, float]`, *optional*): rates of parts (`"projector"`, `"language_model"`, `"heads"`)
@@ -105,24 +88,21 @@ class DualTokenTrainer(DualTokenBaseTrainer):
         **kwargs,
     ):
         self.learning_rates = dict(learning_rates or {})
-        unknown = sorted(set(self.learning_rates) - set(TRAINABLE_PARTS))
+        unknown = ", ".join(sorted(set(self.learning_rates) - set(TRAINABLE_PARTS)))
         if unknown:
-            raise ValueError(
-                f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {', '.join(unknown)}."
-            )
+            raise ValueError(f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {unknown}.")
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 "`label_smoothing_factor` must be 0: the Trainer would smooth the labels of images by the text head, which "
                 f"does not predict them; got {args.label_smoothing_factor}."
             )
         super().__init__(model, args, *trainer_args, **kwargs)
-        if self.learning_rates and self.is_deepspeed_enabled:
-            config = self.accelerator.state.deepspeed_plugin.deepspeed_config
-            if "optimizer" in config:
-                raise ValueError(
-                    "DeepSpeed's config has an optimizer of its own, which would give all parts one learning rate. Leave "
-                    "`optimizer` and `scheduler` out of it: the Trainer's are used then, with `learning_rates`."
-                )
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if self.learning_rates and plugin is not None and "optimizer" in plugin.deepspeed_config:
+            raise ValueError(
+                "DeepSpeed's config has an optimizer of its own, which would give all parts one learning rate. Leave "
+                "`optimizer` and `scheduler` out of it: the Trainer's are used then, with `learning_rates`."
+            )
         # Every rank divides by the global counts, so that the ranks' terms are parts of a sum.
         self.terms_reduction = "sum" if self.args.average_tokens_across_devices else "mean"
         unwrapped = self.accelerator.unwrap_model(self.model)
@@ -187,20 +167,22 @@ class DualTokenTrainer(DualTokenBaseTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.learning_rates:
-            parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
-            trained = {parts.get(id(parameter)) for group in optimizer.param_groups for parameter in group["params"]}
-            frozen = sorted(set(self.learning_rates) - trained)
-            if frozen:
-                raise ValueError(f"`learning_rates` names parts that are not trained: {', '.join(frozen)}.")
-            groups = []
+            # Whatever wraps the model (PEFT, DDP).
+            prefixes = [(part, prefix) for part, of_part in TRAINABLE_PARTS.items() for prefix in of_part]
+            parts = {
+                id(parameter): next((part for part, prefix in prefixes if prefix in name), None)
+                for name, parameter in self.model.named_parameters()
+            }
+            frozen, groups = set(self.learning_rates), []
             for group in optimizer.param_groups:
-                by_part = defaultdict(list)
-                for parameter in group["params"]:
-                    by_part[parts.get(id(parameter))].append(parameter)
-                groups += [
-                    {**group, "params": parameters, "lr": self.learning_rates.get(part, group["lr"])}
-                    for part, parameters in by_part.items()
-                ]
+                of_each = [parts.get(id(parameter)) for parameter in group["params"]]
+                frozen -= set(of_each)
+                for part in dict.fromkeys(of_each):
+                    parameters = [p for p, its in zip(group["params"], of_each) if its == part]
+                    rate = self.learning_rates.get(part, group["lr"])
+                    groups.append({**group, "params": parameters, "lr": rate})
+            if frozen:
+                raise ValueError(f"`learning_rates` names parts that are not trained: {', '.join(sorted(frozen))}.")
             optimizer.param_groups[:] = groups
         return optimizer
 

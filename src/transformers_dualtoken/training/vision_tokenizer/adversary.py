@@ -27,18 +27,8 @@ class Adversary:
 
     Its steps use the reconstructions made before the tokenizer's step, as the authors' code does, and accumulate over
     the same micro-batches. Adam without weight decay; the rate warms up linearly from its first step on and falls
-    along a cosine until the end of training.
-
-    Args:
-        recipe ([`DualTokenVisionTokenizerRecipe`]).
-        accelerator (`accelerate.Accelerator`): places and wraps the discriminator.
-        args (`TrainingArguments`): peak rate unless the recipe has one, Adam's settings, the norm that gradients are
-            clipped to, and the seed of the weights, together with how often they were drawn before.
-        max_steps (`int`): optimizer steps of the whole training.
-        steps_per_epoch (`int`, *optional*): what the recipe's open settings are derived from.
-
-    Raises:
-        ValueError: if the length of an epoch is needed and unknown.
+    along a cosine until the end of training, after `max_steps` steps of the tokenizer. What the recipe leaves open is
+    of `args`, or derived from `steps_per_epoch`.
     """
 
     def __init__(
@@ -50,28 +40,23 @@ class Adversary:
         steps_per_epoch: int | None,
     ):
         self.recipe, self.accelerator, self.args, self.max_steps = recipe, accelerator, args, max_steps
-        self.peak_rate = recipe.discriminator_learning_rate
-        if self.peak_rate is None:
-            self.peak_rate = args.learning_rate
+        self.peak_rate = recipe.discriminator_learning_rate or args.learning_rate
         if self.peak_rate <= 0:
             raise ValueError(f"The discriminator needs a learning rate above 0, got {self.peak_rate}.")
         steps_per_epoch = recipe.steps_per_epoch or steps_per_epoch
-        self.start_step, self.warmup_steps = recipe.discriminator_start_step, recipe.discriminator_warmup_steps
-        if steps_per_epoch is None and None in (self.start_step, self.warmup_steps):
+        steps = recipe.discriminator_start_step, recipe.discriminator_warmup_steps
+        if steps_per_epoch is None and None in steps:
             raise ValueError(
                 "The adversary starts in the middle of the first epoch, but the length of a stream is unknown: give "
                 "`steps_per_epoch`, or both `discriminator_start_step` and `discriminator_warmup_steps`."
             )
-        if self.start_step is None:
-            self.start_step = steps_per_epoch // 2
-        if self.warmup_steps is None:
-            self.warmup_steps = steps_per_epoch // 2
+        self.start_step, self.warmup_steps = (steps_per_epoch // 2 if step is None else step for step in steps)
         # Until then the discriminator's own loss counts fully.
         self.first_epoch_steps = steps_per_epoch or 0
         with torch.random.fork_rng(devices=[]):
             self.discriminator = PatchDiscriminator(recipe.discriminator_channels)
-        # Wrapped for several ranks, and compiled where that is asked for. The tokenizer's gradient takes the plain one:
-        # it must not touch the wrapper's bookkeeping of gradients to reduce.
+        # For several ranks, and compiled where that is asked for. The tokenizer's gradient takes the plain one: it must
+        # not touch the wrapper's bookkeeping of gradients to reduce.
         self.wrapped = accelerator.prepare_model(self.discriminator)
         self._draw(0)
 
@@ -81,21 +66,17 @@ class Adversary:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.args.seed + restarts)
             self.discriminator.load_state_dict(PatchDiscriminator(self.recipe.discriminator_channels).state_dict())
-        betas = self.args.adam_beta1, self.args.adam_beta2
-        self.optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=self.peak_rate, betas=betas, eps=self.args.adam_epsilon
-        )
-        start = self.start_step + restarts * (self.recipe.discriminator_restart_steps or 0)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: self._rate_factor(step, self.max_steps - start)
-        )
+        options = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=self.peak_rate, **options)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self._rate_factor(step))
 
-    def _rate_factor(self, step: int, num_steps: int) -> float:
-        """Of the peak rate, after `step` of `num_steps` steps. The very first step already learns."""
+    def _rate_factor(self, step: int) -> float:
+        """Of the peak rate, after `step` steps since the last draw. The very first step already learns."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
+        start = self.start_step + self.restarts * (self.recipe.discriminator_restart_steps or 0)
         end = min(1.0, self.recipe.discriminator_end_learning_rate / self.peak_rate)
-        progress = min(1.0, (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps))
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - start - self.warmup_steps))
         return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def begin_step(self, global_step: int) -> bool:
@@ -112,19 +93,10 @@ class Adversary:
         """L_G = -mean D(images), of images `(B, 3, S, S)` in [-1, 1]."""
         return -self.discriminator(images).float().mean()
 
-    def learn(
-        self, real: torch.Tensor, fake: torch.Tensor, global_step: int, accumulation_steps: int
-    ) -> dict[str, torch.Tensor]:
+    def learn(self, real: torch.Tensor, fake: torch.Tensor, global_step: int, accumulation_steps: int) -> dict:
         """
-        A micro-batch of the discriminator's training; takes the optimizer's step where the tokenizer's is due.
-
-        Args:
-            real, fake (`torch.Tensor` of shape `(B, 3, S, S)`): images and their reconstructions, without gradient.
-            global_step (`int`): of the tokenizer.
-            accumulation_steps (`int`): micro-batches of this step.
-
-        Returns:
-            `dict[str, torch.Tensor]`: `discriminator` (its loss before weighting), and the mean logits.
+        A micro-batch of images `(B, 3, S, S)` and their reconstructions, without gradient; takes the optimizer's step
+        where the tokenizer's is due. Returns `discriminator`, the loss before weighting, and the mean logits.
         """
         is_due = self.accelerator.sync_gradients
         with contextlib.nullcontext() if is_due else self.accelerator.no_sync(self.wrapped):
@@ -168,38 +140,24 @@ class Adversary:
 
 
 def adaptive_weight(
-    last_input: torch.Tensor,
-    last_layer: nn.Conv2d,
-    reconstruction_gradient: torch.Tensor,
-    generator_gradient: torch.Tensor,
-    accelerator: Accelerator,
+    last_input, last_layer: nn.Conv2d, reconstruction_gradient, generator_gradient, accelerator: Accelerator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     g = ||grad(MSE + LPIPS)|| / (||grad L_G|| + 1e-4) at the decoder's last convolution, clamped to [0.3, 10] (code).
 
-    The gradients of a convolution's weights follow from its input and the gradients at its output, so neither loss
-    is differentiated a second time, nor is anything below that convolution. They are averaged over the ranks first:
-    one weight for the whole batch, as if one process held it all.
-
-    Args:
-        last_input (`torch.Tensor` of shape `(B, C, S, S)`): what went into `last_layer`.
-        reconstruction_gradient, generator_gradient (`torch.Tensor` of shape `(B, 3, S, S)`): of the two losses with
-            respect to the image.
-
-    Returns:
-        The weight, clamped, and before the clamp: scalars.
+    The gradients of a convolution's weights follow from its input `(B, C, S, S)` and the gradients at its output
+    `(B, 3, S, S)`, so neither loss is differentiated a second time, nor is anything below that convolution. They are
+    averaged over the ranks first: one weight for the whole batch. Returns it clamped, and before the clamp: scalars.
     """
     # A gradient of half precision would vanish; bfloat16 has the range.
     dtype = last_input.dtype if last_input.dtype != torch.float16 else torch.float32
-    inputs, shape = last_input.to(dtype), last_layer.weight.shape
+    fixed = last_input.to(dtype), last_layer.weight.shape
     options = {"stride": last_layer.stride, "padding": last_layer.padding}
-    gradients = torch.stack(
-        [
-            nn.grad.conv2d_weight(inputs, shape, gradient.to(dtype), **options)
-            for gradient in (reconstruction_gradient, generator_gradient)
-        ]
-    )
-    gradients = accelerator.reduce(gradients.float(), "mean")
+    gradients = [
+        nn.grad.conv2d_weight(*fixed, gradient.to(dtype), **options)
+        for gradient in (reconstruction_gradient, generator_gradient)
+    ]
+    gradients = accelerator.reduce(torch.stack(gradients).float(), "mean")
     reconstruction_norm, generator_norm = gradients.flatten(1).norm(dim=1)
     weight = reconstruction_norm / (generator_norm + 1e-4)
     return weight.clamp(*ADAPTIVE_WEIGHT_RANGE), weight

@@ -17,14 +17,9 @@ _AVERAGE_NAME = "weight_average.pt"
 
 class WeightAverage(TrainerCallback):
     """
-    Moves the average after every optimizer step, and lends it to the model.
+    torch's `AveragedModel` of the parameters that are trained, from the first step on, which it lends to the model.
 
-    The average begins with the weights after the first step. It is torch's `AveragedModel`, over the trained parameters
-    only; codebooks are moving averages already and stay what they are.
-
-    Args:
-        model (`nn.Module`): on the training device, and frozen already as the stage wants it.
-        decay (`float`): share of the old average that a step keeps, in (0, 1).
+    Codebooks are moving averages already and stay what they are. A step keeps the share `decay` of the average.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -67,31 +62,24 @@ class WeightAverage(TrainerCallback):
 
 
 class ReconstructionGridCallback(TrainerCallback):
-    """
-    Writes `grids/step-00000100.png` into the output folder every `recipe.grid_steps` steps, and sends it to the trackers.
-
-    The images are the first of the evaluation set, or else of the training set, or of the first batch of a stream.
-    """
+    """Writes `grids/step-00000100.png` every `recipe.grid_steps` steps, and sends it to the trackers."""
 
     def __init__(self, trainer):
-        self.trainer = trainer
-        # (N, 3, S, S), chosen with the first batch.
-        self.pixel_values: torch.Tensor | None = None
+        self.trainer, self.pixel_values = trainer, None
 
     def choose_images(self, batch: torch.Tensor) -> None:
-        """Once; `batch` is the pixel values `(B, 3, S, S)` at hand, for data sets without an order."""
+        """Once: the first of the evaluation or else of the training set, or of the `batch` `(B, 3, S, S)` of a stream."""
         if self.pixel_values is not None:
             return
         trainer, count = self.trainer, self.trainer.recipe.grid_images
         eval_dataset = trainer.eval_dataset
         if isinstance(eval_dataset, dict):
             eval_dataset = next(iter(eval_dataset.values()))
+        dataset = next((each for each in (eval_dataset, trainer.train_dataset) if hasattr(each, "__len__")), None)
         self.pixel_values = batch[:count].clone()
-        for dataset in (eval_dataset, trainer.train_dataset):
-            if hasattr(dataset, "__len__"):
-                samples = [dataset[index] for index in range(min(count, len(dataset)))]
-                self.pixel_values = trainer.data_collator(samples)["pixel_values"]
-                return
+        if dataset is not None:
+            samples = [dataset[index] for index in range(min(count, len(dataset)))]
+            self.pixel_values = trainer.data_collator(samples)["pixel_values"]
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.trainer.recipe.grid_steps or not args.should_save:

@@ -31,10 +31,18 @@ _STAGE_WEIGHTS = {
 }
 STAGE_LOSS_WEIGHTS = {stage: {name: by[stage] for name, by in _STAGE_WEIGHTS.items()} for stage in (0, 1, 2)}
 
-# What fields must be at least, where they are not None.
-_LEAST = dict.fromkeys(("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"), 1)
-_LEAST |= dict.fromkeys(
-    ("discriminator_start_step", "discriminator_warmup_steps", "discriminator_end_learning_rate"), 0
+# What fields must be, where they are not None.
+_RANGES = (
+    (
+        ("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"),
+        lambda n: n >= 1,
+        "be at least 1",
+    ),
+    (("discriminator_start_step", "discriminator_warmup_steps"), lambda n: n >= 0, "be at least 0"),
+    (("discriminator_end_learning_rate",), lambda rate: rate >= 0, "be at least 0"),
+    (("discriminator_learning_rate",), lambda rate: rate > 0, "be above 0"),
+    (("weight_average_decay",), lambda decay: 0 < decay < 1, "lie between 0 and 1"),
+    (("discriminator_loss",), DISCRIMINATOR_LOSSES.__contains__, f"be one of {', '.join(DISCRIMINATOR_LOSSES)}"),
 )
 
 
@@ -90,9 +98,9 @@ class DualTokenVisionTokenizerRecipe:
             raise ValueError(f"`stage` must be one of {', '.join(map(str, STAGE_LOSS_WEIGHTS))}, got {self.stage!r}.")
         given = json_object(self.loss_weights, "loss_weights")
         weights = STAGE_LOSS_WEIGHTS[self.stage]
-        unknown = sorted(set(given) - set(weights))
+        unknown = ", ".join(sorted(set(given) - set(weights)))
         if unknown:
-            raise ValueError(f"No such loss terms: {', '.join(unknown)}; there are {', '.join(weights)}.")
+            raise ValueError(f"No such loss terms: {unknown}; there are {', '.join(weights)}.")
         for name, weight in given.items():
             if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
                 raise ValueError(f"The weight of a loss term must be a number of at least 0, got {name} = {weight!r}.")
@@ -104,34 +112,25 @@ class DualTokenVisionTokenizerRecipe:
                 "The adaptive weight of `generator` compares it with `reconstruction_mse` and `perceptual`, which both "
                 "have weight 0: give one of them a weight, or set `generator` to 0 too."
             )
-        if self.discriminator_loss not in DISCRIMINATOR_LOSSES:
-            raise ValueError(
-                f"`discriminator_loss` must be one of {', '.join(DISCRIMINATOR_LOSSES)}, got {self.discriminator_loss!r}."
-            )
-        if self.weight_average_decay is not None and not 0 < self.weight_average_decay < 1:
-            raise ValueError(f"`weight_average_decay` must lie between 0 and 1, got {self.weight_average_decay}.")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-        if self.discriminator_learning_rate is not None and not self.discriminator_learning_rate > 0:
-            raise ValueError(f"`discriminator_learning_rate` must be above 0, got {self.discriminator_learning_rate}.")
+        for names, is_right, said in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not is_right(value):
+                    raise ValueError(f"`{name}` must {said}, got {value!r}.")
 
     def _with_weight(self, names: tuple[str, ...]) -> list[str]:
         return [name for name in names if self.loss_weights[name]]
 
     @property
     def pixel_terms(self) -> list[str]:
-        """Names of the terms with a weight that train what makes pixel codes and images."""
         return self._with_weight(PIXEL_TERMS)
 
     @property
     def semantic_terms(self) -> list[str]:
-        """Names of the terms with a weight that train what makes semantic codes and the image embedding."""
         return self._with_weight(SEMANTIC_TERMS)
 
     def image_terms(self, adversarial: bool) -> list[str]:
-        """Names of the terms with a weight that look at the reconstructed image; `generator` where `adversarial`."""
+        """Of those with a weight, the terms that look at the reconstructed image; `generator` if `adversarial`."""
         return [name for name in self._with_weight(IMAGE_TERMS) if adversarial or name != "generator"]
 
     @property
@@ -157,25 +156,21 @@ class DualTokenVisionTokenizerRecipe:
         vision = siglip.vision_model
         layers = vision.encoder.layers
         pixel_depth = max(config.pixel_layer, config.shortcut_layer or 0)
-        to_pixel_codes = [model.pixel_down_proj]
-        if config.shortcut_layer is not None:
-            to_pixel_codes.append(model.shortcut_down_proj)
-        to_image = [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
-        above_semantic = [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
-
         still: list[nn.Module | nn.Parameter] = [siglip.text_model, siglip.logit_scale, siglip.logit_bias]
         if self.stage == 0:
             still += [vision.embeddings, *layers[: config.semantic_layer]]
         if self.stage == 2:
             still += [vision.embeddings, *layers[:pixel_depth]]
         if self.stage == 2 or "pixel" not in self.codes:
-            still += to_pixel_codes
+            still.append(model.pixel_down_proj)
+            if config.shortcut_layer is not None:
+                still.append(model.shortcut_down_proj)
         if self.stage == 2 or not self._with_weight(IMAGE_TERMS):
-            still += to_image
+            still += [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
         if "semantic" not in self.codes:
             still += [model.semantic_down_proj, *layers[pixel_depth:]]
         if not self._with_weight(("pooler_mse", "pooler_cosine")):
-            still += above_semantic
+            still += [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
             if not self._with_weight(("semantic_mse", "semantic_cosine")):
                 still.append(model.semantic_up_proj)
         for part in still:

@@ -11,7 +11,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.codebook_statistics import CodebookUsage
 from ...evaluation.perceptual import load_lpips
-from ...modeling_vision_tokenizer import DualTokenVisionTokenizer, DualTokenVisionTokenizerOutput
+from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
 from ..arguments import DualTokenVisionTokenizerTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
@@ -44,16 +44,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`, for the three stages of the paper's recipe.
 
     The semantic branch is held to a frozen teacher, the vision tower training started from; the pixel branch to the
-    image, by squared error, LPIPS and a discriminator that is trained beside it. Checkpoints hold all that a resumed
-    run needs: the discriminator with its optimizer and schedule, the averaged weights, the position of a stream.
+    image, by squared error, LPIPS and a discriminator that is trained beside it, and is part of checkpoints.
 
     Args:
-        model ([`DualTokenVisionTokenizer`]).
         args (`TrainingArguments`): DeepSpeed, FSDP and fp16 are refused; bf16 and several ranks (DDP) are not.
         teacher (`SiglipVisionModel`, *optional*): frozen here, and moved to the training device; may be left out
             where no term of the loss asks for it.
         recipe ([`DualTokenVisionTokenizerRecipe`], *optional*): stage 1 by default.
-        kwargs: as in [`DualTokenBaseTrainer`].
+        model, kwargs: as in [`DualTokenBaseTrainer`].
 
     Raises:
         ValueError: if `args` ask for what is refused, or terms of the loss need a teacher and there is none.
@@ -79,25 +77,18 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self.model_accepts_loss_kwargs = False
         self.recipe.freeze(self.model)
         self.loss_weights = self.recipe.loss_weights
-        if teacher is None and self.recipe.semantic_terms:
-            raise ValueError(
-                f"The terms {', '.join(self.recipe.semantic_terms)} compare with a teacher, but `teacher` is None."
-            )
-        self.teacher = teacher
-        if teacher is not None:
-            self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
-        self.perceptual_loss = None
+        terms = ", ".join(self.recipe.semantic_terms)
+        if teacher is None and terms:
+            raise ValueError(f"The terms {terms} compare with a teacher, but `teacher` is None.")
+        self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
         if self.loss_weights["perceptual"]:
-            self.perceptual_loss = load_lpips(self.recipe.perceptual_net, self.recipe.perceptual_weights)
-            self.perceptual_loss.to(self.args.device)
-        self.adversary: Adversary | None = None
+            lpips = load_lpips(self.recipe.perceptual_net, self.recipe.perceptual_weights)
+            self.perceptual_loss = lpips.to(self.args.device)
+        self.adversary = self.weight_average = self._grid = None
         # Left by `compute_loss`: its terms and, where the adversary takes part, what that learns from; and by the model's
         # forward, what went into the last layer.
         self._terms: dict[str, torch.Tensor] = {}
-        self._adversary_images: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._last_input: torch.Tensor | None = None
-        self.weight_average: WeightAverage | None = None
-        self._grid = None
+        self._adversary_images = self._last_input = None
         if self.recipe.grid_steps is not None:
             self._grid = ReconstructionGridCallback(self)
             self.add_callback(self._grid)
@@ -106,7 +97,6 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             for kind in self.recipe.codes
             for quantizer in [self.model.quantizer(kind).config]
         }
-        self._is_saving_checkpoint = False
 
     def _check_engine(self) -> None:
         """Refuse what would train silently wrong, whether `args` or accelerate's own settings ask for it."""
@@ -135,12 +125,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 
         # Not for longer: a hook makes the model hold the trainer, and with it teacher, discriminator and optimizers.
         hook = self.model.decoder.conv_out.register_forward_pre_hook(keep) if self.recipe.is_adversarial else None
-        try:
+        with contextlib.nullcontext() if hook is None else hook:
             yield
-        finally:
-            if hook is not None:
-                hook.remove()
-            self._last_input = None
+        self._last_input = None
 
     # The step
 
@@ -163,14 +150,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             return pixel_values
         return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
 
-    def feature_terms(
-        self, output: DualTokenVisionTokenizerOutput, pixel_values: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def feature_terms(self, output, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """The terms that do not look at the reconstructed image, before weighting, by their logged names."""
         terms = {}
         if self.recipe.semantic_terms:
-            layer = self.model.config.semantic_layer
-            hidden, pooled = self.teacher_features(pixel_values, layer)
+            hidden, pooled = self.teacher_features(pixel_values, self.model.config.semantic_layer)
             terms = {
                 "semantic_mse": F.mse_loss(output.semantic_features, hidden),
                 "semantic_cosine": -F.cosine_similarity(output.semantic_features, hidden, dim=-1).mean(),
@@ -197,9 +181,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         """
         The weighted sum of the image terms with its gradient, and the terms.
 
-        Each term is differentiated once, as far as the image: there the adaptive weight needs the gradients one by
-        one, and LPIPS and the discriminator let go of their activations, one after the other, before the tokenizer's
-        backward begins.
+        Each is differentiated once, as far as the image, where the adaptive weight needs the gradients one by one; LPIPS
+        and the discriminator let go of their activations before the tokenizer's backward begins.
         """
         dtype = torch.promote_types(reconstruction.dtype, torch.float32)
         image = reconstruction.detach().to(dtype).requires_grad_()
@@ -317,16 +300,10 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             state = self.adversary.discriminator.state_dict()
             yield from ((f"discriminator.{name}", tensor) for name, tensor in state.items())
 
-    def _save_checkpoint(self, model, trial) -> None:
-        self._is_saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving_checkpoint = False
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Outside of checkpoints, the averaged weights are what is saved, where there is an average."""
-        with contextlib.nullcontext() if self._is_saving_checkpoint else self._weights_to_keep():
+        is_checkpoint = _internal_call and output_dir is not None
+        with contextlib.nullcontext() if is_checkpoint else self._weights_to_keep():
             super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
@@ -368,8 +345,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         """Add the codebooks' use since the last log."""
         if "loss" in logs and self._num_seen:
             for kind, usage in self._codebook_usage.items():
-                for name, value in usage.reduce().compute().items():
-                    logs[f"{kind}_codebook_{name}"] = value
+                logs |= {f"{kind}_codebook_{name}": value for name, value in usage.reduce().compute().items()}
                 usage.reset()
             if self.adversary is not None:
                 logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
