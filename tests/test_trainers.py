@@ -242,6 +242,11 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         train_unified(tmp_path)
 
 
+def test_liger_is_refused_that_would_change_nothing(tmp_path):
+    with pytest.raises(ValueError, match="`use_liger_kernel` would change nothing.*apply_liger_kernel_to_qwen2"):
+        train_unified(tmp_path, use_liger_kernel=True)
+
+
 # Runs of the scripts, stopped and started again
 
 

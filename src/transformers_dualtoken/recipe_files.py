@@ -10,7 +10,9 @@ import os
 import sys
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
@@ -34,10 +36,7 @@ class SettingsError(ValueError):
 
 
 def run_script(main: Callable) -> None:
-    """
-    `main()` of a script. Wrong settings, and what is not there (a checkpoint, a data set, a library), are said in a
-    sentence, without a traceback, and make the exit status 1.
-    """
+    """`main()`; wrong settings and what is not there (a file, a library) are a sentence and exit status 1."""
     try:
         main()
     except (FileNotFoundError, MissingLibraryError, SettingsError) as error:
@@ -49,13 +48,11 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
     Instances of the dataclasses, from the command line: options, or a recipe and then options that count before it.
 
     Relative paths that a recipe reads from are looked for beside the recipe, and then in the working directory; names
-    of the Hub and what is in neither stay as they are. On the command line, and of what is written (`output_dir`),
-    they are relative to the working directory.
+    of the Hub and what is in neither stay as they are.
 
     Raises:
-        SettingsError: a `ValueError`, for a recipe that cannot be read or is no object, fields that are unknown,
-            missing or of another type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to
-            nothing.
+        SettingsError: for a recipe that cannot be read or is no object, fields that are unknown, missing or of another
+            type, numbers that are not finite, and explicit relative paths (`./`, `../`, `~`) to nothing.
         SystemExit: for options without or with another kind of value, as of `argparse`.
     """
     # Or a misspelt option that begins another is taken for it.
@@ -76,9 +73,8 @@ def parse_settings(dataclass_types: tuple, argv: list[str] | None = None) -> tup
     return tuple(settings)
 
 
-def _without_duplicates(pairs: list[tuple]) -> dict:
-    names = [name for name, _ in pairs]
-    twice = sorted({str(name) for name in names if names.count(name) > 1})
+def _unique(pairs: list[tuple]) -> dict:
+    twice = [str(name) for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise ValueError(f"it has {', '.join(twice)} more than once")
     return dict(pairs)
@@ -89,18 +85,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node, deep=False):
         # Before keys merged by "<<" join, which own ones may replace.
-        _without_duplicates([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
+        _unique([(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)])
         return super().construct_mapping(node, deep)
 
 
 def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
     """The recipe's settings as their fields' types, those that are `given` in place of its own."""
     try:
-        with open(path, encoding="utf-8") as file:
-            if path.endswith(".json"):
-                recipe = json.load(file, object_pairs_hook=_without_duplicates)
-            else:
-                recipe = yaml.load(file, _UniqueKeyLoader)
+        text, is_json = Path(path).read_text(encoding="utf-8"), path.endswith(".json")
+        recipe = json.loads(text, object_pairs_hook=_unique) if is_json else yaml.load(text, _UniqueKeyLoader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise SettingsError(
             f"The recipe {path!r} cannot be read ({error}); the working directory is {os.getcwd()!r}."
@@ -109,13 +102,13 @@ def _read_recipe(path: str, dataclass_types, given: dict) -> dict:
         raise SettingsError(f"The recipe {path!r} must be an object of settings, got {type(recipe).__name__}.")
     fields = {field.name: field for kind in dataclass_types for field in dataclasses.fields(kind) if field.init}
     hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
-    unknown = sorted(str(name) for name in recipe if name not in fields)
+    unknown = ", ".join(sorted(str(name) for name in recipe if name not in fields))
     if unknown:
-        raise SettingsError(f"The recipe {path!r} has settings that do not exist: {', '.join(unknown)}.")
-    needed = (n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING)
-    missing = [name for name in needed if name not in recipe and name not in given]
+        raise SettingsError(f"The recipe {path!r} has settings that do not exist: {unknown}.")
+    needed = [name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = ", ".join(name for name in needed if name not in recipe and name not in given)
     if missing:
-        raise SettingsError(f"The recipe {path!r} lacks {', '.join(missing)}.")
+        raise SettingsError(f"The recipe {path!r} lacks {missing}.")
     settings = dict(given)
     for name, value in recipe.items():
         if name in given:
@@ -172,18 +165,11 @@ def _located(value, recipe: str, name: str):
     if not isinstance(value, str) or not value or "://" in value:
         return value
     path = os.path.expanduser(value)
-    beside = os.path.join(os.path.dirname(recipe), path)
-    found = next((place for place in (beside, path) if os.path.exists(place) or _matches(place)), None)
-    if found is None and value.startswith(("./", "../", "~")):
-        raise SettingsError(
-            f"`{name}` of the recipe {recipe!r} is {value!r}, and there is nothing at {os.path.abspath(beside)!r} nor at "
-            f"{os.path.abspath(path)!r}."
-        )
-    return value if found is None else found
-
-
-def _matches(pattern: str) -> bool:
-    return glob.has_magic(pattern) and next(glob.iglob(pattern, recursive=True), None) is not None
-
-
-__all__ = ["SettingsError", "parse_settings", "run_script"]
+    places = os.path.join(os.path.dirname(recipe), path), path
+    for place in places:
+        if os.path.exists(place) or glob.has_magic(place) and any(glob.iglob(place, recursive=True)):
+            return place
+    if value.startswith(("./", "../", "~")):
+        nowhere = " nor at ".join(repr(os.path.abspath(place)) for place in places)
+        raise SettingsError(f"`{name}` of the recipe {recipe!r} is {value!r}, and there is nothing at {nowhere}.")
+    return value

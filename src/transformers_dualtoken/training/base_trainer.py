@@ -49,29 +49,25 @@ class EpochCallback(TrainerCallback):
 
 class DualTokenBaseTrainer(Trainer):
     """
-    `Trainer` that logs the terms a loss is made of, evaluates every sample once, keeps data sets with `set_epoch` up to
-    date, and reads streams ([`SampleStream`]), whose position is part of its checkpoints.
+    `Trainer` that logs the terms of a loss, evaluates every sample once, and reads streams ([`SampleStream`]), whose
+    position is part of its checkpoints.
 
-    A batch may hold, beside what the model takes, `"num_skipped"` (how many unusable samples were passed over for it)
-    and `"num_cut"` (how many were cut), whose sums since the beginning are logged, and a stream's `"stream_position"`.
+    A batch may hold, beside what the model takes, `"num_skipped"` and `"num_cut"` (unusable and shortened samples, whose
+    sums since the beginning are logged), and a stream's `"stream_position"`.
 
-    A SIGTERM to any rank ends [`train`] after the step at hand: an evaluation that is due then is run, a checkpoint is
-    saved (whole, also with `save_only_model`), and [`TrainingStopped`], a `SystemExit` with status 0, is raised. Resumed
-    from it, training ends in the bits of one that was left alone; but with `load_best_model_at_end` that checkpoint may
-    be the best one, and callbacks such as early stopping count anew without `restore_callback_states_from_checkpoint`.
-    A SIGTERM after the last step is passed on to the handler from before training, or is a warning.
+    A SIGTERM to any rank ends [`train`] after the step at hand, with an evaluation that is due then, a whole checkpoint
+    (maybe the best one, for `load_best_model_at_end`) and [`TrainingStopped`], a `SystemExit` with status 0. Resumed from
+    it, training ends in the bits of one that was left alone; callbacks such as early stopping count anew without
+    `restore_callback_states_from_checkpoint`. After the last step a SIGTERM goes to the handler from before training.
 
     Raises:
         ValueError: if one process sees several GPUs, for a training set without a length that is no [`SampleStream`],
             and for `use_liger_kernel`.
     """
 
-    # Of a trainer without `args`.
-    arguments_class = TrainingArguments
-    # How the logged terms of the ranks are joined.
-    terms_reduction = "mean"
-    # What `num_skipped` and the samples of `note_batch` are called in the logs.
-    noun = "samples"
+    arguments_class = TrainingArguments  # of a trainer without `args`
+    terms_reduction = "mean"  # how the logged terms of the ranks are joined
+    noun = "samples"  # what the logs call them
 
     def __init__(self, model=None, args=None, *trainer_args, steps_per_epoch: int | None = None, **kwargs):
         args = self.arguments_class() if args is None else args
@@ -128,8 +124,9 @@ class DualTokenBaseTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Every rank takes its own samples: accelerate would repeat some, so that the ranks have equal numbers."""
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if eval_dataset is None:
             raise ValueError("There is no evaluation set: give the trainer an `eval_dataset`.")
         if not hasattr(eval_dataset, "__len__"):
@@ -229,8 +226,8 @@ class DualTokenBaseTrainer(Trainer):
             )
         if self.args.should_save:
             # One of an earlier run may lie there, whose state would make a half-written one pass for whole.
-            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            Path(self._get_output_dir(trial), folder, TRAINER_STATE_NAME).unlink(missing_ok=True)
         only_model = self.args.save_only_model
         # Training goes on from the checkpoint of a SIGTERM.
         self.args.save_only_model = only_model and not self._save_on_sigterm.is_stopping
@@ -245,8 +242,7 @@ class DualTokenBaseTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        counts = {name: int(count) for name, count in self._counts.items()}
-        path = self._data_state(output_dir)
+        path, counts = self._data_state(output_dir), {name: int(count) for name, count in self._counts.items()}
         # Of every rank; rank 0 may not have made the folder yet.
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"counts": counts, "stream": self.stream_progress.state_dict()}))
@@ -302,9 +298,8 @@ class DualTokenBaseTrainer(Trainer):
         broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
         if broken:
             raise FloatingPointError(
-                f"Training stopped at step {self.state.global_step}: the loss is not finite ({broken}). The last "
-                "checkpoint is from before that. Usual remedies are a lower learning rate, a longer warm-up, gradient "
-                "clipping, or a smaller weight for the term named."
+                f"Training stopped at step {self.state.global_step}: the loss is not finite ({broken}). Usual remedies are "
+                "a lower learning rate, a longer warm-up, gradient clipping, or a smaller weight for the term named."
             )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

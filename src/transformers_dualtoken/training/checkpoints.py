@@ -52,7 +52,7 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
 
 
 def step_of(checkpoint: str | None) -> int:
-    """The step at which a whole checkpoint was saved; 0 of none. To be asked before training, which may delete it."""
+    """The step of a whole checkpoint; 0 of none. To be asked before training, which may delete it."""
     return 0 if checkpoint is None else _state(checkpoint)["global_step"]
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -20,10 +19,6 @@ from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
 from ...sharding import gathered
 from ..trackers import send_to_trackers
-
-
-# A model at the start of its training does not end its answers by itself.
-_DEFAULT_NEW_TOKENS = 128
 
 
 def read_prompts(path) -> list[dict]:
@@ -43,13 +38,9 @@ def read_prompts(path) -> list[dict]:
 
 class SamplePrompt:
     """
-    A prompt that is ready for the model, called by its `number` (from 1).
-
-    `prompt` has `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"` (the default), `"image"`
-    or `"interleaved"`; everything else goes to `generate` (`guidance_scale`, `num_return_sequences`, ...).
-
-    Raises:
-        ValueError: names the prompt, if it is of another form or an image cannot be read.
+    A prompt that is ready for the model: `"messages"`, a chat that ends with a message to be answered; `"mode"`, `"text"`
+    (the default), `"image"` or `"interleaved"`; everything else goes to `generate` (`guidance_scale`, ...). A
+    `ValueError` names the prompt by its number, from 1.
     """
 
     def __init__(self, prompt: dict, processor: DualTokenProcessor, number: int):
@@ -58,10 +49,8 @@ class SamplePrompt:
         self.number, self.settings = number, dict(prompt)
         messages, self.mode = self.settings.pop("messages"), self.settings.pop("mode", "text")
         if self.mode not in GENERATION_MODES:
-            raise ValueError(
-                f"The 'mode' of sample prompt {number} must be one of {', '.join(map(repr, GENERATION_MODES))}, got "
-                f"{self.mode!r}."
-            )
+            modes = ", ".join(map(repr, GENERATION_MODES))
+            raise ValueError(f"The 'mode' of sample prompt {number} must be one of {modes}, got {self.mode!r}.")
         try:
             ((self.messages,), _) = normalize_chats(messages)
             self.inputs = processor.apply_chat_template(
@@ -95,32 +84,23 @@ class SamplePrompt:
 
 class SampleGenerationCallback(TrainerCallback):
     """
-    Answers fixed prompts at every evaluation, or every N steps.
+    Answers fixed prompts at every evaluation, or every `steps` steps.
 
     Writes `samples/step-000500/` into the output folder: each image as PNG (`prompt-1-image-1.png`), all of them in
-    `grid.png`, prompts and answers in `samples.json` and, to be read, in `samples.md`. TensorBoard, Weights & Biases
-    and trackio get the grid and the texts, where the run reports to one of them.
-
-    Every prompt has the same seed at every step, and training goes on as if there had been no samples. All ranks
+    `grid.png`, prompts and answers in `samples.json` and, to be read, in `samples.md`. Trackers get the grid and the
+    texts. Every prompt has the same seed at every step, and training goes on as if there had been no samples. All ranks
     generate together, as sharded weights need it, and rank 0 writes.
 
     Args:
         trainer ([`DualTokenTrainer`]): its model may be sharded (ZeRO-3, FSDP2) or a `PeftModel`.
-        prompts (`list[dict]`): see [`SamplePrompt`]; [`read_prompts`] reads them from a file.
+        prompts (`list[dict]`): see [`SamplePrompt`], checked at once; [`read_prompts`] reads them from a file.
         processor ([`DualTokenProcessor`], *optional*): the trainer's `processing_class` by default.
-        steps (`int`, *optional*): generate every so many steps; by default at evaluations.
-
-    Raises:
-        ValueError: if there is no prompt, or one cannot be used; at once, and not at the first evaluation.
     """
 
     def __init__(self, trainer, prompts: Sequence[dict], processor=None, steps: int | None = None, seed: int = 0):
         processor = trainer.processing_class if processor is None else processor
         if not isinstance(processor, DualTokenProcessor):
-            got = type(processor).__name__
-            raise ValueError(
-                f"Samples need a DualTokenProcessor, here or as the trainer's `processing_class`; got {got}."
-            )
+            raise ValueError(f"Samples need a DualTokenProcessor as `processor`, got {type(processor).__name__}.")
         if not prompts:
             raise ValueError("There must be at least one sample prompt.")
         if steps is not None and steps < 1:
@@ -169,13 +149,15 @@ class SampleGenerationCallback(TrainerCallback):
         inputs = prompt.inputs.to(model.device)
         settings = {"use_cache": True, **prompt.settings}
         if prompt.mode == "text":
-            settings.setdefault("max_new_tokens", _DEFAULT_NEW_TOKENS)
+            # A model at the start of its training does not end its answers by itself.
+            settings.setdefault("max_new_tokens", 128)
         else:
             settings["generator"] = torch.Generator().manual_seed(self.seed)
         output = model.generate(**inputs, generation_mode=prompt.mode, **settings)
-        sequences = output if prompt.mode == "text" else output.sequences
-        images = [] if prompt.mode == "text" else self.processor.post_process_images(model.decode_images(output))
-        images = iter(images)
+        if prompt.mode == "text":
+            sequences, images = output, iter(())
+        else:
+            sequences, images = output.sequences, iter(self.processor.post_process_images(model.decode_images(output)))
         return [self._parts(ids, images) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _parts(self, ids: list[int], images: Iterator[Image.Image]) -> list[dict]:
@@ -239,9 +221,8 @@ def _gathered(wrapped: nn.Module, model: nn.Module):
                 unit.reshard()
 
 
-def _image_grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
-    """Pictures of one size, row by row; what is left of the last row is white."""
-    columns = min(columns, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
-    blank = Image.new("RGB", pictures[0].size, "white")
-    return make_image_grid(pictures + [blank] * (rows * columns - len(pictures)), rows, columns)
+def _image_grid(pictures: list[Image.Image]) -> Image.Image:
+    """Pictures of one size in rows of four; what is left of the last row is white."""
+    columns = min(4, len(pictures))
+    blanks = [Image.new("RGB", pictures[0].size, "white")] * (-len(pictures) % columns)
+    return make_image_grid(pictures + blanks, -(-len(pictures) // columns), columns)

@@ -148,7 +148,7 @@ def _encoder_flops(tokenizer: nn.Module) -> int:
     projections = [tokenizer.pixel_down_proj, tokenizer.semantic_down_proj]
     if config.shortcut_layer is not None:
         projections.append(tokenizer.shortcut_down_proj)
-    weights = vision_model.embeddings.patch_embedding.weight.numel()
+    weights = _size(vision_model.embeddings.patch_embedding)
     weights += sum(_size(part) for p in (*layers, *projections) for part in p.modules() if isinstance(part, nn.Linear))
     for quantizer in (tokenizer.quantizer(kind).config for kind in CODE_KINDS):
         weights += quantizer.num_depths * quantizer.codebook_size * quantizer.code_dim

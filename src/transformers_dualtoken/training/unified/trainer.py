@@ -78,23 +78,15 @@ class DualTokenTrainer(DualTokenBaseTrainer):
 
     arguments_class = DualTokenTrainingArguments
 
-    def __init__(
-        self,
-        model=None,
-        args=None,
-        *trainer_args,
-        learning_rates: dict[str, float] | None = None,
-        peak_tflops: float | None = None,
-        **kwargs,
-    ):
+    def __init__(self, model=None, args=None, *trainer_args, learning_rates=None, peak_tflops=None, **kwargs):
         self.learning_rates = dict(learning_rates or {})
         unknown = ", ".join(sorted(set(self.learning_rates) - set(TRAINABLE_PARTS)))
         if unknown:
             raise ValueError(f"`learning_rates` must name parts of {', '.join(TRAINABLE_PARTS)}, got {unknown}.")
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
-                "`label_smoothing_factor` must be 0: the Trainer would smooth the labels of images by the text head, which "
-                f"does not predict them; got {args.label_smoothing_factor}."
+                "`label_smoothing_factor` must be 0: the Trainer would smooth the labels of images by the text head; got "
+                f"{args.label_smoothing_factor}."
             )
         super().__init__(model, args, *trainer_args, **kwargs)
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
@@ -115,15 +107,11 @@ class DualTokenTrainer(DualTokenBaseTrainer):
                 "vocabulary. Take the model's own tokenizer, or `model.resize_token_embeddings`."
             )
         self._loss_sums = UnifiedLossSums(self.config, self.args.device)
-        collator_pad = getattr(self.data_collator, "pad_token_id", None)
+        pad_token_id = getattr(self.data_collator, "pad_token_id", None)
+        ids = self.config.image_token_id, -1 if pad_token_id is None else pad_token_id
         peak = peak_flops(self.args.device, peak_tflops)
-        self.throughput = ThroughputMeter(
-            self.accelerator,
-            self.config.image_token_id,
-            -1 if collator_pad is None else collator_pad,
-            flops=None if peak is None else _training_flops(unwrapped),
-            peak=peak,
-        )
+        flops = None if peak is None else _training_flops(unwrapped)
+        self.throughput = ThroughputMeter(self.accelerator, *ids, flops, peak)
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -204,12 +192,7 @@ class DualTokenTrainer(DualTokenBaseTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
-        """
-        Trainer's loop, which wraps the model as its engine needs it; the metrics are those of all ranks' sums.
-
-        Raises:
-            ValueError: with `compute_metrics`, since no predictions are kept, or if no sample has a target.
-        """
+        """Trainer's loop, which wraps the model as its engine needs it; the metrics are those of all ranks' sums."""
         if self.compute_metrics is not None:
             raise ValueError(
                 "`compute_metrics` is not supported: the logits of a whole evaluation set are never in memory. "
@@ -226,7 +209,6 @@ class DualTokenTrainer(DualTokenBaseTrainer):
         return output._replace(metrics={**output.metrics, **metrics}, num_samples=len(dataloader.dataset))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """One batch of an evaluation; it hands nothing back, since the sums are all that is wanted."""
         with torch.no_grad(), self.compute_loss_context_manager():
             # The losses make their own logits, a chunk at a time.
             outputs = model(**self._prepare_inputs(inputs), logits_to_keep=1, use_cache=False)

@@ -6,12 +6,10 @@ import itertools
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import SiglipVisionModel, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ...evaluation.codebook_statistics import CodebookUsage
 from ...evaluation.perceptual import load_lpips
-from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
 from ..arguments import DualTokenVisionTokenizerTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
@@ -47,29 +45,19 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     image, by squared error, LPIPS and a discriminator that is trained beside it, and is part of checkpoints.
 
     Args:
-        args (`TrainingArguments`): DeepSpeed, FSDP and fp16 are refused; bf16 and several ranks (DDP) are not.
-        teacher (`SiglipVisionModel`, *optional*): frozen here, and moved to the training device; may be left out
-            where no term of the loss asks for it.
+        teacher (`SiglipVisionModel`, *optional*): needed where a term of the loss compares with it.
         recipe ([`DualTokenVisionTokenizerRecipe`], *optional*): stage 1 by default.
-        model, kwargs: as in [`DualTokenBaseTrainer`].
+        model, args, kwargs: as in [`DualTokenBaseTrainer`].
 
     Raises:
-        ValueError: if `args` ask for what is refused, or terms of the loss need a teacher and there is none.
+        ValueError: for DeepSpeed, FSDP and fp16 (bf16 and DDP work), and for a teacher that is missing.
         ImportError: if the perceptual term has a weight and `lpips` cannot be imported.
     """
 
     arguments_class = DualTokenVisionTokenizerTrainingArguments
     noun = "images"
 
-    def __init__(
-        self,
-        model: DualTokenVisionTokenizer | None = None,
-        args: TrainingArguments | None = None,
-        *trainer_args,
-        teacher: SiglipVisionModel | None = None,
-        recipe: DualTokenVisionTokenizerRecipe | None = None,
-        **kwargs,
-    ):
+    def __init__(self, model=None, args=None, *trainer_args, teacher=None, recipe=None, **kwargs):
         self.recipe = recipe or DualTokenVisionTokenizerRecipe()
         super().__init__(model, args, *trainer_args, steps_per_epoch=self.recipe.steps_per_epoch, **kwargs)
         self._check_engine()
@@ -92,11 +80,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         if self.recipe.grid_steps is not None:
             self._grid = ReconstructionGridCallback(self)
             self.add_callback(self._grid)
-        self._codebook_usage = {
-            kind: CodebookUsage(quantizer.num_depths, quantizer.codebook_size, quantizer.shared_codebook)
-            for kind in self.recipe.codes
-            for quantizer in [self.model.quantizer(kind).config]
-        }
+        self._codebook_usage = {}
+        for kind in self.recipe.codes:
+            config = self.model.quantizer(kind).config
+            usage = CodebookUsage(config.num_depths, config.codebook_size, config.shared_codebook)
+            self._codebook_usage[kind] = usage
 
     def _check_engine(self) -> None:
         """Refuse what would train silently wrong, whether `args` or accelerate's own settings ask for it."""
@@ -106,10 +94,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 "the weights whose gradients its adaptive weight reads. Leave them out."
             )
         if self.accelerator.mixed_precision == "fp16":
-            raise ValueError(
-                "fp16 would need one loss scale for the tokenizer and another for its discriminator; use `bf16`, or "
-                "float32 where the device has no bfloat16."
-            )
+            raise ValueError("fp16 would need two loss scales, of the tokenizer and its discriminator; use `bf16`.")
 
     def train(self, *args, **kwargs):
         with self._watch_last_layer():
@@ -175,11 +160,9 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 return self.perceptual_loss(image, target).float().mean()
         return self.adversary.generator_loss(image)
 
-    def image_loss(
-        self, reconstruction: torch.Tensor, target: torch.Tensor, adversarial: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def image_loss(self, reconstruction: torch.Tensor, target: torch.Tensor, adversarial: bool) -> tuple:
         """
-        The weighted sum of the image terms with its gradient, and the terms.
+        The weighted sum of the image terms with its gradient, and the terms; of images `(B, 3, S', S')`.
 
         Each is differentiated once, as far as the image, where the adaptive weight needs the gradients one by one; LPIPS
         and the discriminator let go of their activations before the tokenizer's backward begins.
@@ -242,8 +225,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         terms, self._terms = {name: term.detach() for name, term in self._terms.items()}, {}
         if self._adversary_images is not None:
             (real, fake), self._adversary_images = self._adversary_images, None
-            steps = self.current_gradient_accumulation_steps
-            terms |= self.adversary.learn(real, fake, self.state.global_step, steps)
+            terms |= self.adversary.learn(real, fake, self.state.global_step, self.current_gradient_accumulation_steps)
         elif self.recipe.is_adversarial:
             terms |= {name: loss.new_zeros(()) for name in _DISCRIMINATOR_TERMS}
         # Once for all, after the backward was queued and before the optimizer's step.
