@@ -951,7 +951,9 @@ class TestText:
             with pytest.raises(NotImplementedError, match="needs transformers 5.17 or later"):
                 model.generate_batch([[5, 6]], generation_config=config)
             return
-        out = model.generate_batch([[5, 6], [7, 8, 9]], generation_config=config)
+        # By default its buffers fill the memory that is free.
+        sizes = transformers.ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+        out = model.generate_batch([[5, 6], [7, 8, 9]], generation_config=config, continuous_batching_config=sizes)
         for name, row in {"req_0": [5, 6], "req_1": [7, 8, 9]}.items():
             alone = model.generate(ids(*row), max_new_tokens=4, eos_token_id=EOS)[0, len(row) :].tolist()
             assert out[name].generated_tokens == alone and not {START, IMAGE, END} & set(alone)
