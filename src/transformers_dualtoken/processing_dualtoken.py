@@ -89,9 +89,8 @@ def _flatten_images(images) -> tuple[list, list[int] | None]:
     """All images in reading order, and how many each row has; `None` for a flat list, which does not tell."""
     if images is None:
         return [], None
-    if not isinstance(images, (list, tuple)) or not any(
-        row is None or isinstance(row, (list, tuple)) for row in images
-    ):
+    is_list = isinstance(images, (list, tuple))
+    if not is_list or not any(row is None or isinstance(row, (list, tuple)) for row in images):
         return flatten_images(images), None
     rows = [[] if row is None else flatten_images(row) for row in images]
     return [image for row in rows for image in row], [len(row) for row in rows]
@@ -141,10 +140,10 @@ class _DualTokenProcessorMixin:
         return_tensors = text_kwargs.pop("return_tensors", None)
         return {**merged, **flags, "text_kwargs": text_kwargs, "return_tensors": return_tensors}
 
-    def _image_inputs(self, images: list, merged: dict[str, Any]) -> dict:
-        return (
-            dict(self.image_processor(images, **{**merged["images_kwargs"], "return_tensors": None})) if images else {}
-        )
+    def _features(self, data: dict, images: list, merged: dict[str, Any]) -> BatchFeature:
+        if images:
+            data.update(self.image_processor(images, **{**merged["images_kwargs"], "return_tensors": None}))
+        return BatchFeature(data, tensor_type=merged["return_tensors"])
 
     def post_process_images(self, reconstruction) -> list:
         """Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as a list of PIL images."""
@@ -188,19 +187,15 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if num_image_tokens < 1:
             raise ValueError(f"`num_image_tokens` must be at least 1, got {num_image_tokens}.")
         self.num_image_tokens = num_image_tokens
-        self.image_start_token, self.image_token, self.image_end_token = (
-            image_start_token,
-            image_token,
-            image_end_token,
-        )
-        for name in _IMAGE_TOKENS:
-            token_id = tokenizer.get_vocab().get(getattr(self, name))
-            if token_id is None:
+        vocabulary = tokenizer.get_vocab()
+        for name, token in zip(_IMAGE_TOKENS, (image_start_token, image_token, image_end_token)):
+            if token not in vocabulary:
                 raise ValueError(
-                    f"The tokenizer has no token {getattr(self, name)!r}, which `{name}` names. Name one of its special "
-                    "tokens, or add this one to the tokenizer and a row for it to the model's embeddings."
+                    f"The tokenizer has no token {token!r}, which `{name}` names. Name one of its special tokens, or add "
+                    "this one to the tokenizer and a row for it to the model's embeddings."
                 )
-            setattr(self, f"{name}_id", token_id)
+            setattr(self, name, token)
+            setattr(self, f"{name}_id", vocabulary[token])
 
     @property
     def image_tokens(self) -> ImageTokens:
@@ -245,8 +240,9 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
-        data, prompts = {}, None if text is None else _as_texts(text)
-        if prompts:
+        data, replacements = {}, None
+        if text is not None:
+            prompts = _as_texts(text)
             if "" in prompts:
                 raise ValueError(f"A prompt must not be empty, but prompt {prompts.index('')} of {len(prompts)} is.")
             counts = [prompt.count(self.image_token) for prompt in prompts]
@@ -254,9 +250,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
                 self._check_counts(counts, len(images), row_counts)
             prompts, replacements = zip(*map(self.image_tokens.expand, prompts))
             data = self._finish_text(dict(self.tokenizer(list(prompts), **merged["text_kwargs"])), counts, merged)
-        data.update(self._image_inputs(images, merged))
-        features = BatchFeature(data, tensor_type=merged["return_tensors"])
-        if prompts and merged["return_text_replacement_offsets"]:
+        features = self._features(data, images, merged)
+        if replacements and merged["return_text_replacement_offsets"]:
             features["text_replacement_offsets"] = list(replacements)
         if negative_prompt is not None:
             start, texts = self.image_start_token, _as_texts(negative_prompt, "negative_prompt")
@@ -266,25 +261,20 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
     def _check_counts(self, counts: list[int], num_images: int, row_counts: list[int] | None):
         if row_counts is not None and len(row_counts) != len(counts):
-            raise ValueError(
-                f"Nested `images` must have one list per prompt: got {len(row_counts)} lists, {len(counts)} prompts."
-            )
+            lengths = f"got {len(row_counts)} lists, {len(counts)} prompts"
+            raise ValueError(f"Nested `images` must have one list per prompt: {lengths}.")
         compared = [(f"Prompt {row} has", *pair) for row, pair in enumerate(zip(counts, row_counts or ()))]
         for who, shown, given in [*compared, ("The prompts have", sum(counts), num_images)]:
             if shown != given:
-                raise ValueError(
-                    f"{who} {shown} image placeholders ({self.image_token!r}), but {given} images were given; the numbers "
-                    "must be equal."
-                )
+                placeholders = f"{shown} image placeholders ({self.image_token!r})"
+                raise ValueError(f"{who} {placeholders}, but {given} images were given; the numbers must be equal.")
 
     def _finish_text(self, data: dict, counts: list[int], merged: dict[str, Any]) -> dict:
         for index, (ids, count) in enumerate(zip(data["input_ids"], counts)):
             wanted, found = count * self.num_image_tokens, ids.count(self.image_token_id)
             if found != wanted:
-                raise ValueError(
-                    f"Row {index} needs {wanted} image positions for its {count} images, but has {found}: truncation "
-                    "cut an image. Raise `max_length` or shorten the text."
-                )
+                positions = f"{wanted} image positions for its {count} images, but has {found}"
+                raise ValueError(f"Row {index} needs {positions}: truncation cut an image. Raise `max_length`.")
         if merged["return_mm_token_type_ids"]:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         return data
@@ -295,10 +285,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Positions per image, whatever its size; read by vLLM."""
-        if image_sizes is None:
-            return MultiModalData()
-        count = len(image_sizes)
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+        ones = None if image_sizes is None else [1] * len(image_sizes)
+        return MultiModalData(num_image_tokens=ones and [self.num_image_tokens] * len(ones), num_image_patches=ones)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
@@ -309,10 +297,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if generation_mode not in (None, "text"):
             raise ValueError(f"`generation_mode` must be 'text' or 'image', got {generation_mode!r}.")
         if getattr(generated_outputs, "ndim", 2) > 2:
-            raise ValueError(
-                "Image mode returned codes and no text. For images a pipeline is called with `generation_mode='image'` "
-                "itself, not within `generate_kwargs`."
-            )
+            advice = "a pipeline draws when it is called with `generation_mode='image'` itself, not within `generate_kwargs`"
+            raise ValueError(f"Image mode returned codes and no text: {advice}.")
         return self.post_process_image_text_to_text(generated_outputs, skip_special_tokens, **kwargs)
 
     def apply_chat_template(
@@ -338,9 +324,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
         A message is `{"role": ..., "content": ...}`, its role `system`, `user`, `assistant` or one that a template of
         one's own names, its content a string or a list of parts: `{"type": "text", "text": ...}`; `{"type": "image",
-        "image": ...}` with whatever [`locate_image`] takes (the keys `url`, `path`, `base64` and `bytes` and OpenAI's
-        `image_url` parts work as well), in any role; or `{"type": "image", "pixel_codes": ..., "semantic_codes": ...}`
-        with codes (H, W, D).
+        "image": ...}` with whatever [`locate_image`] takes (or the keys `url`, `path`, `base64`, `bytes`, and OpenAI's
+        `image_url` parts); `{"type": "image", "pixel_codes": ..., "semantic_codes": ...}` with codes (H, W, D).
 
         With `tokenize=True` every special token that occurs in a message, a role, a tool or another variable of the
         template stays plain text: only those the template itself writes are control tokens. The string returned with
@@ -352,12 +337,11 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             generate_image (`bool`): end with `<|vision_start|>`, after the generation prompt or the open message.
             return_assistant_tokens_mask (`bool`): add `assistant_masks` (B, L), 1 at the content of assistant messages
                 (their images included) and the `<|im_end|>` that closes it.
-            placeholders_only (`bool`): write placeholders for image parts, which may lack image data, but process no
-                image, because the model gets the codes of all images otherwise.
+            placeholders_only (`bool`): process no image, because the model gets the codes of all images otherwise; the
+                image parts may then lack image data.
             return_dict (`bool`): return all inputs instead of `input_ids` alone.
             negative_prompt (`str`, list of them or conversations, *optional*): what an image is guided away from, one
-                for all conversations or one for each. A string is what the user says. Rendered as the conversations
-                are, with `<|vision_start|>` at the end; needs `tokenize=True` and `return_dict=True`.
+                for all conversations or one for each. A string is what the user says.
             processor_kwargs (`dict`): settings of the tokenizer and the image processor (`padding`, `max_length`,
                 `resize_mode`, ...), and `images` for image parts without data. They are also taken from `**kwargs`;
                 what the template mentions goes to the template. **A message may name any file and any URL** unless
@@ -365,13 +349,12 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
         Returns:
             `str` or `list[str]`, or with `tokenize=True` a [`BatchFeature`] of `input_ids`, `attention_mask`, and
-            `pixel_values` (images, 3, S, S) or `pixel_codes` and `semantic_codes` (images, H, W, D). With a negative
-            prompt also `negative_prompt_ids`, `negative_prompt_attention_mask`, and its images' `negative_pixel_values`
-            or `negative_pixel_codes` and `negative_semantic_codes`, as `generate` takes them.
+            `pixel_values` (images, 3, S, S) or `pixel_codes` and `semantic_codes` (images, H, W, D), as `generate`
+            takes them; of a negative prompt the same under the names of its arguments (`negative_prompt_ids`, ...).
 
         Raises:
-            ValueError: for an empty conversation, an unknown role, parts of another form, images of more than one
-                sort, and flags that exclude each other.
+            ValueError: for conversations of another form, images of more than one sort, and flags that exclude each
+                other.
         """
         if add_generation_prompt and continue_final_message:
             raise ValueError("`continue_final_message` and `add_generation_prompt` exclude each other.")
@@ -384,9 +367,9 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         template = self._find_template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
             if value and not writes(template, name):
+                advice = "give a `chat_template` that does, or put them into a message"
                 raise ValueError(
-                    f"The chat template does not write `{name}`, so the model would know nothing of them. Give a "
-                    "`chat_template` that does, or put them into a message."
+                    f"The chat template does not write `{name}`, so the model would know nothing: {advice}."
                 )
         kwargs.pop("load_audio_from_video", None)
         settings = {**(processor_kwargs or {}), **{k: v for k, v in kwargs.items() if not writes(template, k)}}
@@ -396,14 +379,14 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             settings["return_tensors"] = return_tensors
 
         chats, batched = normalize_chats(conversation, template)
-        parts = [part for chat in chats for part in image_parts(chat)]
-        counts = [len(image_parts(chat)) for chat in chats]
+        parts = [image_parts(chat) for chat in chats]
+        counts = [len(parts_of_chat) for parts_of_chat in parts]
         images, codes = [], {}
         if tokenize and given is not None:
             images, row_counts = _flatten_images(given)
             self._check_counts(counts, len(images), row_counts)
         elif tokenize and not placeholders_only:
-            images, with_codes = image_data(parts)
+            images, with_codes = image_data(sum(parts, []))
             codes = stack_codes(with_codes, self.num_image_tokens)
 
         chats_without_images = [[without_image_data(message) for message in chat] for chat in chats]
@@ -429,18 +412,12 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         for row, count in zip(rows, counts):
             shown = row.count(self.image_token_id) // self.num_image_tokens
             if shown != count:
-                raise ValueError(
-                    f"A conversation has {count} images, but its rendered form has {shown}. The chat template must "
-                    "write one image per image part, and a message to be continued must end in text."
-                )
+                rule = "The template must write one per image part, and a message to be continued must end in text"
+                raise ValueError(f"A conversation has {count} images, but its rendered form has {shown}. {rule}.")
         merged = self._merged_kwargs(settings)
         data = self._pad(rows, masks if return_assistant_tokens_mask else None, merged["text_kwargs"])
-        data = {
-            **self._finish_text(data, counts, merged),
-            **codes,
-            **self._image_inputs(flatten_images(images), merged),
-        }
-        features = BatchFeature(data, tensor_type=merged["return_tensors"])
+        data = {**self._finish_text(data, counts, merged), **codes}
+        features = self._features(data, flatten_images(images), merged)
         if negative_prompt is not None:
             negative_chats = _negative_chats(negative_prompt)
             ends = {"add_generation_prompt": True, "generate_image": True, "tokenize": True, "return_dict": True}
@@ -452,10 +429,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if not isinstance(self.chat_template, dict):
             return chat_template or self.chat_template
         if chat_template is None and "default" not in self.chat_template:
-            names = sorted(self.chat_template)
-            raise ValueError(
-                f"None of the processor's chat templates {names} is 'default': name one as `chat_template`."
-            )
+            names = ", ".join(self.chat_template)
+            raise ValueError(f"None of the chat templates {names} is 'default': name one as `chat_template`.")
         return self.chat_template.get(chat_template or "default", chat_template)
 
     def _pad(self, rows: list[list[int]], masks: list[list[int]] | None, text_kwargs: dict[str, Any]) -> dict:
@@ -512,11 +487,10 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
         if not images and text is None:
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
-        data = {}
-        if text is not None:
-            data.update(self.tokenizer(_as_texts(text), **{"max_length": self.text_length, **merged["text_kwargs"]}))
-        data.update(self._image_inputs(images, merged))
-        return BatchFeature(data, tensor_type=merged["return_tensors"])
+        settings = {"max_length": self.text_length, **merged["text_kwargs"]}
+        return self._features(
+            {} if text is None else dict(self.tokenizer(_as_texts(text), **settings)), images, merged
+        )
 
 
 __all__ = ["DualTokenProcessor", "DualTokenVisionTokenizerProcessor"]
