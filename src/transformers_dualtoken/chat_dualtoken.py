@@ -75,13 +75,10 @@ def normalize_chats(conversation, chat_template: str | None = None) -> tuple[lis
     One conversation or a batch as a list of conversations, and whether it was a batch. Messages and parts lose the
     keys that are `None` (datasets fill in those of other parts); OpenAI's `image_url` parts become image parts.
 
-    Args:
-        chat_template (`str`, *optional*): that is to write the messages; without it their form alone is checked.
-
     Raises:
-        ValueError: for another form, and what the template would not write: a role it does not know, a key that says
-            something beside the content (`tool_calls`, `reasoning_content`, ...); for a `weight` or `train` that is
-            neither 0 nor 1, or asks to learn what no assistant says.
+        ValueError: for another form; with a `chat_template` also for what that would not write (a role it does not
+            know, a key that says something beside the content) and for a `weight` or `train` that is neither 0 nor 1, or
+            asks to learn what no assistant says.
     """
     conversation = getattr(conversation, "messages", conversation)
     if not isinstance(conversation, (list, tuple)) or not conversation:
@@ -103,9 +100,8 @@ def _normalize_message(message, chat_template: str | None) -> dict:
     if isinstance(content, (list, tuple)):
         message["content"] = [_normalize_part(part) for part in content]
     elif not isinstance(content, str):
-        raise ValueError(
-            f"The content of a message must be a string or a list of parts, got {type(content).__name__}."
-        )
+        kind = type(content).__name__
+        raise ValueError(f"The content of a message must be a string or a list of parts, got {kind}.")
     return message
 
 
@@ -117,16 +113,13 @@ def _normalize_part(part) -> dict:
     if part.get("type") == "image":
         images = flatten_images(part_image(part))
         if len(images) != 1:
-            raise ValueError(
-                f"An image part of a message must hold one image, got a list or a batch of {len(images)}."
-            )
+            raise ValueError(f"An image part must hold one image, got a list or a batch of {len(images)}.")
         if "image" in part:  # a list or a batch of one is that one, for all who read the part
             part["image"] = images[0]
     elif part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(
-            "A part of a message must be {'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}, got a "
-            f"part of type {part.get('type')!r:.100} with the keys {sorted(map(str, part))}."
-        )
+        given = f"got a part of type {part.get('type')!r:.100} with the keys {sorted(map(str, part))}"
+        known = "{'type': 'text', 'text': a string} or {'type': 'image', 'image': ...}"
+        raise ValueError(f"A part of a message must be {known}, {given}.")
     return part
 
 
@@ -142,24 +135,18 @@ def _check_written(message: dict, chat_template: str) -> None:
     role = message["role"]
     if role not in roles_of(chat_template):
         raise ValueError(f"A message has the role {role!r:.200}; the roles are {', '.join(ROLES)}.")
-    lost = [
-        str(key)
-        for key in keys_beside_content(message)
-        if str(key) in _PART_KEYS or chat_template == CHAT_TEMPLATE or not writes(chat_template, str(key))
-    ]
+    who, own = f"A message of the role {role!r} has", chat_template != CHAT_TEMPLATE
+    keys = map(str, keys_beside_content(message))
+    lost = [key for key in keys if not (own and key not in _PART_KEYS and writes(chat_template, key))]
     if lost:
-        raise ValueError(
-            f"A message of the role {role!r} has {', '.join(map(repr, lost))}, which the chat template does not write: "
-            "what stands there would be lost. Write it into the 'content', leave it out, or give a template that has it."
-        )
+        advice = "what stands there would be lost: write it into the 'content', or leave it out"
+        raise ValueError(f"{who} {', '.join(map(repr, lost))}, which the chat template does not write; {advice}.")
     for key in LEARNING_KEYS:
         value = message.get(key, 0)
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f"The {key!r} of a message must be 0 (context) or 1 (learned), got {value!r:.100}.")
         if value and role != "assistant":
-            raise ValueError(
-                f"A message of the role {role!r} has {key!r} = {value}, but only an assistant's are learned."
-            )
+            raise ValueError(f"{who} {key!r} = {value}, but only an assistant's are learned.")
 
 
 def is_learned(message: Mapping) -> bool:
@@ -168,20 +155,13 @@ def is_learned(message: Mapping) -> bool:
 
 
 def learned_spans(chat: list[dict], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """
-    Those of the character ranges of the assistant's content whose messages are learned.
-
-    Raises:
-        ValueError: where some are not, and the template does not mark one range for each.
-    """
+    """Those of the character ranges of the assistant's content whose messages are learned."""
     answers = [is_learned(message) for message in chat if message["role"] == "assistant"]
     if all(answers):
         return spans
     if len(answers) != len(spans):
-        raise ValueError(
-            f"The chat template marks {len(spans)} ranges for {len(answers)} messages of the assistant, so it is not known "
-            "which belong to those that are not to be learned ('weight' or 'train')."
-        )
+        ranges = f"{len(spans)} ranges for {len(answers)} messages of the assistant"
+        raise ValueError(f"The chat template marks {ranges}, so it is not known which 'weight' or 'train' belong to.")
     return [span for span, learned in zip(spans, answers) if learned]
 
 
@@ -206,21 +186,16 @@ def without_image_data(message: dict) -> dict:
 
 
 def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
-    """
-    What image parts carry: the images of all of them, or the parts with the codes of all.
-
-    Raises:
-        ValueError: if some carry images and others codes, or if any carries nothing.
-    """
+    """What image parts carry: all of them images, or all codes (then the parts themselves), or else a `ValueError`."""
     with_codes = [part for part in parts if any(key in part for key in CODE_KEYS)]
     images = [part_image(part) for part in parts if not any(key in part for key in CODE_KEYS)]
     missing = sum(image is None for image in images)
     if missing or (with_codes and images):
+        keys = f"(one of the keys {', '.join(map(repr, IMAGE_KEYS))})"
         raise ValueError(
             f"All {len(parts)} image parts of a call must carry images, or all codes: {len(images) - missing} carry an "
-            f"image (one of the keys {', '.join(map(repr, IMAGE_KEYS))}), {len(with_codes)} codes ('pixel_codes' and "
-            f"'semantic_codes'), {missing} neither. If the model gets the codes of all images otherwise, pass "
-            "`placeholders_only=True`."
+            f"image {keys}, {len(with_codes)} codes ('pixel_codes' and 'semantic_codes'), {missing} neither. If the model "
+            "gets the codes of all images otherwise, pass `placeholders_only=True`."
         )
     return images, with_codes
 
@@ -315,16 +290,11 @@ def encode_chats(
     tokenizer, image_tokens: ImageTokens, rendered: list[str], marker: str, spans: list[list[tuple[int, int]]] | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
-    Encode rendered chats whose typed special tokens are marked.
+    Of rendered chats whose typed special tokens are marked the ids, images expanded, and of each token whether it
+    overlaps one of `spans`, per chat the character ranges of the assistant's content (`None`: no masks).
 
     Between two control tokens the text is encoded in one piece, whoever wrote it, so that a chat without typed special
     tokens gets the very ids its rendered string has.
-
-    Args:
-        spans: per chat the character ranges of the assistant's content; `None` if no mask is wanted.
-
-    Returns:
-        Per chat the ids, images expanded, and (with `spans`) a mask of the same length: 1 at tokens that overlap a range.
     """
     special_tokens = special_tokens_of(tokenizer, image_tokens)
     alternatives = "|".join(map(re.escape, special_tokens))

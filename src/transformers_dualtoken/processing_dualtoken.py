@@ -367,10 +367,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         template = self._find_template(chat_template)
         for name, value in (("tools", tools), ("documents", documents)):
             if value and not writes(template, name):
-                advice = "give a `chat_template` that does, or put them into a message"
-                raise ValueError(
-                    f"The chat template does not write `{name}`, so the model would know nothing: {advice}."
-                )
+                advice = "so the model would know nothing of them; put them into a message"
+                raise ValueError(f"The chat template does not write `{name}`, {advice}.")
         kwargs.pop("load_audio_from_video", None)
         settings = {**(processor_kwargs or {}), **{k: v for k, v in kwargs.items() if not writes(template, k)}}
         variables = {name: value for name, value in kwargs.items() if name not in settings}
@@ -390,10 +388,11 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             codes = stack_codes(with_codes, self.num_image_tokens)
 
         chats_without_images = [[without_image_data(message) for message in chat] for chat in chats]
-        outside = {"conversations": chats_without_images, "tools": tools, "documents": documents, **variables}
+        outside = {**variables, "conversations": chats_without_images, "tools": tools, "documents": documents}
         marker = f"{secrets.randbelow(10**32):032}"  # digits, because no template filter changes them
         if tokenize:
-            outside = mark_special_tokens(outside, marker, special_tokens_of(self.tokenizer, self.image_tokens))
+            specials = special_tokens_of(self.tokenizer, self.image_tokens)
+            outside = {name: mark_special_tokens(value, marker, specials) for name, value in outside.items()}
         own_tokens = {name: getattr(self, name) for name in _IMAGE_TOKENS}
         rendered, spans = render_jinja_template(
             chat_template=template,
@@ -488,9 +487,8 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
             raise ValueError("Give `text`, `images` or both, got neither.")
         merged = self._merged_kwargs(kwargs)
         settings = {"max_length": self.text_length, **merged["text_kwargs"]}
-        return self._features(
-            {} if text is None else dict(self.tokenizer(_as_texts(text), **settings)), images, merged
-        )
+        data = {} if text is None else dict(self.tokenizer(_as_texts(text), **settings))
+        return self._features(data, images, merged)
 
 
 __all__ = ["DualTokenProcessor", "DualTokenVisionTokenizerProcessor"]
