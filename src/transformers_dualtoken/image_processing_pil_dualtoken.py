@@ -37,10 +37,8 @@ from .image_reading import (
 
 
 RESIZE_MODES = ("squash", "center_crop", "pad")
-_SIZE = (
-    f"a number of pixels or give 'height' and 'width', at most {MAX_DECODED_PIXELS:,} pixels in all and whole numbers "
-    "from 1 on"
-)
+_PIXELS = f"at most {MAX_DECODED_PIXELS:,} pixels in all"
+_SIZE = f"a number of pixels or give 'height' and 'width', {_PIXELS} and whole numbers from 1 on"
 # A longer image loses its ends before `center_crop` resizes it: they are cropped anyway, and would fill the memory.
 _MAX_ASPECT_RATIO = 4
 
@@ -141,13 +139,10 @@ class DualTokenImageProcessingMixin:
     """Settings, checks, conversions and geometry of both backends; the backend brings `resize` and `_preprocess`."""
 
     valid_kwargs = DualTokenImageProcessorKwargs
-    model_input_names = ["pixel_values"]
-
     resample = PILImageResampling.BICUBIC
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     size = {"height": 384, "width": 384}
-    default_to_square = True
     do_resize = True
     do_rescale = True
     do_normalize = True

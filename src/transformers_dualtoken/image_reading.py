@@ -72,21 +72,17 @@ class UnreadableImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageBounds:
-    """
-    What may be read, by default at inference: from which of [`IMAGE_SOURCES`] (images in memory are always read), pixels
-    of an image (`None`: as many as Pillow decodes), and bytes of a download (`None`: any number).
-    """
+    """What may be read, by default at inference."""
 
-    sources: tuple[str, ...] = ("data", "local", "url")
-    max_pixels: int | None = MAX_DECODED_PIXELS
-    max_bytes: int | None = MAX_DOWNLOADED_BYTES
+    sources: tuple[str, ...] = ("data", "local", "url")  # images in memory are always read
+    max_pixels: int | None = MAX_DECODED_PIXELS  # of an image; `None`: as many as Pillow decodes
+    max_bytes: int | None = MAX_DOWNLOADED_BYTES  # of a download; `None`: any number
 
     def __post_init__(self):
         sources = (self.sources,) if isinstance(self.sources, str) else self.sources
         if not isinstance(sources, (list, tuple)) or not all(source in IMAGE_SOURCES for source in sources):
-            raise ValueError(
-                f"`image_sources` must be one or a list of {', '.join(IMAGE_SOURCES)}, got {self.sources!r}."
-            )
+            known = ", ".join(IMAGE_SOURCES)
+            raise ValueError(f"`image_sources` must be one or a list of {known}, got {self.sources!r}.")
         object.__setattr__(self, "sources", tuple(sources))
         for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
             if limit is not None and (type(limit) is not int or limit < 1):
@@ -181,10 +177,8 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
         return _local_path(os.fsdecode(value), folder)
     if isinstance(value, str):
         return _locate_text(value, folder, "local" in bounds.sources)
-    raise TypeError(
-        "An image must be a path, a URL, base64 text, bytes, a file object, {'bytes': ..., 'path': ...}, a PIL "
-        f"image, an array or a tensor, got {type(value).__name__}."
-    )
+    kinds = "a path, a URL, base64 text, bytes, a file object, {'bytes': ...}, a PIL image, an array or a tensor"
+    raise TypeError(f"An image must be {kinds}, got {type(value).__name__}.")
 
 
 def _locate_text(text: str, folder: str | None, may_be_local: bool):
@@ -247,7 +241,7 @@ def read_image(
     What holds an image as an upright RGB image, its mode converted as the image processor does it ([`pil_to_rgb`]).
 
     Args:
-        value: see [`locate_image`], and for arrays and tensors [`as_tensor`].
+        value: see [`locate_image`] and [`as_tensor`].
         min_size (`int`, *optional*): pixels that either side needs at least. With it a JPEG is decoded at 1/2, 1/4 or
             1/8 of its size where it has more than `bounds.max_pixels`.
         reducing_gap (`float`, *optional*): a JPEG is decoded at the smallest size with sides of at least
@@ -275,8 +269,6 @@ def read_image(
         for top, strip in _rgb_strips(image):
             rgb.paste(Image.fromarray(strip), (0, top))
         return rgb
-    except UnreadableImageError:
-        raise
     except ValueError as error:
         raise UnreadableImageError(str(error).rstrip(".")) from error
 
@@ -297,8 +289,25 @@ def open_image(value, bounds: ImageBounds, min_size: int | None = None, reducing
     else:
         source, opener = "fsspec", lambda: BytesIO(_read_fsspec(value, bounds))
     bounds.check_source(source)
-    with opener() as file:
-        return decode_image(_open(file, bounds, min_size, reducing_gap), bounds)
+    with opener() as file, _unreadable("it is damaged"):
+        start = file.read(len(_ICO_START))
+        if not start:
+            raise UnreadableImageError("the file is empty (0 bytes)")
+        if start == _ICO_START:
+            raise UnreadableImageError(_HOLDS_OTHERS.format("ICO"))
+        file.seek(0)
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError as error:
+            raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise UnreadableImageError(f"it has too many pixels ({error})") from error
+        is_large = bounds.max_pixels is not None and math.prod(image.size) > bounds.max_pixels
+        if min_size is not None and (is_large or reducing_gap is not None):
+            # Does nothing for other formats than JPEG.
+            side = min_size if is_large else math.ceil(min_size * reducing_gap)
+            image.draft(None, (side, side))
+        return decode_image(image, bounds)
 
 
 def _open_local(path: str):
@@ -419,28 +428,6 @@ def _quoted(url: str) -> str:
     return urllib.parse.urlunsplit(parts._replace(**quoted, fragment=""))
 
 
-def _open(file, bounds: ImageBounds, min_size: int | None, reducing_gap: float | None) -> Image.Image:
-    start = file.read(len(_ICO_START))
-    if not start:
-        raise UnreadableImageError("the file is empty (0 bytes)")
-    if start == _ICO_START:
-        raise UnreadableImageError(_HOLDS_OTHERS.format("ICO"))
-    file.seek(0)
-    with _unreadable("it is damaged"):
-        try:
-            image = Image.open(file)
-        except UnidentifiedImageError as error:
-            raise UnreadableImageError("it is no image, or damaged, or of an unknown format") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UnreadableImageError(f"it has too many pixels ({error})") from error
-        is_large = bounds.max_pixels is not None and math.prod(image.size) > bounds.max_pixels
-        if min_size is not None and (is_large or reducing_gap is not None):
-            # Does nothing for other formats than JPEG.
-            side = min_size if is_large else math.ceil(min_size * reducing_gap)
-            image.draft(None, (side, side))
-        return image
-
-
 def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
     """Read the pixels (PIL opens files lazily) and turn them upright by the EXIF orientation."""
     if image.format in _REFUSED_FORMATS:
@@ -506,13 +493,9 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
 
 def as_tensor(image, input_data_format=None) -> torch.Tensor:
     """
-    An array or tensor (H, W), (H, W, C) or (C, H, W) of real numbers as a tensor (C, H, W): `uint8` of integers, which
-    must be levels of 255 (`uint16` is scaled from 16 bit) or booleans (0 and 255), `float32` or `float64` of finite
-    floating-point values. Without a format it is inferred: of two sides that may be the channels it is the one of 3,
-    or else the first.
-
-    Raises:
-        ValueError: for another shape, kind or range.
+    An array or tensor (H, W), (H, W, C) or (C, H, W) as a tensor (C, H, W): `uint8` of levels of 255, `uint16` (scaled
+    from 16 bit) and booleans (0 and 255), `float32` or `float64` of finite floating-point values. Without a format it is
+    inferred: of two sides that may be the channels it is the one of 3, or else the first.
     """
     if isinstance(image, torch.Tensor):
         is_dense = image.layout == torch.strided and not (image.is_nested or image.is_quantized or image.is_meta)
@@ -566,10 +549,10 @@ def to_8_bit(image: torch.Tensor) -> torch.Tensor:
     if not image.is_floating_point():
         return image
     low, high = map(float, image.aminmax())
-    is_whole = high > 2 or bool((image == image.round()).all())
+    below = 0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL
     if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
         image = image * 255
-    elif low < (-0.5 if high > MAX_RECONSTRUCTION else -_HALF_LEVEL) or high > 255.5 or not is_whole:
+    elif low < -below or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
         values = f"from 0 to 255, or from 0 to 1, got {low:g} to {high:g}"
         raise ValueError(f"A floating-point image must have values {values}. {_OF_DECODED}")
     return image.round().clamp(0, 255).to(torch.uint8)

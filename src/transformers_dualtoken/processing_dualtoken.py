@@ -364,7 +364,12 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             raise ValueError("`generate_image` needs `add_generation_prompt=True` or `continue_final_message=True`.")
         if negative_prompt is not None and not (tokenize and return_dict):
             raise ValueError("`negative_prompt` gives inputs: it needs `tokenize=True` and `return_dict=True`.")
-        template = self._find_template(chat_template)
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template)
+        if template is None:
+            raise ValueError(
+                f"Of the chat templates {', '.join(templates)} none is 'default': name a `chat_template`."
+            )
         for name, value in (("tools", tools), ("documents", documents)):
             if value and not writes(template, name):
                 advice = "so the model would know nothing of them; put them into a message"
@@ -424,14 +429,6 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             features.update(_negative_inputs(self.apply_chat_template(negative_chats, template, **ends, **given)))
         return features if return_dict else features["input_ids"]
 
-    def _find_template(self, chat_template: str | None) -> str:
-        if not isinstance(self.chat_template, dict):
-            return chat_template or self.chat_template
-        if chat_template is None and "default" not in self.chat_template:
-            names = ", ".join(self.chat_template)
-            raise ValueError(f"None of the chat templates {names} is 'default': name one as `chat_template`.")
-        return self.chat_template.get(chat_template or "default", chat_template)
-
     def _pad(self, rows: list[list[int]], masks: list[list[int]] | None, text_kwargs: dict[str, Any]) -> dict:
         """Truncate and pad encoded rows as the tokenizer would."""
         max_length = text_kwargs.get("max_length")
@@ -440,11 +437,12 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             rows = [row[kept] for row in rows]
             masks = masks and [mask[kept] for mask in masks]
         names = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
-        data = dict(self.tokenizer.pad({"input_ids": rows}, **{name: text_kwargs.get(name) for name in names}))
+        encoded = (
+            {"input_ids": rows} if masks is None else {"input_ids": rows, "token_type_ids": masks}
+        )  # padded with 0
+        data = dict(self.tokenizer.pad(encoded, **{name: text_kwargs.get(name) for name in names}))
         if masks is not None:
-            fills = [[0] * (len(ids) - len(mask)) for ids, mask in zip(data["input_ids"], masks)]
-            left = (text_kwargs.get("padding_side") or self.tokenizer.padding_side) == "left"
-            data["assistant_masks"] = [fill + mask if left else mask + fill for fill, mask in zip(fills, masks)]
+            data["assistant_masks"] = data.pop("token_type_ids")
         return data
 
 
@@ -473,8 +471,6 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
     @auto_docstring
     def __call__(self, images=None, text=None, **kwargs: Unpack[DualTokenProcessorKwargs]) -> BatchFeature:
         r"""
-        images (*optional*):
-            PIL images, arrays, tensors, paths or URLs: one or a list.
         text (`str` or `list[str]`, *optional*):
             Captions. Their number need not be that of the images.
 
