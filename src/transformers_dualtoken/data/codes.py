@@ -119,8 +119,7 @@ def precompute_codes(
         raise ValueError(f"`rank` must lie between 0 and {world_size - 1}, one less than `world_size`, got {rank}.")
     if len(sources) > 1 and any(source.weight is not None for source in sources):
         logger.warning(
-            f"The weights of the sources are not kept: {str(output_dir)!r} becomes one source. Give each a folder of its "
-            "own to weigh them."
+            f"{str(output_dir)!r} becomes one source, without weights. Give each source a folder of its own."
         )
     start, folder, summary = time.perf_counter(), Path(output_dir), PrecomputeSummary()
     quantizers = {kind: vision_tokenizer.quantizer(kind).config for kind in CODE_KINDS}
@@ -161,10 +160,8 @@ def precompute_codes(
                     last = f"The last is {sample.name}: {sample.error}."
                     raise ValueError(f"{num_bad_in_a_row:,} samples in a row cannot be used. {last}")
                 elif on_bad_sample == "error":
-                    raise ValueError(
-                        f"The sample {sample.name} cannot be used: {sample.error}. Mend it and start again (what is "
-                        "written stays), or pass such samples over with `on_bad_sample` = 'skip'."
-                    )
+                    advice = "Mend it and start again, or pass such samples over with `on_bad_sample` = 'skip'."
+                    raise ValueError(f"The sample {sample.name} cannot be used: {sample.error}. {advice}")
                 else:
                     skipped.append(sample)
             counts = _write_shard(folder, shard, written, skipped, images.finish(), settings)
@@ -235,9 +232,8 @@ class _SampleReader(Dataset):
         except BadSampleError as error:
             sample.error, sample.id = str(error), sample.id or error.sample_id
         except Exception as error:
-            raise RuntimeError(
-                f"The sample {sample.name} cannot be read ({type(error).__name__}: {error})."
-            ) from error
+            kind = type(error).__name__
+            raise RuntimeError(f"The sample {sample.name} cannot be read ({kind}: {error}).") from error
         if sample.id is not None:
             sample.name += f" (id {sample.id})"
         return sample
@@ -324,10 +320,7 @@ def _begin_or_resume(folder: Path, settings: dict) -> set[int]:
         different = [key for key in {**settings, **found} if found.get(key) != settings.get(key)]
         if different:
             listed = "; ".join(f"{key} was {found.get(key)} and is now {settings.get(key)}" for key in different)
-            raise ValueError(
-                f"The folder {str(folder)!r} was begun with other settings: {listed}. Give the same arguments as then, "
-                "or another output folder."
-            )
+            raise ValueError(f"The folder {str(folder)!r} was begun with other settings: {listed}. Give another one.")
     return set(shards)
 
 
@@ -421,8 +414,8 @@ def _finish(folder: Path, settings: dict, num_rows: int) -> dict | None:
         expected = min(size, max(0, num_rows - index * size))
         if found != expected:
             raise ValueError(
-                f"{str(shards[index])!r} holds {found} rows of the sources, which now have {expected} there: the sources "
-                "have changed since this folder was begun. Give another output folder."
+                f"{str(shards[index])!r} holds {found} rows of the sources, which now have {expected} there: they have "
+                "changed since this folder was begun. Give another one."
             )
     by_source = zip(*(footer["counts"] for footer in footers.values()))
     counts = [{name: sum(part[name] for part in parts) for name in _COUNTS} for parts in by_source]
@@ -461,28 +454,22 @@ def read_description(path) -> dict:
     shards = _find_shards(folder)
     if not file.is_file():
         raise ValueError(
-            f"The precomputed codes in {str(path)!r} are not finished: {len(shards)} shards are there and "
-            f"{DESCRIPTION_FILE}, which is written last, is not. Start precompute_codes again with the same arguments; "
-            "it goes on where it was stopped."
+            f"The precomputed codes in {str(path)!r} are not finished: {len(shards)} shards are there. Start "
+            "precompute_codes again with the same arguments; it goes on where it was stopped."
         )
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         version, *_ = [description[name] for name in ("format_version", *_NEEDED)]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{str(file)!r} is damaged ({error!r}). Delete it and start precompute_codes again."
-        ) from error
+        raise ValueError(f"{str(file)!r} is damaged ({error!r}). Delete it and start again.") from error
     if version != FORMAT_VERSION:
-        raise ValueError(
-            f"The precomputed codes in {str(path)!r} are of format {version}; this version of transformers-dualtoken "
-            f"reads format {FORMAT_VERSION}."
-        )
+        readable = f"this version of transformers-dualtoken reads format {FORMAT_VERSION}"
+        raise ValueError(f"The precomputed codes in {str(path)!r} are of format {version}; {readable}.")
     missing = sorted(set(range(description["num_shards"])) - set(shards))
     if missing:
         raise ValueError(
             f"Of the {description['num_shards']} shards of precomputed codes in {str(path)!r}, {len(missing)} are "
-            f"missing; the first is {_shard_path(folder, missing[0]).name}. Copy the folder again, or delete "
-            f"{DESCRIPTION_FILE} and start precompute_codes again with the same arguments."
+            f"missing; the first is {_shard_path(folder, missing[0]).name}. Copy or make them again."
         )
     return description
 
@@ -509,8 +496,7 @@ def load_code_source(
     if fingerprint not in (None, found, description["bfloat16_fingerprint"]):
         raise ValueError(
             f"The precomputed codes in {str(path)!r} are of another tokenizer: they were made by {found}, and the "
-            f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and its "
-            "dtype (examples/precompute_codes.py), or train with the tokenizer that made them."
+            f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and dtype."
         )
     dataset = datasets.load_dataset(
         "parquet",

@@ -72,8 +72,7 @@ class DualTokenDataCollator:
                 batch[name] = torch.cat(images)
         if "pixel_values" in batch and "pixel_codes" in batch:
             raise ValueError(
-                "Some samples of a batch have images as pixels and others as codes; precompute the codes of all sources "
-                "of a mixture, or of none."
+                "Some samples of a batch have images as pixels and others as codes; it must be one or the other."
             )
         for name in ("num_skipped", "num_cut"):
             if any(name in sample for sample in samples):

@@ -76,9 +76,7 @@ class ChatEncoder:
         if not 0 <= prompt_drop_probability <= 1:
             raise ValueError(f"`prompt_drop_probability` must lie in [0, 1], got {prompt_drop_probability}.")
         if processor.tokenizer.eos_token_id is None:
-            raise ValueError(
-                "The tokenizer has no end-of-sequence token, which closes every document. Set `eos_token`."
-            )
+            raise ValueError("The tokenizer has no `eos_token`, which closes every document.")
         self.processor, self.max_length, self.cut_long_samples = processor, max_length, cut_long_samples
         self.prompt_drop_probability = prompt_drop_probability
         tokens = processor.image_tokens
@@ -165,9 +163,8 @@ class ChatEncoder:
         end = next((int(start) for start in starts if start < end < start + len(self.image_ids)), end)
         kept = [part for start, part in zip(starts, encoded.images) if start < end]
         if not encoded.is_target[1:end].any():
-            raise BadSampleError(
-                f"it has {length} tokens, and nothing to learn is left before `max_length` = {self.max_length}"
-            )
+            left = f"nothing to learn is left before `max_length` = {self.max_length}"
+            raise BadSampleError(f"it has {length} tokens, and {left}")
         return EncodedExample(encoded.input_ids[:end].copy(), encoded.is_target[:end].copy(), kept, cut=True)
 
     def image_starts(self, input_ids: np.ndarray) -> np.ndarray:

@@ -104,20 +104,14 @@ def load_ready(source: str, split: str, streaming: bool, name: str | None = None
     """A data set of the Hub, or one of `save_to_disk`; `None` where `source` is other local files."""
     if is_local(source):
         if name is not None or data_files is not None:
-            raise ValueError(
-                f"`name` and `data_files` are for data sets on the Hub, and {source!r} is a local path. Give a folder, "
-                "a file, or a pattern such as 'shards/*.tar'."
-            )
+            raise ValueError(f"`name` and `data_files` are for data sets on the Hub, and {source!r} is a local path.")
         is_saved = any(os.path.isfile(os.path.join(source, file)) for file in ("state.json", "dataset_dict.json"))
         return _load_saved(source, split, streaming) if is_saved else None
     nowhere = f"There is no file or folder at {source!r} (the working directory is {os.getcwd()!r})"
     if not may_be_hub_name(source):
         raise MissingDataError(f"{nowhere}, and it is not the name of a data set on the Hub.")
     if source in _PACKAGED_DATASETS_MODULES and data_files is None:
-        raise MissingDataError(
-            f"{nowhere}. {source!r} is no data set of the Hub but a reader of `datasets`, which would read the files of "
-            "the working directory: give the path of the data."
-        )
+        raise MissingDataError(f"{nowhere}. {source!r} is no data set of the Hub but a reader of `datasets`.")
     try:
         return datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
@@ -189,15 +183,11 @@ def choose_files(source: str, found: Mapping, kinds: Iterable[str], split: str, 
     if not chosen:
         paths = [path for paths in found.values() for path in paths]
         endings = sorted({Path(path).suffix or "no ending" for path in paths})
-        raise ValueError(
-            f"There {wanted} at {source!r}; "
-            + (f"its {len(paths)} files have the endings {endings[:10]}." if paths else "it holds no files.")
-        )
+        there = f"its {len(paths)} files have the endings {endings[:10]}" if paths else "it holds no files"
+        raise ValueError(f"There {wanted} at {source!r}; {there}.")
     if len(chosen) > 1:
         listed = ", ".join(f"{len(files)} {kind} files" for kind, files in chosen.items())
-        raise ValueError(
-            f"{source!r} holds {listed}. Give a pattern that selects one kind, such as 'folder/*.parquet'."
-        )
+        raise ValueError(f"{source!r} holds {listed}. Give a pattern of one kind, such as 'folder/*.parquet'.")
     ((kind, files),) = chosen.items()
     if not os.path.isdir(source):
         return kind, files
@@ -284,10 +274,8 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> by
         size = file.seek(0, os.SEEK_END)
         if member.issparse() or size > MAX_FILE_BYTES:
             kind = "sparse file" if member.issparse() else "file"
-            logger.warning_once(
-                f"{path}/{member.name} is a {kind} of {size:,} bytes and counts as an empty one: an image of a shard "
-                f"must not be sparse, and have {MAX_FILE_BYTES:,} bytes at most."
-            )
+            shown = f"{path}/{member.name} is a {kind} of {size:,} bytes"
+            logger.warning_once(f"{shown} and counts as an empty one; at most {MAX_FILE_BYTES:,} are read.")
             return b""
         file.seek(0)
         return file.read()
@@ -365,9 +353,8 @@ def _iterate_array(file: io.TextIOBase, path: str) -> Iterator[str]:
                 continue
         except json.JSONDecodeError as error:
             if ended:
-                raise ValueError(
-                    f"The JSON array in {path!r} is truncated or damaged at item {number:,} ({error.msg})."
-                ) from error
+                where = f"at item {number:,} ({error.msg})"
+                raise ValueError(f"The JSON array in {path!r} is truncated or damaged {where}.") from error
         # As much again as is left, lest a large item be parsed over and over.
         buffer = buffer[position:]
         more = file.read(max(chunk_size, len(buffer)))

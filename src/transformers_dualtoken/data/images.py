@@ -138,7 +138,7 @@ def _with_image_column(dataset, source: str, image_column: str):
     keys = _image_keys(columns, image_column)
     if len(keys) != 1:
         raise ValueError(
-            f"The webdataset {source!r} has {len(keys)} columns of images, of {columns}. Say which by `image_column`."
+            f"The webdataset {source!r} has the columns {columns}. Say by `image_column` which has images."
         )
     return dataset.rename_column(keys[0], image_column)
 

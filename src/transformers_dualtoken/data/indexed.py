@@ -113,10 +113,7 @@ class DualTokenImageDataset(_EpochDataset):
                 continue
             # The others in between count where they are asked for.
             return {"pixel_values": pixel_values, "num_skipped": int(step > 0)}
-        raise ValueError(
-            f"None of the {tries:,} images from number {index} on can be read (the data set holds {len(self):,}); the "
-            "log names them with the reasons."
-        )
+        raise ValueError(f"None of the {tries:,} images from number {index} on can be read; the log says why.")
 
 
 class _EncodedSource:
@@ -139,10 +136,8 @@ class _EncodedSource:
         self.tokens = columns.select_columns(["input_ids", "is_target"])
         if not len(self.rows):
             reason = f", the first because {self.faults[0][1]}" if self.faults else ""
-            raise ValueError(
-                f"The source {source.name} has no sample that can be trained on; {len(self.faults)} were "
-                f"skipped{reason}."
-            )
+            skipped = f"{len(self.faults)} were skipped{reason}"
+            raise ValueError(f"The source {source.name} has no sample that can be trained on; {skipped}.")
 
     def name(self, index: int) -> str:
         row = int(self.rows[index])
@@ -238,10 +233,8 @@ class DualTokenChatDataset(_EpochDataset):
         check_sources(sources, on_bad_sample)
         kinds = {isinstance(source, ChatSource) for source in sources}
         if len(kinds) > 1 or not all(isinstance(source, (ChatSource, Mapping)) for source in sources):
-            raise ValueError(
-                "`sources` must be ChatSources, as of load_chat_sources, or all of them examples (dicts), got "
-                f"{', '.join(sorted({type(source).__name__ for source in sources}))}."
-            )
+            found = ", ".join(sorted({type(source).__name__ for source in sources}))
+            raise ValueError(f"`sources` must be ChatSources, or all of them examples (dicts), got {found}.")
         if kinds == {False}:
             sources = [ChatSource("the examples", list(sources), dict)]
         weights = [source.weight for source in sources]
@@ -315,6 +308,5 @@ class DualTokenChatDataset(_EpochDataset):
                 if self._num_named <= MAX_NAMED:
                     logger.warning(f"The sample {source.name(item)} is skipped: {error}.")
                 if num_skipped == min(len(self), MAX_SKIPPED_IN_A_ROW):
-                    raise ValueError(
-                        f"{num_skipped:,} samples in a row cannot be read. The last is {source.name(item)}: {error}."
-                    ) from error
+                    last = f"The last is {source.name(item)}: {error}."
+                    raise ValueError(f"{num_skipped:,} samples in a row cannot be read. {last}") from error

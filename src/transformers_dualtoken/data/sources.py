@@ -133,9 +133,8 @@ def _read_specs(spec) -> list[dict]:
             spec, folder = mixture, os.path.dirname(path)
     if isinstance(spec, Mapping) and "sources" in spec:
         if len(spec) > 1:
-            raise ValueError(
-                f"A mixture is a list `sources` and nothing else; it has also {[key for key in spec if key != 'sources']}."
-            )
+            others = [key for key in spec if key != "sources"]
+            raise ValueError(f"A mixture is a list `sources` and nothing else; it has also {others}.")
         spec = spec["sources"]
     specs = list(spec) if isinstance(spec, (list, tuple)) else [spec]
     if not specs:
@@ -177,7 +176,7 @@ def _read_mixture(path: str):
     if is_json:
         return None
     raise ValueError(
-        f"The mixture {path!r} must be a list of sources, paths or dicts with a 'path', or have one as `sources`."
+        f"The mixture {path!r} must be a list of sources, paths or dicts with a 'path', or have `sources`."
     )
 
 
@@ -193,9 +192,8 @@ def _check_spec(source: Mapping) -> None:
     unknown = sorted(set(source) - set(keys))
     if unknown:
         of_format = f" of the format {name!r}" if name is not None else ""
-        raise ValueError(
-            f"The source {path!r} has the unknown keys {', '.join(unknown)}; the keys{of_format} are {', '.join(keys)}."
-        )
+        known = f"the keys{of_format} are {', '.join(keys)}"
+        raise ValueError(f"The source {path!r} has the unknown keys {', '.join(unknown)}; {known}.")
     for key, value in source.items():
         if key not in ("path", "weight") and not isinstance(value, str):
             raise ValueError(f"`{key}` of {path!r} must be a string, got {value!r:.100}.")
@@ -203,9 +201,7 @@ def _check_spec(source: Mapping) -> None:
         if source.get(option, values[0]) not in values:
             raise ValueError(f"`{option}` of {path!r} must be one of {', '.join(values)}, got {source[option]!r}.")
     if "{caption}" not in source.get("draw_prompt", "{caption}"):
-        raise ValueError(
-            f"`draw_prompt` must have '{{caption}}' where the caption goes, got {source['draw_prompt']!r}."
-        )
+        raise ValueError(f"`draw_prompt` must have '{{caption}}' in it, got {source['draw_prompt']!r}.")
     folder = source.get("image_folder")
     if folder is not None and "://" not in folder and not os.path.isdir(folder):
         raise ValueError(f"The `image_folder` {folder!r} of {path!r} is not a folder.")
@@ -217,16 +213,14 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
     if spec.get("format", "codes") == "codes" and (is_codes or "format" in spec):
         return [load_code_source(path, weight=weight, streaming=streaming, fingerprint=fingerprint)]
     if is_codes:
-        raise ValueError(
-            f"The folder {path!r} holds precomputed codes: its format is 'codes', not {spec['format']!r}."
-        )
+        raise ValueError(f"{path!r} holds precomputed codes: its format is 'codes', not {spec['format']!r}.")
     dataset, kind, folder, rows = _open_rows(path, spec, streaming)
     columns = set().union(*rows)
     name = spec.get("format") or detect_format(columns)
     if name is None:
+        known = ", ".join(FORMATS)
         raise ValueError(
-            f"The format of {path!r} cannot be told from its columns {sorted(columns)}. Say which by `format`: "
-            f"{', '.join(FORMATS)}."
+            f"The format of {path!r} cannot be told from its columns {sorted(columns)}: give one of {known}."
         )
     _check_spec({**spec, "format": name})
     known = FORMATS[name]
@@ -238,9 +232,8 @@ def _load_source(spec: dict, streaming: bool, fingerprint: str | None) -> list[C
     if roles is None or not (known.roles or columns.intersection(known.columns)):
         names = {role: spec[role] if role in spec else " or ".join(names) for role, names in known.roles.items()}
         wanted = "; ".join(f"{role}: {name}" for role, name in names.items()) or f"one of {', '.join(known.columns)}"
-        raise ValueError(
-            f"The data {path!r} of format {name!r} lacks a column; it has {sorted(columns)}, and needs {wanted}."
-        )
+        found = f"it has {sorted(columns)}, and needs {wanted}"
+        raise ValueError(f"The data {path!r} of format {name!r} lacks a column; {found}.")
     if kind == "columns":
         dataset = _undecoded(dataset, [*known.columns, *roles.values(), "id", "__key__", "json"])
     options = {**known.options, **{option: spec[option] for option in known.options if option in spec}, **roles}

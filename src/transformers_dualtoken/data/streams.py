@@ -73,9 +73,7 @@ class SampleStream(IterableDataset):
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be from 0 to `world_size` - 1, got {rank} of {world_size}.")
         if weights is None and len(datasets) > 1:
-            raise ValueError(
-                f"Streams have no length by which {len(datasets)} of them could be mixed: give each a weight."
-            )
+            raise ValueError(f"Streams have no length by which {len(datasets)} of them could be mixed: give weights.")
         self.datasets, self.weights, self.repeat = datasets, weights or [1.0], repeat
         # With another one of these a position would mean something else.
         self.settings = {
@@ -111,8 +109,7 @@ class SampleStream(IterableDataset):
             if position[name] != value:
                 raise ValueError(
                     f"The stream was saved with {name} = {position[name]} and cannot go on with {name} = {value}. "
-                    "Resume with the settings, ranks and `dataloader_num_workers` of the first run, and with the same "
-                    "data."
+                    "Resume with the first run's settings, ranks and workers, and with the same data."
                 )
 
     def __iter__(self):
@@ -152,10 +149,8 @@ class SampleStream(IterableDataset):
                     num_named += 1
                     logger.warning(f"The {self.noun} {name} is skipped: {error}.")
                 if num_skipped == MAX_SKIPPED_IN_A_ROW:
-                    raise ValueError(
-                        f"{num_skipped:,} {self.noun}s of the stream in a row cannot be read. The last is {name}: "
-                        f"{error}."
-                    ) from error
+                    message = f"{num_skipped:,} {self.noun}s of the stream in a row cannot be read. The last is {name}"
+                    raise ValueError(f"{message}: {error}.") from error
                 continue
             yield {
                 **sample,
@@ -181,8 +176,7 @@ class SampleStream(IterableDataset):
             if self.repeat and not has_rows:
                 raise ValueError(
                     f"The stream has no {self.noun} for worker {position['worker']} of {position['num_workers']} on rank "
-                    f"{position['rank']} of {position['world_size']}: it holds fewer {self.noun}s than there are "
-                    "workers on all ranks."
+                    f"{position['rank']} of {position['world_size']}: it holds fewer {self.noun}s than there are workers."
                 )
             place = {**_BEGINNING, "epoch": epoch + 1}
 
