@@ -74,3 +74,9 @@ def siglip_folder(tmp_path_factory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Rows are copied to the cache of `datasets`: not to the user's."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
