@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_tokenizer_trainer import pixel_items, tokenizer_trainer
+from tokenizer_training import pixel_items, tokenizer_trainer
 
 from transformers_dualtoken.training import load_lpips
 
