@@ -201,83 +201,71 @@ class DualTokenImageGenerationInputs(_Checked):
 
     def check_rows(self, rows: int) -> None:
         """Raise a `ValueError` unless a list of generators has one for every row, all of one device."""
-        generators = self.generator if isinstance(self.generator, (list, tuple)) else ()
-        if generators and len(generators) != rows:
+        if not isinstance(self.generator, (list, tuple)):
+            return
+        if len(self.generator) != rows:
             raise ValueError(
                 f"A list as `generator` must have one for every row, {rows} (prompts times `num_return_sequences`), "
-                f"got {len(generators)}."
+                f"got {len(self.generator)}."
             )
-        devices, different = sorted({str(one.device) for one in generators}), len(set(map(id, generators)))
-        if len(devices) > 1 or different < len(generators):
+        devices, different = {str(one.device) for one in self.generator}, len(set(map(id, self.generator)))
+        if len(devices) > 1 or different < rows:
             raise ValueError(
                 f"The generators of a list must be different ones of one device, got {different} of "
-                f"{', '.join(devices)} for {rows} rows."
+                f"{', '.join(sorted(devices))} for {rows} rows."
             )
-
-
-def _table(kinds: dict) -> dict:
-    return {name: kind for kind, names in kinds.items() for name in names.split()}
 
 
 # Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
-_KINDS = _table(
-    {
-        _Kind("a whole number from 1", _is_whole, lambda value: value >= 1): """max_new_tokens max_length
+_NAMES_BY_KIND = {
+    _Kind("a whole number from 1", _is_whole, lambda value: value >= 1): """max_new_tokens max_length
             num_return_sequences num_beams prefill_chunk_size num_assistant_tokens""",
-        _Kind("a whole number from 0", _is_whole, lambda value: value >= 0): """min_new_tokens min_length top_k
+    _Kind("a whole number from 0", _is_whole, lambda value: value >= 0): """min_new_tokens min_length top_k
             no_repeat_ngram_size encoder_no_repeat_ngram_size prompt_lookup_num_tokens max_matching_ngram_size
             assistant_lookbehind target_lookbehind""",
-        _FINITE: """temperature top_p min_p top_h typical_p repetition_penalty encoder_repetition_penalty length_penalty
+    _FINITE: """temperature top_p min_p top_h typical_p repetition_penalty encoder_repetition_penalty length_penalty
             epsilon_cutoff eta_cutoff penalty_alpha diversity_penalty max_time assistant_confidence_threshold
             assistant_ensemble_weight""",
-        _SWITCH: """do_sample renormalize_logits remove_invalid_values use_cache disable_compile return_dict_in_generate
+    _SWITCH: """do_sample renormalize_logits remove_invalid_values use_cache disable_compile return_dict_in_generate
             synced_gpus output_scores output_logits output_attentions output_hidden_states token_healing is_assistant
             low_memory use_mtp""",
-        _Kind("an id or a list of ids", _is_ids): "eos_token_id forced_eos_token_id decoder_start_token_id",
-        _Kind("an id", _is_id): "pad_token_id bos_token_id forced_bos_token_id",
-        _Kind("a list of ids", lambda v: _is_ids(v) and not _is_whole(v)): "suppress_tokens begin_suppress_tokens",
-        _TENSOR: "attention_mask pixel_values inputs_embeds position_ids",
-        _CODES: "pixel_codes semantic_codes",
-        _Kind("a cache", lambda value: hasattr(value, "get_seq_length")): "past_key_values cache",
-        _Kind("the name of a kind of cache", _is(str)): "cache_implementation",
-        _Kind("True, False or 'never'", _is(bool, str)): "early_stopping",
-        _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable): "prefix_allowed_tokens_fn",
-        _Kind(
-            "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
-            "`context_width`",
-            _is_watermark,
-        ): "watermarking_config",
-        _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias): "sequence_bias",
-        _Kind(
-            "a pair of a number of tokens and a factor", _is_list_of(_is_number, 2)
-        ): "exponential_decay_length_penalty",
-        _Kind("a list of stopping criteria", _is_list_of(callable)): "stopping_criteria",
-        _Kind("a list of logits processors", _is_list_of(callable)): "logits_processor",
-        _Kind(
-            "an object with the methods `put` and `end`", lambda v: hasattr(v, "put") and hasattr(v, "end")
-        ): "streamer",
-    }
-)
+    _Kind("an id or a list of ids", _is_ids): "eos_token_id forced_eos_token_id decoder_start_token_id",
+    _Kind("an id", _is_id): "pad_token_id bos_token_id forced_bos_token_id",
+    _Kind("a list of ids", lambda v: _is_ids(v) and not _is_whole(v)): "suppress_tokens begin_suppress_tokens",
+    _TENSOR: "attention_mask pixel_values inputs_embeds position_ids",
+    _CODES: "pixel_codes semantic_codes",
+    _Kind("a cache", lambda value: hasattr(value, "get_seq_length")): "past_key_values cache",
+    _Kind("the name of a kind of cache", _is(str)): "cache_implementation",
+    _Kind("True, False or 'never'", _is(bool, str)): "early_stopping",
+    _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable): "prefix_allowed_tokens_fn",
+    _Kind(
+        "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
+        "`context_width`",
+        _is_watermark,
+    ): "watermarking_config",
+    _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias): "sequence_bias",
+    _Kind("a pair of a number of tokens and a factor", _is_list_of(_is_number, 2)): "exponential_decay_length_penalty",
+    _Kind("a list of stopping criteria", _is_list_of(callable)): "stopping_criteria",
+    _Kind("a list of logits processors", _is_list_of(callable)): "logits_processor",
+    _Kind("an object with the methods `put` and `end`", lambda v: hasattr(v, "put") and hasattr(v, "end")): "streamer",
+}
+_KINDS = {name: kind for kind, names in _NAMES_BY_KIND.items() for name in names.split()}
 
 # What transformers' settings do where images are drawn; all others are refused where they are on. Those of the text of
 # an interleaved answer are passed over in image mode, which writes none, with a warning that names what is meant instead.
 _OF_TEXT = set(
     """do_sample temperature top_k top_p max_length max_new_tokens min_length min_new_tokens min_p top_h typical_p
-    epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
-    watermarking_config""".split()
+    epsilon_cutoff eta_cutoff repetition_penalty encoder_repetition_penalty no_repeat_ngram_size suppress_tokens
+    encoder_no_repeat_ngram_size bad_words_ids renormalize_logits forced_bos_token_id forced_eos_token_id sequence_bias
+    remove_invalid_values exponential_decay_length_penalty begin_suppress_tokens watermarking_config""".split()
 )
-# Honoured in both modes, or the same whatever they are.
+# Honoured in both modes, or the same whatever they are; and passed over with a warning: how, not what.
 _OF_BOTH = set(
     """num_return_sequences cache_implementation compile_config disable_compile return_dict_in_generate pad_token_id
     bos_token_id eos_token_id decoder_start_token_id transformers_version is_assistant chat_template""".split()
 )
-# Passed over with a warning: how, not what.
-_WITHOUT_EFFECT = set(
-    """use_cache cache_config max_cache_len low_memory prefill_chunk_size continuous_batching_config
-    use_model_defaults""".split()
-)
+_WITHOUT_EFFECT = set("use_cache cache_config max_cache_len low_memory prefill_chunk_size".split())
+_WITHOUT_EFFECT |= {"continuous_batching_config", "use_model_defaults"}
 
 
 class GenerationArguments:
@@ -286,8 +274,7 @@ class GenerationArguments:
 
     Args:
         own (`GenerationConfig`): the model's.
-        generation_config (`GenerationConfig` or `dict`, *optional*): the one that is given.
-        kwargs (`dict`): the keywords of the call.
+        generation_config (`GenerationConfig` or `dict`, *optional*), kwargs (`dict`): of the call.
 
     Attributes:
         settings ([`DualTokenImageGenerationConfig`]), inputs ([`DualTokenImageGenerationInputs`]).
@@ -308,7 +295,7 @@ class GenerationArguments:
         self._places = (_fields(kwargs), given, self._own)
         self.settings = DualTokenImageGenerationConfig.resolve(of_images, given, self._own)
         self.mode = self.settings.generation_mode
-        given = {name: value for name, value in given.items() if name not in DualTokenImageGenerationConfig.names()}
+        _pop(given, DualTokenImageGenerationConfig.names())
         self._given = {**given, **kwargs}
         for name, value in self._given.items():
             if name in _KINDS and value is not None:
@@ -359,7 +346,7 @@ class GenerationArguments:
                 "`assistant_model`, or `prompt_lookup_num_tokens`."
             )
         # Guidance is of images, but may be said once for all modes.
-        off = {"generation_mode", "guidance_scale", *([] if self.inputs.progress_bar else ["progress_bar"])}
+        off = {"generation_mode", "guidance_scale"} | (set() if self.inputs.progress_bar else {"progress_bar"})
         for name in given.keys() - off:
             raise ValueError(
                 f"`{name}` belongs to image and interleaved generation, and this is text: pass "
@@ -368,40 +355,35 @@ class GenerationArguments:
 
     def _check_other_settings(self, config_fields: dict) -> None:
         """What the mode does not do: refused, or named in a warning where it changes nothing in the images."""
+        ours = set(DualTokenImageGenerationConfig.names())
         known = {*GenerationConfig().to_dict(), "synced_gpus", "trust_remote_code", *_WITHOUT_EFFECT, *config_fields}
+        known -= ours | _OF_BOTH | (_OF_TEXT if self.mode == "interleaved" else set())
         # The model's own settings are those of its text.
         settings = self._given if self.mode == "image" else {**self._own, **self._given}
-        passed_over = _OF_BOTH | (_OF_TEXT if self.mode == "interleaved" else set())
-        refused, without_effect = [], []
-        for name, value in settings.items():
-            if value is None or name not in known - passed_over - {*DualTokenImageGenerationConfig.names()}:
-                continue
-            if name in _OF_TEXT:
-                if name in self.kwargs or value != self._own.get(name):
-                    is_ours = f"image_{name}" in DualTokenImageGenerationConfig.names()
-                    instead = f": it is `image_{name}` for images" if is_ours else ""
-                    logger.warning_once(f"`generation_mode='image'` writes no text and passes over `{name}`{instead}.")
-            elif not _is_off(name, value):
-                (without_effect if name in _WITHOUT_EFFECT else refused).append(name)
-        if without_effect:
+        settings = {name: value for name, value in settings.items() if name in known and value is not None}
+        for name in filter(_OF_TEXT.__contains__, settings):
+            if name in self.kwargs or settings[name] != self._own.get(name):
+                instead = f": it is `image_{name}` for images" if f"image_{name}" in ours else ""
+                logger.warning_once(f"`generation_mode='image'` writes no text and passes over `{name}`{instead}.")
+        on = [name for name, value in settings.items() if name not in _OF_TEXT and not _is_off(name, value)]
+        if without_effect := _WITHOUT_EFFECT.intersection(on):
             logger.warning_once(
-                f"`generation_mode={self.mode!r}` passes over {', '.join(without_effect)}: the result is the same."
+                f"`generation_mode={self.mode!r}` passes over {', '.join(sorted(without_effect))}: the result is the same."
             )
-        self.refuse(refused)
+        self.refuse(set(on) - _WITHOUT_EFFECT)
 
     def refuse(self, names) -> None:
         """Raise a `ValueError` for arguments that the mode does not take, with the names that are most like theirs."""
-        names, hints = sorted(names), []
-        if not names:
-            return
         known = {*GenerationConfig().to_dict(), *DualTokenImageGenerationConfig.names()}
         known |= {*DualTokenImageGenerationInputs.names()}
-        for name in names:
-            nearest = difflib.get_close_matches(name, known - {name}, n=1, cutoff=0.8) if name not in known else []
-            hints += [f" Is `{nearest[0]}` meant?"] if nearest else []
+        hints = ""
+        for name in sorted(set(names) - known):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            hints += f" Is `{nearest[0]}` meant?" if nearest else ""
         if "seed" in names:
-            hints.append(" A seed is passed as `generator=torch.Generator().manual_seed(seed)`.")
-        raise ValueError(f"`generation_mode={self.mode!r}` does not take {', '.join(names)}.{''.join(hints)}")
+            hints += " A seed is passed as `generator=torch.Generator().manual_seed(seed)`."
+        if names:
+            raise ValueError(f"`generation_mode={self.mode!r}` does not take {', '.join(sorted(names))}.{hints}")
 
 
 def _pop(kwargs: dict, names: list[str]) -> dict:
@@ -410,21 +392,16 @@ def _pop(kwargs: dict, names: list[str]) -> dict:
     return {name: value for name, value in taken.items() if value is not None}
 
 
-def _fields(generation_config: GenerationConfig | dict | None) -> dict:
+def _fields(config: GenerationConfig | dict | None) -> dict:
     """What is set in a generation config."""
-    if isinstance(generation_config, GenerationConfig):
-        generation_config = vars(generation_config)
-    return {
-        name: value
-        for name, value in (generation_config or {}).items()
-        if value is not None and not str(name).startswith("_")
-    }
+    fields = vars(config) if isinstance(config, GenerationConfig) else config or {}
+    return {name: value for name, value in fields.items() if value is not None and not str(name).startswith("_")}
 
 
 def _is_off(name: str, value) -> bool:
     """Whether one of transformers' settings asks for nothing; 1 return sequence or beam, for instance."""
     off = GenerationConfig._get_default_generation_params().get(name)
-    return value is None or (type(value) in (bool, int, float, str) and value == (False if off is None else off))
+    return type(value) in (bool, int, float, str) and value == (False if off is None else off)
 
 
 __all__ = [

@@ -38,16 +38,14 @@ from .unified_loss import DualTokenTextHead, text_logits, unified_losses
 _KEPT_WHOLE = (r"(.*\.)?vision_tokenizer", r"(.*\.)?visual_projector", "depth_heads", "lm_head")
 
 
-def _keep_parts_whole(quantization_config):
+def _keep_parts_whole(config):
     """A copy of a `quantization_config` (or `dict`) that quantises the language model's blocks alone."""
-    if isinstance(quantization_config, dict):
-        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
-    quantization_config = copy.deepcopy(quantization_config)
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
     # bitsandbytes' field, of 4 bits as well as 8, and everybody else's.
     for field in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        if hasattr(quantization_config, field):
-            setattr(quantization_config, field, [*_KEPT_WHOLE, *(getattr(quantization_config, field) or ())])
-    return quantization_config
+        if hasattr(config, field):
+            setattr(config, field, [*_KEPT_WHOLE, *(getattr(config, field) or ())])
+    return config
 
 
 @dataclass
@@ -303,20 +301,14 @@ class DualTokenModel(DualTokenPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         # 1. The codes of the batch's images, and their embeddings in the place of the placeholders.
-        pixel_codes, semantic_codes = self._codes_of_batch(
-            pixel_values, (pixel_codes, semantic_codes), past_key_values, inputs_embeds
-        )
+        codes = self._codes_of_batch(pixel_values, (pixel_codes, semantic_codes), past_key_values, inputs_embeds)
+        pixel_codes, semantic_codes = codes
         if pixel_codes is not None or semantic_codes is not None:
-            embeds = self.get_image_features(
-                pixel_codes=pixel_codes, semantic_codes=semantic_codes, return_dict=True
-            ).pooler_output
-            if image_mask is None:
-                image_mask = self.image_mask(input_ids, inputs_embeds)
+            embeds = self.get_image_features(None, *codes, return_dict=True).pooler_output
+            image_mask = self.image_mask(input_ids, inputs_embeds) if image_mask is None else image_mask
             self.check_placeholders(image_mask, len(pixel_codes))
-            inputs_embeds = inputs_embeds.masked_scatter(
-                image_mask.unsqueeze(-1), embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-            )
-        elif input_ids is not None and _may_begin(input_ids, past_key_values):
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), embeds.to(inputs_embeds))
+        elif input_ids is not None and _begins(input_ids, past_key_values):
             # Only at the start of a sequence: image placeholders are never generated without their codes.
             self.check_placeholders(input_ids == self.config.image_token_id, 0)
 
@@ -358,7 +350,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
         the same modules (DDP, ZeRO-3, FSDP2), whoever has some, and gets a zero gradient.
         """
         # In this order: the length of a static cache is a tensor, and to compare it waits for the device.
-        sharded = is_sharded(self) and _length(cache) == 0
+        sharded = is_sharded(self) and _begins(None, cache)
         if sharded and any_rank(pixel_values is not None, inputs_embeds.device) and pixel_values is None:
             # The ranks gather the encoder's weights layer by layer: those without pixels encode a blank.
             vision = self.config.vision_tokenizer_config
@@ -380,21 +372,16 @@ class DualTokenModel(DualTokenPreTrainedModel):
         return inputs_embeds.to(norm.weight.dtype)
 
     def _packs_rows(self, attention_mask, position_ids, past_key_values) -> bool:
-        """Whether rows must be put one after the other: flash attention looks for packed samples in one row only."""
-        return (
-            "flash" in (self.config.text_config._attn_implementation or "")
-            and attention_mask is None
-            and past_key_values is None
-            and position_ids is not None
-            and position_ids.ndim == 2
-            and len(position_ids) > 1
-        )
+        """Whether rows go one after the other: flash attention looks for packed samples in a single row only."""
+        if "flash" not in (self.config.text_config._attn_implementation or "") or position_ids is None:
+            return False
+        return attention_mask is None and past_key_values is None and position_ids.ndim == 2
 
     def check_placeholders(self, image_mask: torch.BoolTensor, num_images: int) -> None:
         """
-        Raise a `ValueError` unless a sequence's placeholders `(B, L)` are as many as its images take.
+        Raise a `ValueError` unless placeholders `(B, L)` are as many as the images take.
 
-        To count them waits for the device once. Under `torch.compile`, whose graph it would end, it is left out.
+        To count them waits for the device once; it is left out under `torch.compile`, whose graph it would end.
         """
         if torch.compiler.is_compiling():
             return
@@ -413,22 +400,18 @@ class DualTokenModel(DualTokenPreTrainedModel):
 
 
 def _is_paged(cache) -> bool:
-    """Whether it is the cache of continuous batching, which holds packed requests and has no one length."""
+    """Whether it is the cache of continuous batching, whose packed requests `generate_batch` has looked at."""
     return cache is not None and not hasattr(cache, "get_seq_length")
 
 
-def _length(cache: Cache | None) -> int | torch.Tensor:
-    """Tokens in a cache; of packed requests none is taken to begin here: `generate_batch` has looked at them."""
-    if cache is None:
-        return 0
-    return 1 if _is_paged(cache) else cache.get_seq_length()
-
-
-def _may_begin(input_ids: torch.LongTensor, cache: Cache | None) -> bool:
-    """Whether the ids `(B, L)` may begin their sequences; no host sync where one token follows another."""
-    length = _length(cache)
-    if isinstance(length, torch.Tensor) and (input_ids.shape[1] == 1 or torch.compiler.is_compiling()):
-        return False
+def _begins(input_ids: torch.LongTensor | None, cache: Cache | None) -> bool:
+    """Whether ids `(B, L)` may begin their sequences; no host sync where one token follows another."""
+    if cache is None or _is_paged(cache):
+        return cache is None
+    length = cache.get_seq_length()
+    if isinstance(length, torch.Tensor) and input_ids is not None:
+        if input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return False
     return bool(length == 0)
 
 
@@ -476,8 +459,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         """
         Assemble a model from a trained vision tokenizer and a causal language model; projector and heads are new.
 
-        The projector is scaled so that image positions enter the language model as large as its text embeddings. The
-        model is in eval mode, as after `from_pretrained`.
+        The projector is scaled so that image positions enter the language model as large as its text embeddings.
 
         Args:
             vision_tokenizer ([`DualTokenVisionTokenizer`], `str` or `os.PathLike`).
@@ -554,9 +536,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     def _scale_visual_projector(self) -> None:
         """Make the projector's inputs of unit variance, and its outputs as large as the text embeddings."""
         projector = self.model.visual_projector
-        fan_in = projector.linear_1.in_features
-        projector.linear_1.weight.normal_(std=fan_in**-0.5)
-        projector.linear_2.weight.normal_(std=projector.linear_2.in_features**-0.5)
+        for linear in (projector.linear_1, projector.linear_2):
+            linear.weight.normal_(std=linear.in_features**-0.5)
         # Codes as often as they are used; of a tokenizer without statistics, all alike.
         num_depths, num_positions = self.config.num_depths, self.config.num_positions
         codes = []
@@ -565,7 +546,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             drawn = torch.multinomial(weights.expand(num_depths, -1), 4 * num_positions, replacement=True)
             codes.append(drawn.t().unflatten(0, (4, num_positions)))
         scales = [kind.float().square().mean().sqrt() for kind in self.model.code_embeds(*codes).sum(-2)]
-        columns = torch.stack(scales).clamp(min=1e-6).repeat_interleave(fan_in // len(CODE_KINDS))
+        columns = torch.stack(scales).clamp(min=1e-6).repeat_interleave(self.config.code_dim)
         projector.linear_1.weight.div_(columns.to(projector.linear_1.weight))
         text_rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
         # E[GELU(x)^2] of a standard normal x is 0.43.
@@ -585,15 +566,6 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     @property
     def vision_tokenizer(self) -> DualTokenVisionTokenizer:
         return self.model.vision_tokenizer
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module):
         if type(value) is nn.Linear:
@@ -676,8 +648,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
         if labels is not None:
             # A loss needs no cache, and with one transformers does not keep packed samples apart.
             use_cache = bool(use_cache)
-            if input_ids is not None or inputs_embeds is not None:
-                image_mask = self.model.image_mask(input_ids, inputs_embeds)
+            has_inputs = input_ids is not None or inputs_embeds is not None
+            image_mask = self.model.image_mask(input_ids, inputs_embeds) if has_inputs else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
