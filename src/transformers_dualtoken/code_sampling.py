@@ -41,13 +41,9 @@ class DualTokenCodeSampler:
     @classmethod
     def from_settings(cls, settings, generator=None) -> "DualTokenCodeSampler":
         """From a [`DualTokenImageGenerationConfig`]."""
-        return cls(
-            temperature=settings.of_heads("temperature"),
-            top_k=tuple(map(int, settings.of_heads("top_k"))),
-            top_p=settings.of_heads("top_p"),
-            do_sample=settings.image_do_sample,
-            generator=generator,
-        )
+        top_k = tuple(map(int, settings.of_heads("top_k")))
+        of_heads = settings.of_heads("temperature"), top_k, settings.of_heads("top_p")
+        return cls(*of_heads, settings.image_do_sample, generator)
 
     def num_candidates(self, num_codes: int) -> int:
         """How many of the most probable codes the draw is among: what top-k leaves in either head."""

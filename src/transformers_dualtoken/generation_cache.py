@@ -75,28 +75,21 @@ def _prefill_rows(model, prompts: list[Prompt], rows: int) -> DynamicCache | Non
 
 
 def physical_memory() -> int | None:
-    """Bytes of the machine; `None` where that is not known. What others hold may be swapped, what is beyond never fits."""
-    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of the machine, `None` where unknown: what others hold may be swapped, what is beyond them never fits."""
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", {}):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
 
 
 def check_memory(cache: DynamicCache, rows: int, sides: int, columns: int) -> None:
     """
-    Raise a `ValueError` if keys and values alone of `rows` images would fill the memory of a CPU; a device says so itself.
-
-    Args:
-        cache (`DynamicCache`): of a prompt, whose layers are made as those to come will be.
-        sides (`int`): 2 with guidance. columns (`int`): tokens of a row at most.
+    Raise a `ValueError` if keys and values of `rows` images, `sides` times up to `columns` tokens each, would fill a CPU's
+    memory; a device says so itself. The layers will be like those of `cache`, a prompt's.
     """
-    parts = [
-        part
-        for layer in cache.layers
-        for name in ("keys", "values")
-        if (part := getattr(layer, name, None)) is not None
-    ]
-    available = physical_memory() if parts and parts[0].device.type == "cpu" else None
+    parts = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    parts = [part for part in parts if part is not None and part.device.type == "cpu"]
     each = sides * columns * sum(part.shape[1] * part.shape[3] * part.itemsize for part in parts)
+    available = physical_memory()
     if available is not None and rows * each > available:
         raise ValueError(
             f"Drawing {rows} image(s) at once, with up to {columns} tokens each, takes {rows * each / 1e9:.2f} GB for "
@@ -109,17 +102,15 @@ class Context:
     """
     The language model's state over the rows of a generation, in a cache that grows: for every kind of backbone.
 
-    A recurrent one cannot forget what its unconditional rows have seen: with guidance it may draw one image, not go on
-    to the next.
+    A recurrent one cannot forget what its unconditional rows have seen: with guidance it draws one image, not the next.
 
     Args:
         model ([`DualTokenForCausalLM`]).
         prompts (list of [`Prompt`]): the prompts, and with guidance the negative ones (of all rows, or one for each or
-            for each prompt; they end in `<image_start>`, which a row is fed when its image starts). All but their last
-            tokens is fed at once, each once for all its rows; [`begin`] feeds those.
-        rows (`int`): a multiple of the prompts; each is repeated in place.
+            for each prompt), which end in `<image_start>`. All but last tokens is fed at once; [`begin`] feeds those.
+        rows (`int`): a multiple of the prompts; each is fed once and repeated in place.
         max_new_tokens (`int`): how many tokens will be fed at most, the prompts' last ones included.
-        memory ([`StepMemory`]), capacity (`int`): where the buffers of a static context lie, and their columns at first.
+        memory ([`StepMemory`]), capacity (`int`): where a static context's buffers lie, and their columns at first.
     """
 
     def __init__(
@@ -135,10 +126,7 @@ class Context:
         self.memory, self.capacity = memory, capacity
         self.prefix_length = max(prompt.input_ids.shape[1] for prompt in prompts) - 1
         if has_keys_and_values_only(model):
-            caches = [self._prefix_of(prompt) for prompt in prompts]
-            known = {prompt.input_ids.shape[1]: cache for prompt, cache in zip(prompts, caches) if cache is not None}
-            # Of nothing but last tokens, one is fed to see what layers there are.
-            longest = known[max(known)] if known else _prefill(model, prompts[0])
+            caches, longest = self._prefixes(prompts)
             check_memory(longest, rows, len(prompts), self.prefix_length + max_new_tokens)
         else:
             caches, longest = [], _prefill_rows(model, prompts, rows)
@@ -148,33 +136,35 @@ class Context:
         self.prefix_mask = torch.cat([F.pad(mask, (self.prefix_length - mask.shape[1], 0)) for mask in masks])
         # The next position of every row, (R, 1).
         self.next_position = self.prefix_mask.sum(-1, keepdim=True)
-        self.hidden_states: torch.Tensor | None = None
+        self.length, self.hidden_states = self.prefix_length, None
         self._build(caches, longest)
 
-    def _prefix_of(self, prompt: Prompt) -> DynamicCache | None:
-        """The cache of a prompt without its last token; `None` if nothing is left of it."""
-        if prompt.input_ids.shape[1] > 1:
-            return _prefill(self.model, prompt.without_last())
-        num_images = 0 if prompt.codes is None else len(prompt.codes[0])
-        self.model.model.check_placeholders(self.model.model.image_mask(prompt.input_ids, None), num_images)
-        if is_sharded(self.model):
-            # For the sake of ranks with longer prompts: all must run the same modules.
-            _prefill(self.model, prompt)
-        return None
+    def _prefixes(self, prompts: list[Prompt]) -> tuple[list[DynamicCache | None], DynamicCache]:
+        """The caches of prompts without their last tokens, `None` where nothing is left; and the longest of them."""
+        fed = []
+        for prompt in prompts:
+            length = prompt.input_ids.shape[1] - 1
+            if not length:
+                num_images = 0 if prompt.codes is None else len(prompt.codes[0])
+                self.model.model.check_placeholders(self.model.model.image_mask(prompt.input_ids, None), num_images)
+            # One token too: where no other shows what layers there are, and for ranks with longer prompts, since all must
+            # run the same modules.
+            is_fed = length or is_sharded(self.model) or not (self.prefix_length or fed)
+            fed.append((length, _prefill(self.model, prompt.without_last() if length else prompt) if is_fed else None))
+        return [cache if length else None for length, cache in fed], max(fed, key=lambda pair: pair[0])[1]
 
     def _build(self, caches: list[DynamicCache | None], longest: DynamicCache | None) -> None:
         self.attention_mask = self.prefix_mask
         self.cache = longest if self.prefix_length else DynamicCache(config=self.model.config.text_config)
         for index, layer in enumerate(self.cache.layers if caches and self.prefix_length else ()):
-            # A window of the past holds its end, and where others have less there is nothing to see.
-            shape, sides = layer.keys.shape, {"keys": [], "values": []}
-            for cache in caches:
-                for name, parts in sides.items():
-                    like = getattr(layer, name)
-                    part = like[:1, :, :0] if cache is None else getattr(cache.layers[index], name)
-                    part = F.pad(part, (0, 0, shape[2] - part.shape[2], 0))
-                    parts.append(part.repeat_interleave(self.rows // len(part), 0))
-            layer.keys, layer.values = (torch.cat(parts) for parts in sides.values())
+            joined = {}
+            for name in ("keys", "values"):
+                like = getattr(layer, name)
+                parts = [like[:1, :, :0] if cache is None else getattr(cache.layers[index], name) for cache in caches]
+                # A window of the past holds its end, and where others have less there is nothing to see.
+                parts = [F.pad(part, (0, 0, like.shape[2] - part.shape[2], 0)) for part in parts]
+                joined[name] = torch.cat([part.repeat_interleave(self.rows // len(part), 0) for part in parts])
+            layer.keys, layer.values = joined.values()
 
     def begin(self, drawing: list[int]) -> None:
         """Feed the prompts' last tokens; with those of the rows `drawing`, which are `<image_start>`, images begin."""
@@ -184,32 +174,31 @@ class Context:
     def start_images(self, rows: list[int]) -> None:
         """What is fed next begins an image of these rows: their unconditional rows forget what came before."""
         if self.guided and rows:
-            rows = self._unconditional(rows)
-            self.attention_mask = self._forget(self.attention_mask, rows)
+            rows = torch.tensor(rows, device=self.prefix_mask.device) + self.rows
+            self._forget(rows)
             self.next_position[rows] = self.prefix_mask[rows].sum(-1, keepdim=True)
 
-    def _forget(self, attention_mask: torch.Tensor, rows) -> torch.Tensor:
-        attention_mask = attention_mask.clone()
-        attention_mask[rows, self.prefix_length :] = 0
-        return attention_mask
+    def _forget(self, rows: torch.LongTensor) -> None:
+        self.attention_mask = self.attention_mask.clone()
+        self.attention_mask[rows, self.prefix_length :] = 0
 
-    def _unconditional(self, rows: list[int]) -> slice | torch.LongTensor:
-        if len(rows) == self.rows:
-            return slice(self.rows, None)
-        return torch.tensor(rows, device=self.prefix_mask.device) + self.rows
+    def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> None:
+        """Feed one embedding per row, `(B, 1, H)`, to both its kinds, or where no row is in an image to one alone."""
+        with self.attention():
+            self.hidden_states = self.advance(embeds, conditional_only)
+        self.length += 1
 
-    def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
+    def advance(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
         """
-        Feed one embedding per row, `(B, 1, H)`, to both its kinds; returns the new hidden states `(R, H)`.
+        [`feed`] without the host's own count of the columns, `length`, which is then the caller's to keep.
 
-        With `conditional_only` no row is in an image, so that the unconditional rows may be left out. A growing cache
-        feeds them all the same.
+        Returns the new hidden states `(R, H)`. A growing cache feeds the unconditional rows in any case.
         """
         ones = self.attention_mask.new_ones(len(self.attention_mask), 1)
         self.attention_mask = torch.cat([self.attention_mask, ones], dim=1)
-        self.hidden_states = self._run(embeds, self.attention_mask, self.next_position, self.cache)
+        hidden_states = self._run(embeds, self.attention_mask, self.next_position, self.cache)
         self.next_position = self.next_position + 1
-        return self.hidden_states
+        return hidden_states
 
     def _run(self, embeds, attention_mask, position_ids, cache) -> torch.Tensor:
         """`(B, 1, H)` -> `(R, H)`."""
@@ -252,10 +241,8 @@ class _SharedColumnLayer(StaticLayer):
 
 class StaticContext(Context):
     """
-    The same in buffers of fixed shape: a step is the same kernels on the same addresses, whatever has gone before.
-
-    [`advance`] depends on no value that the host would have to wait for, so it can be captured in a CUDA graph or
-    compiled once. The buffers double where more room is needed.
+    The same in buffers of fixed shape, which double where more room is needed: a step is the same kernels on the same
+    addresses. [`advance`] depends on no value of the device, so it can be captured in a CUDA graph or compiled once.
     """
 
     # Whole blocks for the attention kernels.
@@ -275,7 +262,7 @@ class StaticContext(Context):
 
     def _build(self, caches: list[DynamicCache | None], longest: DynamicCache) -> None:
         device, num_rows = self.prefix_mask.device, len(self.prefix_mask)
-        self.length, self.num_layers = self.prefix_length, len(longest.layers)
+        self.num_layers = len(longest.layers)
         # The column that is written next.
         self.column = self.memory.place("column", torch.full((1,), self.length, device=device))
         self.next_position = self.memory.place("next_position", self.next_position)
@@ -301,7 +288,7 @@ class StaticContext(Context):
         tensors = self.memory.tensors
         buffers = [(tensors[f"keys_{index}"], tensors[f"values_{index}"]) for index in range(self.num_layers)]
 
-        def cache(rows):
+        def cache(rows: int) -> Cache:
             return Cache(
                 layers=[_SharedColumnLayer(keys[:rows], values[:rows], self.column) for keys, values in buffers]
             )
@@ -310,18 +297,10 @@ class StaticContext(Context):
         # The conditional rows alone, in the same memory.
         self.conditional_cache = cache(self.rows)
 
-    def _forget(self, attention_mask: torch.Tensor, rows) -> torch.Tensor:
-        attention_mask[rows, ..., self.prefix_length :] = self.hidden_value
-        return attention_mask
-
-    def feed(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
-        with self.attention():
-            self.hidden_states = self.advance(embeds, conditional_only)
-        self.length += 1
-        return self.hidden_states
+    def _forget(self, rows: torch.LongTensor) -> None:
+        self.attention_mask[rows, ..., self.prefix_length :] = self.hidden_value
 
     def advance(self, embeds: torch.Tensor, conditional_only: bool = False) -> torch.Tensor:
-        """[`feed`] without the host's own count of the columns, `length`, which is then the caller's to keep."""
         rows = self.rows if conditional_only else len(self.next_position)
         cache = self.conditional_cache if conditional_only else self.cache
         self.attention_mask.index_fill_(3, self.column, 0)
@@ -353,8 +332,8 @@ def _grouped_attention(module, query, key, value, attention_mask, dropout=0.0, s
     """
     transformers' `sdpa`, but for one token `(R, heads, 1, head_dim)` under a mask without copies of keys and values.
 
-    The query heads that share a key head are the rows of its attention. Elsewhere keys and values are repeated for
-    them: by transformers before 5.23, and under `torch.compile` by later ones too.
+    The query heads that share a key head are the rows of its attention. Elsewhere keys and values are repeated for them:
+    by transformers before 5.23, and under `torch.compile`.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     is_plain = kwargs.get("softcap") is None and kwargs.get("position_bias") is None

@@ -31,14 +31,12 @@ class StepMemory:
     def zeros(self, name: str, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
         """Zeros where the tensor of that name lies: what an earlier generation left may be NaN."""
         if name not in self.tensors:
-            self.tensors[name] = like.new_zeros(shape)
-            return self.tensors[name]
+            self.tensors[name] = like.new_empty(shape)
         return self.tensors[name].zero_()
 
     def replace(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Another tensor by that name. The graph, which knows the former one, goes."""
-        self.graph = None
-        self.tensors[name] = value
+        self.tensors[name], self.graph = value, None
         return value
 
 
@@ -46,8 +44,7 @@ class KeptSteps:
     """
     Of every owner the memory of its latest step, for as long as the owner lives.
 
-    Who draws takes it out, so that two threads never share one, and puts it back when done; what is kept under another
-    key is freed first.
+    Who draws takes it out, so that two threads never share one, and puts it back when done.
     """
 
     def __init__(self):
@@ -98,9 +95,8 @@ class HostWait(RuntimeError):
 
 class RefuseHostWaits(TorchDispatchMode):
     """
-    Within it an operation that makes the host wait for a device, or copies between them, raises [`HostWait`].
-
-    Of this thread only, unlike `torch.cuda.set_sync_debug_mode`, under which every other thread's copies would fail.
+    Within it an operation that makes the host wait for a device, or copies between them, raises [`HostWait`]: in this
+    thread only, unlike `torch.cuda.set_sync_debug_mode`, under which every other thread's copies would fail.
     """
 
     def __init__(self, device: torch.device):
@@ -110,16 +106,16 @@ class RefuseHostWaits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         name = func.overloadpacket.__name__
-        if self._waits(func, name, args, kwargs or {}, tensors):
+        is_here = any(tensor.device.type == self.device.type for tensor in tensors)
+        if is_here and self._waits(func, name, args, kwargs or {}):
             raise HostWait(f"`{name}` makes the host wait for {self.device.type}")
         result = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and {self.device.type} < {x.device.type for x in (*tensors, result)}:
             raise HostWait(f"`{name}` copies between {self.device.type} and another device")
         return result
 
-    def _waits(self, func, name: str, args: tuple, kwargs: dict, tensors: list[torch.Tensor]) -> bool:
-        if not any(tensor.device.type == self.device.type for tensor in tensors):
-            return False
+    @staticmethod
+    def _waits(func, name: str, args: tuple, kwargs: dict) -> bool:
         if name in _INDEXING:
             # With a mask as an index the elements are counted first.
             return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
@@ -137,9 +133,7 @@ def capture(step: Callable[[], None], changed: list[torch.Tensor], device: torch
     """
     One call of `step` as a graph of a CUDA device, one capture at a time in a process.
 
-    Args:
-        step (callable): works in tensors that stay where they are.
-        changed (list of `torch.Tensor`): those of them that must be as before when this returns.
+    The step works in tensors that stay where they are; the `changed` ones are as before when this returns.
 
     Raises:
         HostWait: if something in the step makes the host wait. A capture that fails would leave torch's streams and
@@ -166,7 +160,7 @@ def warm_up(step: Callable[[], None], changed: list[torch.Tensor], device: torch
     """
     Run the step twice and put back what it has changed.
 
-    Libraries choose their kernels and take their workspaces the first time. The second time the host must not wait.
+    The first time libraries choose their kernels and workspaces; the second time the host must not wait.
     """
     before = [buffer.clone() for buffer in changed]
 
@@ -177,8 +171,7 @@ def warm_up(step: Callable[[], None], changed: list[torch.Tensor], device: torch
     try:
         step()
         restore()
-        # Below a dispatch mode torch compiles nothing, and would take note that it leaves the step's frames alone: a
-        # compiled step would be captured uncompiled.
+        # Uncompiled, since below a dispatch mode torch compiles nothing, and would remember to leave these frames alone.
         with RefuseHostWaits(device), torch.compiler.set_stance("force_eager"):
             step()
     finally:

@@ -77,51 +77,53 @@ class ImageDecoder:
         codes = torch.zeros(config.num_positions, 2, rows, config.num_depths, dtype=torch.long, device=device)
         self.codes = memory.place("codes", codes)
         self.index = memory.place("index", torch.zeros(1, dtype=torch.long, device=device))
-        # What rows that do not draw are fed instead, and which rows those are.
+        # What rows that do not draw are fed, and which rows those are.
         self.given_embeds = memory.place("given_embeds", torch.zeros_like(self.context.last_embeds))
         self.is_given = memory.place("is_given", torch.zeros(rows, 1, 1, dtype=torch.bool, device=device))
         self.hidden_states: torch.Tensor | None = None
         self._is_capturable: bool | None = None
 
     def draw(
-        self, num_positions: int, feed_last: bool = True, on_position=None, rows: list[int] | None = None
+        self,
+        num_positions: int,
+        rows: list[int] | None = None,
+        given_embeds: torch.Tensor | None = None,
+        feed_last: bool = True,
+        on_position: Callable = lambda: None,
     ) -> torch.LongTensor:
         """
-        Draw the next positions of every row.
+        Draw the next positions of every row, no more than an image has.
 
         Args:
-            num_positions (`int`): no more than an image has.
-            feed_last (`bool`, defaults to `True`): also feed the last position; the context's hidden states are then
-                those after it.
-            on_position (callable, *optional*): called after every position.
             rows (`list[int]`, *optional*): those whose codes are wanted; the generators of others rest.
+            given_embeds (`torch.Tensor` of shape `(B, 1, H)`, *optional*): what the other rows are fed instead.
+            feed_last (`bool`): also feed the last position; the context's hidden states are then those after it.
+            on_position (callable): called after every position.
 
         Returns:
             `torch.LongTensor` of shape `(M, B, n, D)`.
         """
-        on_position = on_position or (lambda: None)
-        if not self.is_static:
-            codes = []
-            for position in range(num_positions):
-                codes.append(self.sample(rows))
-                if feed_last or position < num_positions - 1:
-                    self.context.feed(self.model.model.embed_image_codes(*codes[-1].unsqueeze(2)))
+        context = self.context
+        self.is_given.fill_(given_embeds is not None)
+        if given_embeds is not None:
+            self.given_embeds.copy_(given_embeds)
+            self.is_given[rows] = False
+        context.reserve(num_positions)
+        self.index.zero_()
+        self.hidden_states = context.memory.place("hidden_states", context.hidden_states)
+        num_fed = num_positions if feed_last else num_positions - 1
+        with context.attention():
+            step = self._prepared_step()
+            for _ in range(num_fed):
+                self._draw_noise(rows)
+                step()
                 on_position()
-            return torch.stack(codes, dim=2)
-        self.is_given.zero_()
-        self._replay(num_positions if feed_last else num_positions - 1, rows, on_position)
+        context.length += num_fed
+        context.hidden_states = self.hidden_states.clone()
         if not feed_last:
-            self.codes[num_positions - 1] = self.sample(rows)
+            self.codes[num_fed] = self.sample(rows)
             on_position()
         return self.codes[:num_positions].permute(1, 2, 0, 3).clone()
-
-    def draw_beside_text(self, embeds: torch.Tensor, drawing: list[int]) -> torch.LongTensor:
-        """Draw the next position of the rows `drawing`, and feed `embeds` `(B, 1, H)` to the others; `(M, B, 1, D)`."""
-        self.given_embeds.copy_(embeds)
-        self.is_given.fill_(True)
-        self.is_given[drawing] = False
-        self._replay(1, drawing)
-        return self.codes[:1].permute(1, 2, 0, 3).clone()
 
     def sample(self, rows: list[int] | None = None) -> torch.LongTensor:
         """The codes `(M, B, D)` of the next position of every row, which is not fed; `rows` as in [`draw`]."""
@@ -137,32 +139,21 @@ class ImageDecoder:
         if self.noise is not None:
             self.noise.draw(rows)
 
-    def _replay(self, num_positions: int, rows: list[int] | None, on_position: Callable = lambda: None) -> None:
-        """Draw and feed positions of a static context by the step: captured, compiled or as it is."""
-        context = self.context
-        context.reserve(num_positions)
-        self.index.zero_()
-        self.hidden_states = context.memory.place("hidden_states", context.hidden_states)
-        step = _step
+    def _prepared_step(self) -> Callable[[], None]:
+        """The step of a position: captured, compiled or as it is."""
+        memory, step = self.context.memory, _step
         if self.compile_options is not None:
-            step = compiled_step(_step, self.compile_options, (*self.constants, context.capacity))
+            step = compiled_step(_step, self.compile_options, (*self.constants, self.context.capacity))
         step = functools.partial(step, self)
         if self._is_capturable is None:
             self._is_capturable = self._can_capture()
-        if self._is_capturable and context.memory.graph is None:
-            context.memory.graph = self._capture(step)
-            self._is_capturable = context.memory.graph is not None
-        step = context.memory.graph.replay if self._is_capturable else step
-        with context.attention():
-            for _ in range(num_positions):
-                self._draw_noise(rows)
-                step()
-                on_position()
-        context.length += num_positions
-        context.hidden_states = self.hidden_states.clone()
+        if self._is_capturable and memory.graph is None:
+            memory.graph = self._capture(step)
+            self._is_capturable = memory.graph is not None
+        return memory.graph.replay if self._is_capturable else step
 
     def _can_capture(self) -> bool:
-        return self.codes.device.type == "cuda" and _has_addresses(self.model)
+        return self.is_static and self.codes.device.type == "cuda" and _has_addresses(self.model)
 
     def _capture(self, step):
         """One step as a CUDA graph; `None`, with a warning, where something in it would wait for the device."""
@@ -170,8 +161,7 @@ class ImageDecoder:
         # The columns it writes are written again.
         changed = [self.index, self.hidden_states, context.column, context.next_position, context.attention_mask]
         try:
-            with context.attention():
-                return capture(step, changed, self.codes.device)
+            return capture(step, changed, self.codes.device)
         except HostWait as obstacle:
             logger.warning_once(f"The step of image generation cannot be a CUDA graph and runs eagerly: {obstacle}")
             return None
@@ -250,21 +240,6 @@ def progress(show: bool, total: int, unit: str, device: torch.device) -> Iterato
         yield update if show else lambda: None
 
 
-class _Row:
-    """Where a row stands."""
-
-    def __init__(self):
-        # Codes (M, n, D) of the positions of every image, part by part; the last image may be under way.
-        self.images: list[list[torch.Tensor]] = []
-        self.in_image = self.finished = False
-        # Positions drawn of the current image.
-        self.num_drawn = 0
-
-    def begin_image(self) -> None:
-        self.in_image, self.num_drawn = True, 0
-        self.images.append([])
-
-
 class InterleavedLoop:
     """
     Interleaved generation: at every step a row writes a token, draws a position, or waits.
@@ -287,54 +262,62 @@ class InterleavedLoop:
         self.text, self.on_image, self.streamer = text, on_image, streamer
         self.start_id, self.image_id, self.end_id = self.model.config.special_image_token_ids
         self.num_positions = self.model.config.num_positions
-        self.rows = [_Row() for _ in input_ids]
-        self.length, self.end = input_ids.shape[1], input_ids.shape[1] + budget
+        self.num_rows, self.length, self.end = len(input_ids), input_ids.shape[1], input_ids.shape[1] + budget
         self.sequences = F.pad(input_ids, (0, budget), value=text.pad_id)
+        # Of every row: the positions drawn of its current image, if it is in one; the codes (M, n, D) of the positions of
+        # every image, part by part; and whether it has ended.
+        self.num_drawn: list[int | None] = [None] * self.num_rows
+        self.images: list[list[list[torch.Tensor]]] = [[] for _ in input_ids]
+        self.finished = [False] * self.num_rows
 
     def run(self, on_step: Callable) -> tuple[torch.LongTensor, list[list[torch.LongTensor]]]:
         """Returns the sequences `(B, L')` and the codes `(M, N, D)` of every row's new images."""
         prompts = self.sequences[:, : self.length]
         starts = (prompts[:, -1] == self.start_id).nonzero().flatten().tolist()
         for index in starts:
-            self.rows[index].begin_image()
+            self._begin_image(index)
         self.context.begin(starts)
         if self.streamer is not None:
             self.streamer.put(prompts.cpu())
         while self._goes_on():
-            drawing = [i for i, row in enumerate(self.rows) if row.in_image and row.num_drawn < self.num_positions]
-            if drawing and all(row.finished or index in drawing for index, row in enumerate(self.rows)):
+            drawing = [i for i, count in enumerate(self.num_drawn) if count is not None and count < self.num_positions]
+            if drawing and all(self.finished[index] or index in drawing for index in range(self.num_rows)):
                 self._draw_on(drawing, on_step)
             else:
                 self._step(drawing)
                 on_step()
         if self.streamer is not None:
             self.streamer.end()
-        return self.sequences[:, : self.length], [[image for (image,) in row.images] for row in self.rows]
+        return self.sequences[:, : self.length], [[image for (image,) in row] for row in self.images]
 
     def _goes_on(self) -> bool:
-        return self.length < self.end and not all(row.finished for row in self.rows)
+        return self.length < self.end and not all(self.finished)
+
+    def _begin_image(self, index: int) -> None:
+        self.num_drawn[index] = 0
+        self.images[index].append([])
 
     def _draw_on(self, drawing: list[int], on_step: Callable) -> None:
         """Draw as many positions as every row that draws has left."""
-        count = self.num_positions - max(self.rows[index].num_drawn for index in drawing)
-        self._take(drawing, self.decoder.draw(count, on_position=on_step, rows=drawing))
+        count = self.num_positions - max(self.num_drawn[index] for index in drawing)
+        self._take(drawing, self.decoder.draw(count, drawing, on_position=on_step))
         self.sequences[drawing, self.length : self.length + count] = self.image_id
         self.length += count
 
     def _step(self, drawing: list[int]) -> None:
         """One token or position of every row."""
-        writing = [i for i, row in enumerate(self.rows) if not row.in_image and not row.finished]
-        tokens, starts = [self.text.pad_id] * len(self.rows), []
-        for index, row in enumerate(self.rows):
-            if row.in_image:
-                row.in_image = index in drawing
-                tokens[index] = self.image_id if row.in_image else self.end_id
+        tokens, starts = [self.text.pad_id] * self.num_rows, []
+        writing = [i for i, count in enumerate(self.num_drawn) if count is None and not self.finished[i]]
+        for index, count in enumerate(self.num_drawn):
+            if count is not None:
+                tokens[index] = self.image_id if index in drawing else self.end_id
+                self.num_drawn[index] = count if index in drawing else None
         for index, token in zip(writing, self._write(writing) if writing else ()):
             tokens[index] = token
-            self.rows[index].finished = token in self.text.eos_ids
-            if token == self.start_id and not self.rows[index].finished:
+            self.finished[index] = token in self.text.eos_ids
+            if token == self.start_id and not self.finished[index]:
                 starts.append(index)
-                self.rows[index].begin_image()
+                self._begin_image(index)
         next_ids = torch.tensor(tokens, device=self.sequences.device)
         self.sequences[:, self.length] = next_ids
         self.length += 1
@@ -347,18 +330,14 @@ class InterleavedLoop:
         self.context.reserve(1)
         self.context.start_images(starts)
         embeds = self.model.get_input_embeddings()(next_ids[:, None])
-        if drawing and self.decoder.is_static:
-            self._take(drawing, self.decoder.draw_beside_text(embeds, drawing))
-            return
         if drawing:
-            codes = self.decoder.sample(drawing).unsqueeze(2)
-            self._take(drawing, codes)
-            embeds[drawing] = self.model.model.embed_image_codes(*codes[:, drawing]).to(embeds.dtype)
-        self.context.feed(embeds, conditional_only=not (drawing or starts))
+            self._take(drawing, self.decoder.draw(1, drawing, embeds))
+        else:
+            self.context.feed(embeds, conditional_only=not starts)
 
     def _write(self, writing: list[int]) -> list[int]:
         """The next tokens of the rows that write."""
-        logits = text_logits(self.model.lm_head, self.context.hidden_states[: len(self.rows)])
+        logits = text_logits(self.model.lm_head, self.context.hidden_states[: self.num_rows])
         barred = [self.image_id, self.end_id]
         if self.end - self.length < self.num_positions + 2:
             barred.append(self.start_id)
@@ -368,14 +347,14 @@ class InterleavedLoop:
         """Give the rows that draw their part of the codes `(M, B, n, D)`, and tell of images that are finished."""
         grid = self.model.config.vision_tokenizer_config.grid_size
         for index in drawing:
-            row = self.rows[index]
-            row.images[-1].append(codes[:, index])
-            row.num_drawn += codes.shape[2]
-            if row.num_drawn == self.num_positions:
+            images = self.images[index]
+            images[-1].append(codes[:, index])
+            self.num_drawn[index] += codes.shape[2]
+            if self.num_drawn[index] == self.num_positions:
                 self.decoder.sampler.check_scores(index)
-                row.images[-1] = [torch.cat(row.images[-1], dim=1)]
+                images[-1] = [torch.cat(images[-1], dim=1)]
                 if self.on_image is not None:
-                    self.on_image(tuple(row.images[-1][0].unflatten(1, (grid, grid))), index)
+                    self.on_image(tuple(images[-1][0].unflatten(1, (grid, grid))), index)
 
 
 __all__ = ["ImageDecoder", "InterleavedLoop", "kept_steps", "progress"]

@@ -9,7 +9,7 @@ from transformers.generation import LogitsProcessor
 
 class ImageTokenBar(LogitsProcessor):
     """
-    Bars `token_ids`, which may be changed between two steps: before all other processors, so that top-k and top-p keep
+    Bars `token_ids`, which may change between two steps: before all other processors, so that top-k and top-p keep
     others, and after the caller's, which may have raised them again.
     """
 
@@ -35,12 +35,8 @@ class ScoreCheck(LogitsProcessor):
     The last of all processors: what is left must hold something to choose.
 
     No host sync on a GPU: a row that holds nothing, where a draw would be a device assert, is made uniform, and
-    [`raise_if_empty`] says so at the end. A row that has ended chooses nothing. Beams may die as long as one of their
-    prompt lives.
-
-    Args:
-        ended_ids (`Sequence[torch.LongTensor]`): what the last token of a row that has ended may be.
-        num_beams (`int`): rows of a prompt.
+    [`raise_if_empty`] says so at the end. Rows whose last token is one of `ended_ids` (list of `torch.LongTensor`) choose
+    nothing. Of the `num_beams` rows of a prompt some may die.
     """
 
     def __init__(self, ended_ids: Sequence[torch.LongTensor] = (), num_beams: int = 1):
@@ -78,12 +74,9 @@ class ScoreCheck(LogitsProcessor):
 
 class TextSampler:
     """
-    Chooses the tokens of interleaved generation.
+    Chooses the tokens of interleaved generation, by processors with a `bar` among them, which is set at every step.
 
-    Args:
-        processors (`LogitsProcessorList`), bar ([`ImageTokenBar`]): the one among these.
-        generation_config (`GenerationConfig`), vocab_size (`int`): for `do_sample`, the ends, and what ended rows hold.
-        generator (`torch.Generator` or a list with one for every row, *optional*).
+    `generator` (`torch.Generator` or a list with one for every row, *optional*) is the source of randomness.
     """
 
     def __init__(self, processors, bar: ImageTokenBar, generation_config, generator, vocab_size: int):
@@ -122,9 +115,9 @@ def as_ids(value) -> list[int]:
 
 def _callers(package: str) -> Iterator[tuple[str, object]]:
     """
-    The callers in a package of transformers, nearest first: the module's name, and the `self` of the method if it is one.
+    The callers in a package of transformers, nearest first: the module's name, and the `self` of a method.
 
-    Neither a pipeline nor the server passes anything to tell it by, so the callers' modules are looked at.
+    Neither a pipeline nor the server passes anything to tell it by.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -141,10 +134,8 @@ def is_served() -> bool:
 
 def wants_plain_codes(model, mode: str) -> bool:
     """
-    Whether image mode is to return a tensor of pixel codes `(B, h, w, D)`, as the any-to-any pipeline needs it.
-
-    Raises:
-        ValueError: if a pipeline calls that cannot take back what `mode` returns.
+    Whether image mode is to return a tensor of pixel codes `(B, h, w, D)`, as the any-to-any pipeline needs it; a
+    `ValueError` if a pipeline calls that cannot take back what `mode` returns.
     """
     task = None
     for module, pipeline in _callers("transformers.pipelines"):
