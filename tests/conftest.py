@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny seeded models on one CPU thread, no downloads."""
 
+import gc
 import os
 
 
@@ -15,6 +16,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel  # noqa: E402
 
 from transformers_dualtoken import DualTokenVisionTokenizer  # noqa: E402
+
+
+def pytest_collection_finish():
+    """Every training collects garbage, which takes a second or more where it looks through all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
