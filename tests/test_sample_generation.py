@@ -176,7 +176,7 @@ def test_samples_are_made_in_the_precision_of_training(tmp_path, processor):
 def test_answers_are_split_into_texts_and_images(processor):
     callback = SampleGenerationCallback.__new__(SampleGenerationCallback)
     callback.processor = processor
-    start, image, end = processor.image_tokens.ids[0], processor.image_token_id, processor.image_tokens.ids[-1]
+    start, image, end = processor.image_start_token_id, processor.image_token_id, processor.image_end_token_id
     words = processor.tokenizer("A blue one.")["input_ids"]
     drawn = [start, *[image] * N, end]
     ids = [*words, *drawn, *drawn, *words, processor.tokenizer.eos_token_id]

@@ -8,7 +8,6 @@ tokens are the unmarked ones, and all text between two of them is encoded with s
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -234,43 +233,6 @@ def mark_special_tokens(value: Any, marker: str, special_tokens: list[str]) -> A
     return [mark(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-@dataclass(frozen=True)
-class ImageTokens:
-    """The tokens around and at the positions of an image, by name and id, and the number of positions."""
-
-    start: str
-    pad: str
-    end: str
-    start_id: int
-    pad_id: int
-    end_id: int
-    count: int
-
-    def pattern(self, marker: str = "") -> str:
-        """Regular expression of an image in a rendered chat. A bare `pad` counts, and gets its start and end."""
-        unmarked = f"(?<!{marker}{_TYPED})" if marker else ""
-        start, pad, end = map(re.escape, (self.start, self.pad, self.end))
-        return f"(?:{unmarked}{start})?{unmarked}{pad}(?:{end})?"
-
-    def expand(self, prompt: str) -> tuple[str, list[dict[str, Any]]]:
-        """The prompt with every image at its length, and what was put in the place of each `pad`."""
-        pieces, replacements, last, grown = [], [], 0, 0
-        for match in re.finditer(self.pattern(), prompt):
-            before, _, after = match.group().partition(self.pad)
-            text = ("" if before else self.start) + self.pad * self.count + ("" if after else self.end)
-            at = match.start() + len(before)
-            pieces += [prompt[last:at], text]
-            last = at + len(self.pad)
-            spans = {"span": (at, last), "new_span": (at + grown, at + grown + len(text))}
-            replacements.append({"type": "image", "text": self.pad, "replacement": text, **spans})
-            grown += len(text) - len(self.pad)
-        return "".join([*pieces, prompt[last:]]), replacements
-
-    @property
-    def ids(self) -> list[int]:
-        return [self.start_id, *[self.pad_id] * self.count, self.end_id]
-
-
 def check_text(text: str) -> None:
     """Raise a `ValueError` for half a character (a lone surrogate of UTF-16), which no tokenizer takes."""
     try:
@@ -279,15 +241,15 @@ def check_text(text: str) -> None:
         raise ValueError(f"The text has half a character at position {error.start:,} ({error}).") from error
 
 
-def special_tokens_of(tokenizer, image_tokens: ImageTokens) -> list[str]:
+def special_tokens_of(processor) -> list[str]:
     """Every special token, longest first: a regular expression takes the first alternative that fits."""
-    tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens |= {image_tokens.start, image_tokens.pad, image_tokens.end}
+    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens |= {processor.image_start_token, processor.image_token, processor.image_end_token}
     return sorted(tokens, key=len, reverse=True)
 
 
 def encode_chats(
-    tokenizer, image_tokens: ImageTokens, rendered: list[str], marker: str, spans: list[list[tuple[int, int]]] | None
+    processor, rendered: list[str], marker: str, spans: list[list[tuple[int, int]]] | None
 ) -> tuple[list[list[int]], list[list[int]]]:
     """
     Of rendered chats whose typed special tokens are marked the ids, images expanded, and of each token whether it
@@ -296,9 +258,9 @@ def encode_chats(
     Between two control tokens the text is encoded in one piece, whoever wrote it, so that a chat without typed special
     tokens gets the very ids its rendered string has.
     """
-    special_tokens = special_tokens_of(tokenizer, image_tokens)
+    tokenizer, special_tokens, unmarked = processor.tokenizer, special_tokens_of(processor), f"(?<!{marker}{_TYPED})"
     alternatives = "|".join(map(re.escape, special_tokens))
-    control = re.compile(f"(?P<image>{image_tokens.pattern(marker)})|(?<!{marker}{_TYPED})(?:{alternatives})")
+    control = re.compile(f"(?P<image>{processor.image_pattern(unmarked)})|{unmarked}(?:{alternatives})")
     segments, plans = (
         [],
         [],
@@ -315,7 +277,7 @@ def encode_chats(
                 segments.append(text)
                 plan.append((None, inside_text))
             if match:
-                ids = image_tokens.ids if match["image"] else [tokenizer.convert_tokens_to_ids(match.group())]
+                ids = processor.ids_of_image if match["image"] else [tokenizer.convert_tokens_to_ids(match.group())]
                 plan.append((ids, inside[start:end]))
             last = end
         plans.append(plan)

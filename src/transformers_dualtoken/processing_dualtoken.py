@@ -6,6 +6,7 @@
 # specific language governing permissions and limitations under the License.
 """Processors: text, images and chats for the unified model, and images and captions for the vision tokenizer."""
 
+import re
 import secrets
 import string
 from typing import Any
@@ -19,7 +20,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_dualtoken import (
     CHAT_TEMPLATE,
-    ImageTokens,
     check_text,
     encode_chats,
     image_data,
@@ -198,9 +198,29 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             setattr(self, f"{name}_id", vocabulary[token])
 
     @property
-    def image_tokens(self) -> ImageTokens:
-        ids = [getattr(self, f"{name}_id") for name in _IMAGE_TOKENS]
-        return ImageTokens(*(getattr(self, name) for name in _IMAGE_TOKENS), *ids, self.num_image_tokens)
+    def ids_of_image(self) -> list[int]:
+        """Its start, its positions, its end."""
+        return [self.image_start_token_id, *[self.image_token_id] * self.num_image_tokens, self.image_end_token_id]
+
+    def image_pattern(self, unmarked: str = "") -> str:
+        """Regular expression of an image in a prompt. A bare `image_token` counts, and gets its start and end."""
+        start, token, end = (re.escape(getattr(self, name)) for name in _IMAGE_TOKENS)
+        return f"(?:{unmarked}{start})?{unmarked}{token}(?:{end})?"
+
+    def _expand_images(self, prompt: str) -> tuple[str, list[dict[str, Any]]]:
+        """The prompt with every image at its length, and what was put in the place of each `image_token`."""
+        pieces, replacements, last, grown = [], [], 0, 0
+        for match in re.finditer(self.image_pattern(), prompt):
+            before, token, after = match.group().partition(self.image_token)
+            text = token * self.num_image_tokens
+            text = ("" if before else self.image_start_token) + text + ("" if after else self.image_end_token)
+            at = match.start() + len(before)
+            pieces += [prompt[last:at], text]
+            last = at + len(token)
+            spans = {"span": (at, last), "new_span": (at + grown, at + grown + len(text))}
+            replacements.append({"type": "image", "text": token, "replacement": text, **spans})
+            grown += len(text) - len(token)
+        return "".join([*pieces, prompt[last:]]), replacements
 
     @auto_docstring
     def __call__(
@@ -248,7 +268,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             counts = [prompt.count(self.image_token) for prompt in prompts]
             if images or not placeholders_only:
                 self._check_counts(counts, len(images), row_counts)
-            prompts, replacements = zip(*map(self.image_tokens.expand, prompts))
+            prompts, replacements = zip(*map(self._expand_images, prompts))
             data = self._finish_text(dict(self.tokenizer(list(prompts), **merged["text_kwargs"])), counts, merged)
         features = self._features(data, images, merged)
         if replacements and merged["return_text_replacement_offsets"]:
@@ -396,7 +416,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         outside = {**variables, "conversations": chats_without_images, "tools": tools, "documents": documents}
         marker = f"{secrets.randbelow(10**32):032}"  # digits, because no template filter changes them
         if tokenize:
-            specials = special_tokens_of(self.tokenizer, self.image_tokens)
+            specials = special_tokens_of(self)
             outside = {name: mark_special_tokens(value, marker, specials) for name, value in outside.items()}
         own_tokens = {name: getattr(self, name) for name in _IMAGE_TOKENS}
         rendered, spans = render_jinja_template(
@@ -412,7 +432,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             return rendered if batched else rendered[0]
 
         learned = [learned_spans(*each) for each in zip(chats, spans)] if return_assistant_tokens_mask else None
-        rows, masks = encode_chats(self.tokenizer, self.image_tokens, rendered, marker, learned)
+        rows, masks = encode_chats(self, rendered, marker, learned)
         for row, count in zip(rows, counts):
             shown = row.count(self.image_token_id) // self.num_image_tokens
             if shown != count:

@@ -79,8 +79,8 @@ class ChatEncoder:
             raise ValueError("The tokenizer has no `eos_token`, which closes every document.")
         self.processor, self.max_length, self.cut_long_samples = processor, max_length, cut_long_samples
         self.prompt_drop_probability = prompt_drop_probability
-        tokens = processor.image_tokens
-        self.image_ids, self.image_token_id = np.array(tokens.ids, dtype=np.int32), tokens.pad_id
+        self.image_ids = np.array(processor.ids_of_image, dtype=np.int32)
+        self.image_token_id = processor.image_token_id
 
     @property
     def settings(self) -> list:
@@ -88,7 +88,7 @@ class ChatEncoder:
         tokenizer = self.processor.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = tokenizer.get_vocab() if backend is None else backend.to_str()
-        chats = [self.processor.chat_template, self.processor.image_tokens, tokenizer.special_tokens_map]
+        chats = [self.processor.chat_template, self.processor.ids_of_image, tokenizer.special_tokens_map]
         return [vocabulary, *chats, self.max_length, self.cut_long_samples]
 
     def encode(self, example: dict) -> EncodedExample:

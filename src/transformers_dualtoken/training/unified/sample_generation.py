@@ -162,7 +162,7 @@ class SampleGenerationCallback(TrainerCallback):
 
     def _parts(self, ids: list[int], images: Iterator[Image.Image]) -> list[dict]:
         """The parts of an answer; each run of placeholders is the next of `images`."""
-        parts, image_id, borders = [], self.processor.image_token_id, self.processor.image_tokens.ids
+        parts, image_id, borders = [], self.processor.image_token_id, self.processor.ids_of_image
         for is_image, run in groupby(ids, key=lambda token: token == image_id):
             if is_image:
                 parts.append({"type": "image", "image": next(images)})
