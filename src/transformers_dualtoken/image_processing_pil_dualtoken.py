@@ -23,16 +23,11 @@ from .image_reading import (
     MAX_RECONSTRUCTION,
     ImageBounds,
     UnreadableImageError,
-    as_tensor,
-    check_rescaled,
-    decode_image,
     flatten_images,
     image_name,
+    image_to_tensor,
     is_array,
     open_image,
-    pil_to_rgb,
-    to_8_bit,
-    to_rgb,
 )
 
 
@@ -223,26 +218,14 @@ class DualTokenImageProcessingMixin:
 
     def _to_tensor(self, image, input_data_format=None, **settings) -> torch.Tensor:
         """A PIL image, array or tensor as a tensor (3, H, W): `uint8`, or `float32` where nothing is rescaled."""
-        converts, rescales, normalizes = map(settings.get, ("do_convert_rgb", "do_rescale", "do_normalize"))
-        if isinstance(image, Image.Image):
-            image = decode_image(image, ImageBounds(max_pixels=None))
-            input_data_format = "channels_first" if converts else "channels_last"
-            image = pil_to_rgb(image) if converts else np.array(image)
-        image = as_tensor(image, input_data_format)
-        if rescales:
-            image = to_8_bit(image)
-        elif normalizes:
-            check_rescaled(image)
-            image = image.float().clamp(0, 1)
-        elif image.is_floating_point():
-            image = image.float()
-        if converts:
-            return to_rgb(image).contiguous()
-        channels, is_padded = len(image), settings.get("resize_mode") == "pad"
-        accepted = {1, len(settings["image_mean"])} if normalizes else {channels}
-        if channels not in (accepted & {1, 3} if is_padded else accepted):
-            raise ValueError(f"Without `do_convert_rgb` an image needs the channels of `image_mean`, got {channels}.")
-        return image.contiguous()
+        flags = {name: settings.get(name) for name in ("do_convert_rgb", "do_rescale", "do_normalize")}
+        image = image_to_tensor(image, input_data_format, **flags)
+        if not flags["do_convert_rgb"]:
+            accepted = {1, len(settings["image_mean"])} if flags["do_normalize"] else {len(image)}
+            if len(image) not in (accepted & {1, 3} if settings.get("resize_mode") == "pad" else accepted):
+                channels = f"the channels of `image_mean`, got {len(image)}"
+                raise ValueError(f"Without `do_convert_rgb` an image needs {channels}.")
+        return image
 
     def _fit(self, image, size: SizeDict, resample, resize_mode: str, fill_color: tuple[int, ...], **kwargs):
         """Bring images (..., C, H, W) of one shape to `size`."""
@@ -261,9 +244,7 @@ class DualTokenImageProcessingMixin:
         _middle(canvas, resized)[...] = image.clip(*limits)
         return canvas
 
-    def post_process_images(self, reconstruction) -> list[Image.Image]:
-        """Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as PIL images."""
-        return post_process_images(reconstruction)
+    post_process_images = staticmethod(post_process_images)
 
 
 @auto_docstring(

@@ -241,7 +241,7 @@ def read_image(
     What holds an image as an upright RGB image, its mode converted as the image processor does it ([`pil_to_rgb`]).
 
     Args:
-        value: see [`locate_image`] and [`as_tensor`].
+        value: see [`locate_image`]; arrays and tensors as the image processor takes them.
         min_size (`int`, *optional*): pixels that either side needs at least. With it a JPEG is decoded at 1/2, 1/4 or
             1/8 of its size where it has more than `bounds.max_pixels`.
         reducing_gap (`float`, *optional*): a JPEG is decoded at the smallest size with sides of at least
@@ -259,16 +259,10 @@ def read_image(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = open_image(value, bounds, min_size, reducing_gap)
+    if isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info:
+        return image
     try:
-        if is_array(image):
-            rgb = to_rgb(to_8_bit(as_tensor(image)))
-            return Image.fromarray(rgb.permute(1, 2, 0).cpu().contiguous().numpy())
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return image
-        rgb = Image.new("RGB", image.size)
-        for top, strip in _rgb_strips(image):
-            rgb.paste(Image.fromarray(strip), (0, top))
-        return rgb
+        return Image.fromarray(image_to_tensor(image).permute(1, 2, 0).cpu().contiguous().numpy())
     except ValueError as error:
         raise UnreadableImageError(str(error).rstrip(".")) from error
 
@@ -451,39 +445,33 @@ def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
 def pil_to_rgb(image: Image.Image) -> np.ndarray:
     """
     A decoded PIL image of any mode as `uint8` (3, H, W): transparent pixels composited on white, 16-bit grey scaled to
-    8 bit. Mode `"I"` counts as 16 bit, since it is what 16-bit files open as.
+    8 bit. Mode `"I"` counts as 16 bit, since it is what 16-bit files open as. In strips: whole, a large image would be
+    in memory several times.
     """
+    if image.mode == "F":
+        raise UnreadableImageError("a floating-point image (PIL mode 'F') has no defined range; give it as an array")
     planes = np.empty((3, image.height, image.width), np.uint8)
-    for top, strip in _rgb_strips(image):
-        planes[:, top : top + len(strip)] = np.moveaxis(strip, -1, 0)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if image.mode.startswith("I"):
+            array = np.asarray(strip)
+            if array.min() < 0 or array.max() > 65535:
+                values = f"(0 to 65535), and it has {array.min()} to {array.max()}"
+                raise UnreadableImageError(f"an integer image must hold 16-bit values {values}")
+            planes[:, top : top + rows] = _from_16_bit(array)
+        else:
+            with _unreadable("it cannot be converted to RGB"):  # a palette or transparency that does not fit
+                planes[:, top : top + rows] = np.moveaxis(np.asarray(_on_white(strip).convert("RGB")), -1, 0)
     return planes
 
 
-def _rgb_strips(image: Image.Image):
-    """Strips `uint8` (rows, W, 3) and where each begins: whole, a large image would be in memory several times."""
-    if image.mode == "F":
-        raise UnreadableImageError("a floating-point image (PIL mode 'F') has no defined range; give it as an array")
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
-        if not image.mode.startswith("I"):
-            with _unreadable("it cannot be converted to RGB"):  # a palette or transparency that does not fit
-                array = np.asarray(_on_white(strip).convert("RGB"))
-            yield top, array
-            continue
-        array = np.asarray(strip)
-        if array.min() < 0 or array.max() > 65535:
-            values = f"(0 to 65535), and it has {array.min()} to {array.max()}"
-            raise UnreadableImageError(f"an integer image must hold 16-bit values {values}")
-        yield top, np.repeat(_from_16_bit(array)[..., None], 3, axis=-1)
-
-
 def _on_white(image: Image.Image) -> Image.Image:
-    bands = image.getbands()
-    if not ("A" in bands or "a" in bands or (image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info)):
+    has_key = image.mode in ("1", "L", "P", "RGB") and "transparency" in image.info
+    if not has_key and not {"A", "a"} & set(image.getbands()):
         return image
     image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _from_16_bit(array: np.ndarray) -> np.ndarray:
@@ -491,7 +479,30 @@ def _from_16_bit(array: np.ndarray) -> np.ndarray:
     return ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def as_tensor(image, input_data_format=None) -> torch.Tensor:
+def image_to_tensor(image, input_data_format=None, do_convert_rgb=True, do_rescale=True, do_normalize=True):
+    """
+    A PIL image of any mode, an array or a tensor as a tensor (C, H, W), RGB with `do_convert_rgb`: `uint8`, or floats
+    without `do_rescale`, which must lie in [0, 1] with `do_normalize`.
+    """
+    if isinstance(image, Image.Image):
+        image = decode_image(image, ImageBounds(max_pixels=None))
+        input_data_format = "channels_first" if do_convert_rgb else "channels_last"
+        image = pil_to_rgb(image) if do_convert_rgb else np.array(image)
+    image = _as_tensor(image, input_data_format)
+    if do_rescale:
+        image = _to_8_bit(image)
+    elif do_normalize:
+        low, high = map(float, image.aminmax())
+        if not image.is_floating_point() or low < -_HALF_LEVEL or high > 1 + _HALF_LEVEL:
+            values = f"floating-point with values in [0, 1], got {image.dtype} from {low:g} to {high:g}"
+            raise ValueError(f"With `do_rescale=False` an image must be {values}. {_OF_DECODED}")
+        image = image.float().clamp(0, 1)
+    elif image.is_floating_point():
+        image = image.float()
+    return (_to_rgb(image) if do_convert_rgb else image).contiguous()
+
+
+def _as_tensor(image, input_data_format) -> torch.Tensor:
     """
     An array or tensor (H, W), (H, W, C) or (C, H, W) as a tensor (C, H, W): `uint8` of levels of 255, `uint16` (scaled
     from 16 bit) and booleans (0 and 255), `float32` or `float64` of finite floating-point values. Without a format it is
@@ -541,7 +552,7 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
-def to_8_bit(image: torch.Tensor) -> torch.Tensor:
+def _to_8_bit(image: torch.Tensor) -> torch.Tensor:
     """
     An image (C, H, W) as levels of 255, `uint8`. Floating-point values must be such levels or lie in [0, 1]; between 1
     and 2 only whole numbers are levels, for decoded images end there.
@@ -558,15 +569,7 @@ def to_8_bit(image: torch.Tensor) -> torch.Tensor:
     return image.round().clamp(0, 255).to(torch.uint8)
 
 
-def check_rescaled(image: torch.Tensor) -> None:
-    """Raise a `ValueError` for an image that is to be normalised without having been rescaled to [0, 1]."""
-    low, high = map(float, image.aminmax())
-    if not image.is_floating_point() or low < -_HALF_LEVEL or high > 1 + _HALF_LEVEL:
-        values = f"floating-point with values in [0, 1], got {image.dtype} from {low:g} to {high:g}"
-        raise ValueError(f"With `do_rescale=False` an image must be {values}. {_OF_DECODED}")
-
-
-def to_rgb(image: torch.Tensor) -> torch.Tensor:
+def _to_rgb(image: torch.Tensor) -> torch.Tensor:
     """An image (C, H, W) of grey, RGB or RGBA (composited on white), `uint8` or in [0, 1], as (3, H, W)."""
     if len(image) not in (1, 3, 4):
         raise ValueError(f"An image array must have 1, 3 or 4 channels, got shape {tuple(image.shape)}.")

@@ -145,9 +145,7 @@ class _DualTokenProcessorMixin:
             data.update(self.image_processor(images, **{**merged["images_kwargs"], "return_tensors": None}))
         return BatchFeature(data, tensor_type=merged["return_tensors"])
 
-    def post_process_images(self, reconstruction) -> list:
-        """Decoded images, floating point (B, 3, S', S') or (3, S', S') in [-1, 1], as a list of PIL images."""
-        return post_process_images(reconstruction)
+    post_process_images = staticmethod(post_process_images)
 
 
 @auto_docstring(
