@@ -12,8 +12,8 @@ from transformers.utils import is_triton_available, logging
 logger = logging.get_logger(__name__)
 
 
-# Scores held at once by the blocked search. On a CPU a block of 4 MiB stays in the cache between the product and the
-# reduction; a GPU needs larger blocks to be busy.
+# Scores held at once by the blocked search: on a CPU 4 MiB stay in the cache between product and reduction, a GPU needs
+# more to be busy.
 _MAX_SCORES_CPU = 1 << 20
 _MAX_SCORES_GPU = 1 << 26
 _SEARCH_BLOCK = 128
@@ -24,10 +24,10 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     """
     Index of the nearest code of every vector, in float32, without a distance matrix in memory.
 
-    argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). Of equally near codes the lowest index wins. TF32 on a GPU,
-    where it is switched on, changes no code. GPUs of NVIDIA run it as one Triton kernel (codes up to 32 wide); elsewhere
-    the scores are made for a few vectors at a time. The two may differ where codes are equally near to float32. Under
-    `torch.compile` it is one operator of the graph, which runs as it does without.
+    argmin_k |r - e_k|^2 = argmax_k (r . e_k - |e_k|^2 / 2). Of equally near codes the lowest index wins; TF32, where it
+    is switched on, changes no code. GPUs of NVIDIA run one Triton kernel (codes up to 32 wide); elsewhere the scores are
+    made for a few vectors at a time. The two may differ where codes are equally near to float32. Under `torch.compile`
+    it is one operator of the graph.
 
     Args:
         vectors (`torch.Tensor` of shape `(T, C)`).
@@ -36,22 +36,19 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
     Returns:
         `torch.Tensor` of shape `(T,)`, int64.
     """
-    # On a GPU always an operator: who traces would not see a kernel that is launched beside torch.
+    # On a GPU always an operator: tracing would not see a kernel that is launched beside torch.
     if torch.compiler.is_compiling() or vectors.device.type == "cuda":
         return _operator(vectors, codebook)
     return _search(vectors, codebook)
 
 
 def _search(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    vectors, codebook = vectors.float(), codebook.float()
-    search = None
-    if vectors.device.type == "cuda":
-        search = find_fused_search(vectors.device, vectors.shape[1])
-    return (search or blocked_nearest_codes)(vectors, codebook)
+    search = find_fused_search(vectors.device, vectors.shape[1]) if vectors.device.type == "cuda" else None
+    return (search or blocked_nearest_codes)(vectors.float(), codebook.float())
 
 
-# Traced, the loop over chunks would be unrolled: for four images on a CPU into 46 copies at each of 8 depths, which took
-# a minute to compile and serve this batch only. The name is this module's, since remote code may be loaded beside it.
+# Traced, the loop over chunks would be unrolled: a minute to compile, for this batch only. The name is this module's,
+# since remote code may be loaded beside it.
 _operator = torch.library.custom_op(f"{__name__.replace('.', '_')}::nearest_codes", _search, mutates_args=())
 
 
@@ -62,10 +59,8 @@ def _(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def blocked_nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """
-    [`nearest_codes`] by products of a few vectors at a time with all codes, on any device.
-
-    The maximum is first taken over blocks of codes (a vectorised reduction); the index is looked for in the winning
-    block only.
+    [`nearest_codes`] by products of a few vectors at a time with all codes, on any device. The maximum is taken over
+    blocks of codes first (a vectorised reduction), and its index looked for in the winning block only.
     """
     num_vectors, num_codes = len(vectors), len(codebook)
     num_blocks = -(-num_codes // _SEARCH_BLOCK)
@@ -88,13 +83,12 @@ def blocked_nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torc
         best_block = blocks.amax(-1).argmax(-1)
         within = blocks[rows[:size], best_block].argmax(-1)
         torch.add(within, best_block, alpha=_SEARCH_BLOCK, out=codes[start : start + size])
-    # An infinite vector makes NaN of a padding code's score, and an index out of range ends a process that uses a GPU
-    # before the loss can tell of it.
+    # An infinite vector makes NaN of a padding code's score, whose index would end a process that uses a GPU.
     return codes.clamp_(max=num_codes - 1)
 
 
 def _products_may_be_rounded(device: torch.device) -> bool:
-    """Whether a float32 matrix product on `device` may be in TF32: a setting of the user's."""
+    """Whether float32 matrix products on `device` may be in TF32."""
     return device.type != "cpu"
 
 
@@ -103,8 +97,7 @@ def _split_for_tf32(vectors: torch.Tensor, codebook: torch.Tensor) -> tuple[torc
     `(T, 3 C)` and `(K, 3 C)` whose products are those of `(T, C)` and `(K, C)`, in TF32 as well as in float32.
 
     TF32 keeps 10 bits of a mantissa. Every number becomes high + low, high with just those bits; of the four products
-    only low * low, 2^-20 of the whole, is left out. The user's setting is neither read nor changed: it belongs to the
-    whole process.
+    only low * low, 2^-20 of the whole, is left out. The setting, which is the whole process's, is left alone.
     """
 
     def split(values):
@@ -125,16 +118,13 @@ _trial_lock = threading.Lock()
 
 def find_fused_search(device: torch.device, width: int) -> Callable | None:
     """
-    The search as one kernel, compiled and tried once in a process for a CUDA device and a width of codes.
-
-    Returns:
-        `fused_nearest_codes`; `None` where the kernel is not for this device, and, with a warning, where it cannot be
-        compiled or finds other codes than the nearest.
+    `fused_nearest_codes`, compiled and tried once in a process for a CUDA device and a width of codes; `None` where the
+    kernel is not for it, and, with a warning, where it cannot be compiled or finds other codes than the nearest.
     """
     key = (device, width)
     if key not in _fused_searches:
         if torch.cuda.is_current_stream_capturing():
-            return None  # Nothing can be tried now; a call before the capture makes the graph one with the kernel.
+            return None  # nothing can be tried now: call once before the capture
         # One thread tries: the trial changes a setting of the whole process, and puts it back.
         with _trial_lock:
             if key not in _fused_searches:
@@ -177,8 +167,7 @@ def _try_fused_search(device: torch.device, width: int) -> Callable | None:
 def check_search(search: Callable, device: torch.device, width: int) -> None:
     """Raise a `RuntimeError` unless `search` finds the nearest codes, as far as float32 can tell them apart."""
     generator = torch.Generator().manual_seed(0)
-    # No multiples of any tile, and enough of them that products rounded to TF32 show: by 2e-5 at least, up to a width
-    # of 512. Exact to float32 it is 1e-6 at most.
+    # No multiples of any tile, and enough of them that products in TF32 show, by 2e-5 at least; in float32 by 1e-6 at most.
     vectors, codebook = (
         1 + torch.randn(count, width, generator=generator, dtype=torch.float32, device="cpu") for count in (2001, 1001)
     )

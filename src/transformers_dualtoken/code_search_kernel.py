@@ -1,7 +1,4 @@
-"""The search for the nearest code as one Triton kernel, on GPUs of NVIDIA: no score is ever written to memory.
-
-`code_search.py` imports this where it can be used. Triton comes with torch for CUDA.
-"""
+"""The search for the nearest code as one Triton kernel, on GPUs of NVIDIA: no score is ever written to memory."""
 
 import torch
 
@@ -14,8 +11,8 @@ except ImportError as error:
     raise ImportError("The search for codes as one kernel needs Triton: `pip install triton`.") from error
 
 
-# A program's tile of scores. With the running maximum and where that was, every score takes three registers of its
-# thread: twice the tile, or codes wider than 32, spill on compute capability 8.0; so that is the width it is for.
+# A program's tile of scores. With the running maximum and its place every score takes three registers: twice the tile,
+# or codes wider than 32, spill on compute capability 8.0.
 MAX_WIDTH = 32
 _BLOCK_VECTORS = 64
 _BLOCK_CODES = 64
@@ -77,7 +74,7 @@ def kernel_constants(width: int, precision: str) -> dict:
     """What the kernel is compiled for."""
     return {
         "WIDTH": width,
-        "PADDED_WIDTH": max(16, triton.next_power_of_2(width)),  # The least that the matrix units take is 16.
+        "PADDED_WIDTH": max(16, triton.next_power_of_2(width)),  # the least that the matrix units take
         "BLOCK_VECTORS": _BLOCK_VECTORS,
         "BLOCK_CODES": _BLOCK_CODES,
         "PRECISION": precision,
@@ -88,17 +85,14 @@ def fused_nearest_codes(
     vectors: torch.Tensor, codebook: torch.Tensor, precision: str = "tf32x3", splits: int | None = None
 ) -> torch.Tensor:
     """
-    Index of the nearest code of every vector: argmax_k (r . e_k - |e_k|^2 / 2), the lowest of equals.
+    Index `(T,)` of the nearest code of every vector: argmax_k (r . e_k - |e_k|^2 / 2), the lowest of equals.
 
     Args:
         vectors (`torch.Tensor` of shape `(T, C)`): float32, on a CUDA device of compute capability 8.0 or later.
         codebook (`torch.Tensor` of shape `(K, C)`): float32.
-        precision (`str`, defaults to `"tf32x3"`): of the products. `"tf32x3"` takes them from three of TF32, as exact
-            as float32 to 2^-20 and on the matrix units; `"ieee"` from float32, on the others.
+        precision (`str`): of the products. `"tf32x3"`: three of TF32, as exact as float32 to 2^-20 and on the matrix
+            units; `"ieee"`: float32.
         splits (`int`, *optional*): into how many parts the codes are divided; by default as many as keep the GPU busy.
-
-    Returns:
-        `torch.Tensor` of shape `(T,)`, int64.
     """
     if vectors.shape[1] != codebook.shape[1] or vectors.device != codebook.device:
         raise ValueError(
@@ -112,8 +106,7 @@ def fused_nearest_codes(
     blocks = triton.cdiv(num_vectors, _BLOCK_VECTORS)
     most_splits = triton.cdiv(num_codes, _BLOCK_CODES)
     if splits is None:
-        # Fewer vectors than make the GPU busy: the codes are divided too, as far as all programs run at once. So many
-        # find registers on a multiprocessor.
+        # Fewer vectors than make the GPU busy: the codes are divided too, as far as all programs run at once.
         properties = torch.cuda.get_device_properties(vectors.device)
         at_once = (3 if properties.major == 9 else 2) * properties.multi_processor_count
         splits = max(1, at_once // blocks)

@@ -1,11 +1,9 @@
 """The pixel and the semantic depth transformer, as one batched transformer (paper, section 3.2).
 
 Both heads have the same shape and never exchange anything, so every weight carries a leading axis of two and one
-batched product serves both: half the sequential steps of two separate heads, the same numbers. In the code below
-M = 2 heads, D depths, T positions, W the head's width.
+batched product serves both: half the sequential steps of two separate heads, the same numbers. Letters: M = 2 heads,
+D depths, T positions, B rows, H the language model's width, W the head's width, C code width, K codes.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +11,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
 
 from .configuration_dualtoken import DualTokenDepthHeadConfig
-from .linear_cross_entropy import is_autocast_on, linear_cross_entropy, without_autocast
+from .linear_cross_entropy import LinearCrossEntropyOutput, is_autocast_on, linear_cross_entropy, without_autocast
 
 
 NUM_KINDS = 2  # pixel, semantic
@@ -34,10 +31,8 @@ class DualTokenStackedLinear(nn.Module):
         self, hidden_states: torch.Tensor, depth: int | None = None, residual: torch.Tensor | None = None
     ) -> torch.Tensor:
         """
-        `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`.
-
-        `residual`, of the result's shape, is added. One entry for all of this: ZeRO-3 and FSDP2
-        bring a module's weights together where it is called.
+        `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`;
+        `residual`, of the result's shape, is added. All by calls of the module, where ZeRO-3 and FSDP2 gather weights.
         """
         if depth is None:
             return self._product(hidden_states, self.weight, self.bias, residual)
@@ -46,6 +41,7 @@ class DualTokenStackedLinear(nn.Module):
 
     @staticmethod
     def _product(hidden_states, weight, bias, residual):
+        """`(*stack, T, in)`, `(*stack, out, in)`, `(*stack, out)` or None, `(*stack, T, out)` or None."""
         stack = weight.shape[:-2]
         weight = weight.flatten(0, -3).transpose(1, 2)
         hidden_states = hidden_states.flatten(0, -3)
@@ -54,10 +50,7 @@ class DualTokenStackedLinear(nn.Module):
         fused = residual is not None and residual.dtype == weight.dtype and not is_autocast_on(weight.device.type)
         if fused:
             added = residual.flatten(0, -3) if added is None else residual.flatten(0, -3) + added
-        if added is None:
-            product = torch.bmm(hidden_states, weight)
-        else:
-            product = torch.baddbmm(added, hidden_states, weight)
+        product = torch.bmm(hidden_states, weight) if added is None else torch.baddbmm(added, hidden_states, weight)
         product = product.view(*stack, *product.shape[1:])
         return product if residual is None or fused else residual + product
 
@@ -77,7 +70,7 @@ class DualTokenStackedRMSNorm(nn.Module):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """All in float32 at least, rounded once. Autograd would keep the wide copies for the backward; here they go."""
+    """In float32 at least, rounded once; autograd would keep the wide copies. All but the scores `(N, D, head_dim)`."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -111,10 +104,9 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
 
 def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """
-    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same; in float32 at least within.
-
-    As two products rather than torch's own attention, which is made for few long sequences: on a GPU its backward pads
-    8 depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 24 MB here) and takes at most 65,535 positions.
+    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same. Not torch's own, which is for few
+    long ones: on a GPU its backward pads 8 depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 24 MB here)
+    and takes at most 65,535 positions.
     """
     return _CausalAttention.apply(query, key, value)
 
@@ -138,11 +130,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden_states: torch.Tensor, depth: int | None = None, cache: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """
-        All depths at once, `(M, D, T, W)` -> `(M, D, T, W)`, or one of them, `(M, T, W)` -> `(M, T, W)`, as `step`.
-
-        One entry for both, as in `DualTokenStackedLinear`.
-        """
+        """All depths at once, `(M, D, T, W)` -> the same, or one of them, `(M, T, W)` -> the same, as `step`."""
         if depth is not None:
             return self.step(hidden_states, depth, cache)
         models, depths, length, width = hidden_states.shape
@@ -159,9 +147,8 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
 
     def step(self, hidden_states: torch.Tensor, depth: int, cache: torch.Tensor) -> torch.Tensor:
         """
-        One depth of every position: `(M, T, W)` -> `(M, T, W)`.
-
-        `cache` `(2, M, T, heads, D, head_dim)` holds the keys and values of the depths before, and takes this one's.
+        One depth of every position: `(M, T, W)` -> `(M, T, W)`. `cache` `(2, M, T, heads, D, head_dim)` holds the keys
+        and values of the depths before, and takes this one's.
         """
         models, length, width = hidden_states.shape
         qkv = self.qkv_proj(self.input_layernorm(hidden_states))
@@ -178,19 +165,6 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         hidden_states = self.o_proj(context.reshape(models, length, width), residual=hidden_states)
         normed = self.post_attention_layernorm(hidden_states)
         return self.down_proj(self.act_fn(self.up_proj(normed, depth)), depth, residual=hidden_states)
-
-
-@dataclass
-class DualTokenDepthHeadsOutput(ModelOutput):
-    """
-    Args:
-        loss_sums (`torch.Tensor` of shape `(2, D)`): cross-entropies of the pixel and semantic codes at every depth,
-            summed over the positions, float32.
-        num_correct (`torch.LongTensor` of shape `(2, D)`): positions whose most probable code is the right one.
-    """
-
-    loss_sums: torch.Tensor | None = None
-    num_correct: torch.LongTensor | None = None
 
 
 class DualTokenDepthHeads(nn.Module):
@@ -231,11 +205,7 @@ class DualTokenDepthHeads(nn.Module):
         return self.input_proj(self.input_fc2(self.act_fn(self.input_fc1(hidden_states))))
 
     def _features(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        Normed features of all depths with the true codes before each (teacher forcing).
-
-        `(T, H)` and code vectors `(M, T, D, C)` -> `(M, D, T, W)`.
-        """
+        """Teacher forcing: `(T, H)` and the true codes' vectors `(M, T, D, C)` -> normed features `(M, D, T, W)`."""
         first = self._embed_hidden(hidden_states)
         running = code_embeds[:, :, :-1].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         # Not `cumsum`, which a GPU does not do reproducibly.
@@ -249,14 +219,14 @@ class DualTokenDepthHeads(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, codes: torch.LongTensor, code_embeds: torch.Tensor
-    ) -> DualTokenDepthHeadsOutput:
+    ) -> LinearCrossEntropyOutput:
         """
-        Loss of the codes of T positions; the logits are never in memory at once.
+        Cross-entropies and right guesses of the codes of T positions, both `(M, D)` and summed over the positions.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(T, H)`): the language model's states before the positions.
-            codes (`torch.LongTensor` of shape `(2, T, D)`): pixel and semantic codes.
-            code_embeds (`torch.Tensor` of shape `(2, T, D, C)`): their code vectors.
+            codes (`torch.LongTensor` of shape `(M, T, D)`): pixel and semantic codes.
+            code_embeds (`torch.Tensor` of shape `(M, T, D, C)`): their code vectors.
         """
         features = self._features(hidden_states, code_embeds)
         bias = self.classifier.bias
@@ -266,16 +236,12 @@ class DualTokenDepthHeads(nn.Module):
             codes.transpose(1, 2).flatten(0, 1),
             bias=None if bias is None else bias.flatten(0, 1),
         )
-        shape = (NUM_KINDS, self.num_depths)
-        return DualTokenDepthHeadsOutput(
-            loss_sums=output.loss_sums.view(shape), num_correct=output.num_correct.view(shape)
-        )
+        return LinearCrossEntropyOutput(*(sums.view(NUM_KINDS, self.num_depths) for sums in output))
 
     def logits(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
         """
-        Logits of every depth given the true codes before it: `(T, H)`, `(2, T, D, C)` -> `(2, T, D, K)`.
-
-        For inspection and tests; at full size this is 0.76 GB in float32 for one 384 px image.
+        Logits of every depth given the true codes before it: `(T, H)`, `(M, T, D, C)` -> `(M, T, D, K)`. To inspect: at
+        full size 0.76 GB in float32 for one 384 px image.
         """
         return self.classifier(self._features(hidden_states, code_embeds)).transpose(1, 2)
 
@@ -289,22 +255,18 @@ class DualTokenDepthHeads(nn.Module):
         noise: torch.Tensor | None = None,
     ) -> torch.LongTensor:
         """
-        Draw the codes of one position of every row, depth by depth.
+        Draw the codes `(M, B, D)` of one position of every row, depth by depth. No host sync, and all shapes are fixed:
+        the whole can be one CUDA graph.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(R, H)`): R = B rows, or with guidance 2 B: first the conditional,
                 then the unconditional rows. Both rows of a pair share the drawn codes.
-            codebooks (`torch.Tensor` of shape `(2, books, K, C)`): code vectors; `books` is 1 or D.
-            sampler (callable): logits `(2, B, K)`, and with `noise` that of the depth, -> codes `(2, B)`.
+            codebooks (`torch.Tensor` of shape `(M, books, K, C)`): code vectors; `books` is 1 or D.
+            sampler (callable): logits `(M, B, K)`, and with `noise` that of the depth, -> codes `(M, B)`.
             guidance (`float`, *optional*): s in logits = uncond + s (cond - uncond). Applied to the features before
                 the classifier, which is linear: the same logits for half the rows.
-            noise (`torch.Tensor` of shape `(D, 2, B, candidates)`, *optional*): what the sampler is to draw by, of all
+            noise (`torch.Tensor` of shape `(D, M, B, candidates)`, *optional*): what the sampler is to draw by, of all
                 depths ([`CodeNoise`]).
-
-        The host waits for nothing, and all shapes are fixed: the whole can be one CUDA graph.
-
-        Returns:
-            `torch.LongTensor` of shape `(2, B, D)`.
         """
         features = self._embed_hidden(hidden_states)
         rows = len(hidden_states)
@@ -332,4 +294,4 @@ class DualTokenDepthHeads(nn.Module):
         return torch.stack(codes, dim=-1)
 
 
-__all__ = ["DualTokenDepthHeads", "DualTokenDepthHeadsOutput", "DualTokenStackedLinear", "DualTokenStackedRMSNorm"]
+__all__ = ["DualTokenDepthHeads", "DualTokenStackedLinear", "DualTokenStackedRMSNorm"]

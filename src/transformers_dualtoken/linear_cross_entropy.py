@@ -1,45 +1,35 @@
 """Cross-entropy of a linear classifier, summed, without ever holding all of its logits.
 
-The depth heads classify every image position 2 heads x 8 depths times over 16384 codes: 0.76 GB of float32 logits per
-image, twice that with their gradient. Here the logits exist one chunk of rows at a time. The sum of a group is a
-scalar, so the chain rule can only multiply the gradient by one number per group: the gradient is computed in the
-forward, while the chunk is at hand, and the backward multiplies by that number. Nothing is approximated, and nothing
-is computed twice.
+The depth heads classify every image position 2 x 8 times over 16384 codes: 0.76 GB of float32 logits per image, twice
+that with their gradient. Here the logits exist one chunk of rows at a time. A group's sum is a scalar, so the chain rule
+can only multiply its gradient by one number: it is computed in the forward, and the backward multiplies. Nothing is
+approximated, and nothing is computed twice. Letters: G groups, T rows, W width, V classes.
 """
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-# A chunk's float32 logits: small beside any classifier's gradient, large enough that the matrix products stay as fast
-# as over all rows at once. At 16384 classes it is 512 rows; a smaller chunk gains no memory that matters.
+# A chunk's float32 logits: 512 rows of 16384 classes. As fast as all rows at once, and small beside the gradients.
 _CHUNK_BYTES = 32 * 2**20
-# Each chunk reads and writes the whole weight gradient, whatever the vocabulary, which only enough rows pay for: 50000
-# classes in chunks of 55 rows are a quarter slower than in chunks of 256, and 512 are no faster (float32, one CPU
-# thread). With a text vocabulary this floor rules; 256 rows of logits are then still 256 / W of the weight's size.
+# Each chunk reads and writes the whole weight gradient, which only enough rows pay for: 50000 classes in chunks of 55 rows
+# are a quarter slower than in chunks of 256, and 512 are no faster (float32, one CPU thread).
 _MIN_CHUNK_ROWS = 256
 # Rows of the weight gradient made at once where it must pass through another dtype.
 _WEIGHT_BLOCK_ROWS = 4096
 
 
-@dataclass
-class LinearCrossEntropyOutput:
-    """
-    Result of `linear_cross_entropy`. Without a group dimension in the inputs both are scalars, of shape ().
+class LinearCrossEntropyOutput(NamedTuple):
+    """Both `(G,)`, and scalars without a group dimension in the inputs."""
 
-    Attributes:
-        loss_sums (`Tensor` of shape (G,)): sum over the T rows of -log softmax(logits)[target], in nats, >= 0;
-            float32, or float64 for float64 inputs.
-        num_correct (`Tensor` of shape (G,), int64): how many of the T rows have their largest logit at the target.
-            It has no gradient. Where logits tie, the one that `torch.max` returns counts.
-    """
-
+    # Sum over the T rows of -log softmax(logits)[target], in nats; float32, or float64 for float64 inputs.
     loss_sums: Tensor
+    # How many rows have their largest logit at the target, int64; where logits tie, the one that `torch.max` returns counts.
     num_correct: Tensor
 
 
@@ -51,31 +41,27 @@ def linear_cross_entropy(
     r"""
     Sum, per group, of the cross-entropy of `hidden @ weight.T + bias` against `targets`, in chunks of rows.
 
-    The groups are separate classifiers (the depths of a head). For a single one (text) leave the group dimension out
-    of every argument, or give it the size 1. Rows without a target must be taken out beforehand: there is no
-    ignore index.
+    The groups are separate classifiers (the depths of a head). For a single one (text) leave the group dimension out of
+    every argument. Rows without a target must be taken out beforehand: there is no ignore index.
 
     Args:
         hidden (`Tensor` of shape (G, T, W) or (T, W)): inputs of the classifiers; strided views are fine, T may be 0.
-        weight (`Tensor` of shape (G, V, W) or (V, W)): the classifiers, of the dtype of `hidden` unless autocast is
-            on.
-        targets (`Tensor` of shape (G, T) or (T,), int64): classes in [0, V). The range is checked on the CPU only,
-            since elsewhere it would wait for the device; a wrong class there trips the device's own index assertion.
+        weight (`Tensor` of shape (G, V, W) or (V, W)): the classifiers, of the dtype of `hidden` unless autocast is on.
+        targets (`Tensor` of shape (G, T) or (T,), int64): classes in [0, V). The range is checked on the CPU only; on a
+            device, where that would be a host sync, a wrong class trips the device's own index assertion.
         bias (`Tensor` of shape (G, V) or (V,), *optional*): added to the logits.
-        chunk_size (`int`, *optional*): rows of logits held at once. By default the rows whose float32 logits take
-            32 MiB, at least 256, evened out over the chunks.
+        chunk_size (`int`, *optional*): rows of logits held at once; by default those whose float32 logits take 32 MiB,
+            at least 256, evened out over the chunks.
 
     Returns:
-        `LinearCrossEntropyOutput`. Its `loss_sums` is differentiable once, in `hidden`, `weight` and `bias`, whichever
-        require it; with a gradient to compute, the forward already costs forward and backward together. Memory beyond
-        inputs and results is one chunk of logits, and one buffer per gradient, which the backward hands over as the
-        gradient itself (under `retain_graph=True` it must copy it).
+        `LinearCrossEntropyOutput`. Its `loss_sums` is differentiable once; with a gradient to compute, the forward
+        already costs forward and backward together. Memory beyond inputs and results is one chunk of logits, and one
+        buffer per gradient, which the backward hands over as the gradient itself (a copy under `retain_graph=True`).
 
     Matrix products run in the dtype of `hidden`, or in autocast's; everything between logits and loss in float32
-    (float64 for float64 inputs). With bfloat16 products the weight gradient of a chunk is rounded once to bfloat16,
-    and the chunks are added in float32; for bfloat16 weights that takes a float32 scratch copy of one group's weight,
-    when there are several chunks. In float16 the probabilities would underflow, as no loss scale has reached them
-    yet, so that its products run in float32.
+    (float64 for float64 inputs). With bfloat16 products the weight gradient of a chunk is rounded once to bfloat16, and
+    the chunks are added in float32, in a scratch copy of one group's weight. In float16 the probabilities would
+    underflow, as no loss scale has reached them yet, so that its products run in float32.
     """
     single = hidden.dim() == 2 and weight.dim() == 2
     if single:
@@ -123,10 +109,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _walk(hidden, weight, targets, bias, chunk_size, matmul_dtype, needs_grad):
     """
-    Walk over groups and chunks of rows.
-
-    `needs_grad` says for which of hidden, weight and bias to return the gradient of its group's loss sum, in their
-    shapes; None stands for the others.
+    Over groups and chunks of rows: (G,) loss sums, (G,) correct rows, and the gradients of the sums in hidden, weight and
+    bias, or None where `needs_grad` says so.
     """
     num_groups, num_rows, _ = hidden.shape
     num_classes, width = weight.shape[1:]
@@ -232,7 +216,7 @@ def _graph_is_kept() -> bool:
 
 
 def _buffer_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which a gradient waits for its scale: that of its tensor, but float16 would underflow unscaled."""
+    """Dtype of a gradient before it is scaled: its tensor's, but float16 would underflow."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -262,8 +246,7 @@ def _matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _default_chunk_size(num_rows: int, num_classes: int) -> int:
     rows = max(_CHUNK_BYTES // (4 * num_classes), _MIN_CHUNK_ROWS)
-    num_chunks = max(1, math.ceil(num_rows / rows))
-    return max(1, math.ceil(num_rows / num_chunks))
+    return math.ceil(num_rows / math.ceil(num_rows / rows)) if num_rows else 1
 
 
 def _check(hidden, weight, targets, bias, chunk_size, single):
@@ -279,19 +262,21 @@ def _check(hidden, weight, targets, bias, chunk_size, single):
         raise TypeError(f"`targets` must be classes of dtype torch.int64, got {targets.dtype}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be a number of rows, 1 or more, got {chunk_size}.")
-
-    num_groups, num_rows, width = hidden.shape
-    num_classes = weight.shape[1]
+    (num_groups, num_rows, width), num_classes = hidden.shape, weight.shape[1]
     if weight.shape[0] != num_groups:
         raise ValueError(
             f"`hidden` has {num_groups} groups and `weight` has {weight.shape[0]}: every group needs a classifier."
         )
     if weight.shape[2] != width:
         raise ValueError(f"`hidden` has the width {width}, but `weight` expects the width {weight.shape[2]}.")
-    _check_shape("targets", targets, (num_groups, num_rows), "one class for every row of `hidden`", single)
-    if bias is not None:
-        _check_shape("bias", bias, (num_groups, num_classes), "one number for every row of `weight`", single)
-
+    for name, tensor, expected, meaning in (
+        ("targets", targets, (num_groups, num_rows), "one class for every row of `hidden`"),
+        ("bias", bias, (num_groups, num_classes), "one number for every row of `weight`"),
+    ):
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"`{name}` must have the shape {expected[single:]}, {meaning}, got {tuple(tensor.shape)[single:]}."
+            )
     if targets.device.type == "cpu" and targets.numel():
         low, high = (int(x) for x in targets.aminmax())
         if low < 0 or high >= num_classes:
@@ -299,11 +284,3 @@ def _check(hidden, weight, targets, bias, chunk_size, single):
                 f"`targets` must lie in [0, {num_classes}), the classes of `weight`, got values from {low} to {high}. "
                 "Rows without a target (-100) must be taken out of `hidden` and `targets` beforehand."
             )
-
-
-def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str, single: bool):
-    if tuple(tensor.shape) != expected:
-        start = 1 if single else 0
-        raise ValueError(
-            f"`{name}` must have the shape {expected[start:]}, {meaning}, got {tuple(tensor.shape)[start:]}."
-        )

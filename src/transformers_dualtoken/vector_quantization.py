@@ -2,7 +2,7 @@
 
 A residual quantiser describes a vector z by D codes: r_1 = z, k_d = argmin_k |r_d - e_k|^2, r_{d+1} = r_d - e_{k_d}.
 The sum of the D code vectors is the quantised vector. Codebooks are not trained by gradient: they follow exponential
-moving averages (EMA) of the vectors their codes were given to.
+moving averages (EMA) of the vectors their codes were given to. (Weights of fewer bits are "low-bit", never this.)
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from .configuration_dualtoken import DualTokenQuantizerConfig
 
 
 def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """`num_codes` random vectors of the batch, without replacement; the same on every rank (rank 0 chooses)."""
+    """`(num_codes, C)` of the batch's vectors `(T, C)`, without replacement; the same on every rank (rank 0 chooses)."""
     num_vectors, width = pool.shape
     # Fewer vectors than codes: the batch is tiled.
     tiles = -(-num_codes // num_vectors)
@@ -34,9 +34,8 @@ def _restart_vectors(pool: torch.Tensor, num_codes: int) -> torch.Tensor:
 
 class DualTokenCodebook(nn.Module):
     """
-    Code vectors and their EMA statistics: buffers in float32, whatever the model's dtype.
-
-    Buffers rather than parameters, so that no optimizer moves them and ZeRO-3 never partitions them.
+    Code vectors and their EMA statistics in float32, whatever the model's dtype. Buffers rather than parameters, so
+    that no optimizer moves them and ZeRO-3 never partitions them.
 
     - `embeddings` `(books, K, C)`: the code vectors; `books` is 1 (shared by all depths) or D.
     - `cluster_size` `(books, K)`: N, the moving average of how often a code was chosen.
@@ -47,12 +46,10 @@ class DualTokenCodebook(nn.Module):
         super().__init__()
         self.decay, self.eps = config.ema_decay, config.ema_eps
         self.restart_unused_codes = config.restart_unused_codes
-        books = 1 if config.shared_codebook else config.num_depths
-        shape = (books, config.codebook_size, config.code_dim)
-        # `.float()` after the constructor: DeepSpeed's `zero.Init` casts what the constructors return.
-        self.register_buffer("embeddings", torch.zeros(shape, dtype=torch.float32).float())
-        self.register_buffer("cluster_size", torch.zeros(shape[:2], dtype=torch.float32).float())
-        self.register_buffer("embedding_sum", torch.zeros(shape, dtype=torch.float32).float())
+        shape = (1 if config.shared_codebook else config.num_depths, config.codebook_size, config.code_dim)
+        for name, size in (("embeddings", shape), ("cluster_size", shape[:2]), ("embedding_sum", shape)):
+            # `.float()` after the constructor: DeepSpeed's `zero.Init` casts what the constructors return.
+            self.register_buffer(name, torch.zeros(size, dtype=torch.float32).float())
 
     def _apply(self, fn, recurse=True):
         """Follow `.to(device)` but not `.to(dtype)`, `.half()` or `.bfloat16()`: an EMA needs its float32."""
@@ -74,9 +71,8 @@ class DualTokenCodebook(nn.Module):
 
         N <- decay N + (1 - decay) n, M <- decay M + (1 - decay) sum(x); codes with N < 1 restart at a random vector
         of the batch (N = 1); e = M / [sum(N) (N + eps) / (sum(N) + K eps)]. The statistics are summed over the ranks.
-
-        A step with a vector that is not finite, on any rank, leaves everything as it is: one NaN would reach every code
-        by the total of M, and never leave it. The trainer stops at the loss, which is not finite either.
+        A step with a vector that is not finite, on any rank, changes nothing: a NaN would reach every code by the total
+        of M, and stay.
 
         Args:
             depth (`int`): which codebook; ignored by a shared one.
@@ -85,24 +81,26 @@ class DualTokenCodebook(nn.Module):
         """
         book = depth if len(self.embeddings) > 1 else 0
         embeddings, cluster_size, embedding_sum = (
-            buffer[book] for buffer in (self.embeddings, self.cluster_size, self.embedding_sum)
+            self.embeddings[book],
+            self.cluster_size[book],
+            self.embedding_sum[book],
         )
         vectors = vectors.float()
-        # Not `bincount`, which waits for a GPU to learn the largest code; sums of ones are exact in float32.
+        # Not `bincount`, a host sync to learn the largest code; sums of ones are exact in float32.
         counts = torch.zeros_like(cluster_size).index_add_(0, codes, torch.ones_like(vectors[:, 0]))
         sums = torch.zeros_like(embedding_sum).index_add_(0, codes, vectors)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        # Decided on the device, without a host sync, and alike on all ranks, since a NaN is summed over them. An average
-        # of equal numbers is that number, bit for bit.
+        # Without a host sync, and alike on all ranks, since a NaN is summed over them. An average of equal numbers is
+        # that number, bit for bit.
         is_finite = sums.isfinite().all()
         counts, sums = counts.where(is_finite, cluster_size), sums.where(is_finite, embedding_sum)
         cluster_size.lerp_(counts, 1 - self.decay)
         embedding_sum.lerp_(sums, 1 - self.decay)
         if self.restart_unused_codes:
             unused = (cluster_size < 1) & is_finite
-            # Drawn for every code, used or not: to ask for the number of unused ones would wait for a GPU.
+            # Drawn for every code, used or not: the number of unused ones would be a host sync.
             restart = _restart_vectors(vectors, len(embeddings))
             torch.where(unused[:, None], restart, embedding_sum, out=embedding_sum)
             cluster_size.masked_fill_(unused, 1)
@@ -113,27 +111,17 @@ class DualTokenCodebook(nn.Module):
 
 @dataclass
 class DualTokenQuantizerOutput(ModelOutput):
-    """
-    Args:
-        codes (`torch.LongTensor` of shape `(..., D)`).
-        quantized (`torch.Tensor` of shape `(..., C)`): sum of the D code vectors; its gradient goes straight through
-            to the input.
-        commitment_loss (`torch.Tensor`, scalar): mean over the depths of the mean squared error between the input and
-            the running sum of code vectors.
-    """
-
-    codes: torch.LongTensor | None = None
-    quantized: torch.Tensor | None = None
+    codes: torch.LongTensor | None = None  # (..., D)
+    quantized: torch.Tensor | None = None  # sum of the D code vectors, (..., C); its gradient is the input's
+    # Mean over the depths of the mean squared error between the input and the running sum of code vectors; scalar.
     commitment_loss: torch.Tensor | None = None
 
 
 class DualTokenResidualQuantizer(nn.Module):
     """
-    D residual codes per vector. In training mode the forward also moves the codebook; in eval mode it never does, nor
-    where `frozen` is true (stage 2 of the paper's training holds the pixel codebook and its EMA still).
-
-    The two update rules (`config.update_rule`): `"rq"` moves the codebook after every depth, and the next depth
-    searches the moved one; `"rq_ema"` moves it once, after all depths were looked up.
+    D residual codes per vector. In training mode the forward also moves the codebook, by `config.update_rule`: `"rq"`
+    after every depth, and the next depth searches the moved one; `"rq_ema"` once, after all depths were looked up. Not
+    where `frozen` is true: stage 2 of the paper's training holds the pixel codebook and its EMA still.
     """
 
     def __init__(self, config: DualTokenQuantizerConfig):
@@ -144,10 +132,7 @@ class DualTokenResidualQuantizer(nn.Module):
         self.frozen = False
 
     def forward(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(..., C)`): the vectors to quantise, in any float dtype.
-        """
+        """Quantise vectors `(..., C)` of any float dtype; in float32, under autocast too."""
         with maybe_autocast(hidden_states.device.type, enabled=False):
             return self._quantize(hidden_states)
 
@@ -173,20 +158,17 @@ class DualTokenResidualQuantizer(nn.Module):
         if moves and not moves_within:
             if self.config.ema_vectors == "final":
                 residuals = [residual] * len(codes)
-            self._update_once(codes, residuals)
+            if self.config.shared_codebook:
+                self.codebook.update(0, torch.cat(codes), torch.cat(residuals))
+            else:
+                for depth, (chosen, residual) in enumerate(zip(codes, residuals)):
+                    self.codebook.update(depth, chosen, residual)
         quantized = vectors + (running_sum - vectors).detach()
         return DualTokenQuantizerOutput(
             codes=torch.stack(codes, dim=-1).view(*shape[:-1], -1),
             quantized=quantized.view(shape).to(hidden_states.dtype),
             commitment_loss=commitment / self.config.num_depths,
         )
-
-    def _update_once(self, codes: list[torch.Tensor], residuals: list[torch.Tensor]) -> None:
-        if self.config.shared_codebook:
-            self.codebook.update(0, torch.cat(codes), torch.cat(residuals))
-        else:
-            for depth, (chosen, residual) in enumerate(zip(codes, residuals)):
-                self.codebook.update(depth, chosen, residual)
 
     def embed_codes_with_depth(self, codes: torch.Tensor) -> torch.Tensor:
         """The code vectors `(..., D, C)` of codes `(..., D)`, in float32."""
@@ -203,9 +185,8 @@ class DualTokenResidualQuantizer(nn.Module):
 
     def check_codes(self, codes: torch.Tensor, name: str) -> None:
         """
-        Raise a `ValueError` unless `codes` are integers in range with D of them on the last axis.
-
-        To look at the range waits for the device once. Under `torch.compile`, whose graph it would end, it is left out.
+        Raise a `ValueError` unless `codes` `(..., D)` are integers in range. The range is one host sync, left out under
+        `torch.compile`.
         """
         num_depths, codebook_size = self.config.num_depths, self.config.codebook_size
         if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
