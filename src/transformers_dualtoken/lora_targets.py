@@ -13,10 +13,8 @@ BACKBONE_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up
 
 def backbone_targets(names: Sequence[str] = BACKBONE_PROJECTIONS) -> str:
     """
-    PEFT's `target_modules` for linear layers of the language model's blocks, by their names.
-
-    A regular expression and no list: PEFT compares the entries of a list with the ends of names, and the vision
-    tokenizer has layers of the same names, which a list or `"all-linear"` would adapt as well.
+    PEFT's `target_modules` for linear layers of the language model's blocks, by their names: a regular expression, since
+    a list or `"all-linear"` would adapt the vision tokenizer's layers of the same names as well.
     """
     return rf"(.*\.)?language_model\.layers\.\d+\.\w+\.({'|'.join(map(re.escape, names))})"
 

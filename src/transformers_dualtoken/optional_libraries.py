@@ -7,22 +7,12 @@ from types import ModuleType
 
 # By the name of the import. pyproject.toml says what an extra installs.
 EXTRAS = {
-    "accelerate": "train",
-    "datasets": "train",
-    "peft": "train",
-    "lpips": "perceptual",
-    "torchvision": "perceptual",
-    "evaluate": "eval",
-    "open_clip": "eval",
-    "torch_fidelity": "eval",
-    "torchmetrics": "eval",
-    "matplotlib": "demo",
-    "scipy": "demo",
-    "skimage": "demo",
-    "sklearn": "demo",
+    **dict.fromkeys(("accelerate", "datasets", "peft"), "train"),
+    **dict.fromkeys(("lpips", "torchvision"), "perceptual"),
+    **dict.fromkeys(("evaluate", "open_clip", "torch_fidelity", "torchmetrics"), "eval"),
+    **dict.fromkeys(("matplotlib", "scipy", "skimage", "sklearn"), "demo"),
     "triton": "kernels",
-    "bitsandbytes": "quantization",
-    "torchao": "quantization",
+    **dict.fromkeys(("bitsandbytes", "torchao"), "quantization"),
     "deepspeed": "deepspeed",
     "trl": "trl",
 }
@@ -50,13 +40,7 @@ def _library(error: BaseException) -> str:
 @contextmanager
 def needed_libraries(purpose: str):
     """
-    Around imports: says which library is missing, what needs it, and which extra brings it.
-
-    Args:
-        purpose (`str`): what needs them, as the subject of a sentence: `"rFID"`.
-
-    Raises:
-        MissingLibraryError: for a library of `EXTRAS`; any other error passes.
+    Around imports: a `MissingLibraryError` for a library of `EXTRAS`, which `purpose`, the subject of a sentence, needs.
     """
     try:
         yield
@@ -72,14 +56,8 @@ def needed_libraries(purpose: str):
 
 def require(module: str, purpose: str) -> ModuleType:
     """
-    Import a module of a library of `EXTRAS`, for example `"torchmetrics.image.fid"`, where it is used.
-
-    Args:
-        module (`str`): dotted name.
-        purpose (`str`): what needs it, as the subject of a sentence.
-
-    Raises:
-        MissingLibraryError: if it cannot be imported, with the reason and the extra to install.
+    A module of a library of `EXTRAS`, by its dotted name, where it is used; a `MissingLibraryError` if it cannot be
+    imported. `purpose` is what needs it, as the subject of a sentence.
     """
     with needed_libraries(purpose):
         try:

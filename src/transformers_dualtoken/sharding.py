@@ -35,11 +35,8 @@ def any_rank(condition: bool, device: torch.device) -> bool:
 
 def gathered(parameters: Iterable[torch.Tensor], written: bool = False) -> AbstractContextManager:
     """
-    Context in which parameters are whole under ZeRO-3 too. Every rank must enter it.
-
-    Args:
-        parameters (iterable of `torch.Tensor`): those that ZeRO-3 has not split are as they are.
-        written (`bool`, defaults to `False`): afterwards all ranks get what rank 0 wrote to them.
+    Context in which parameters are whole under ZeRO-3 too; every rank must enter it. With `written` all ranks get
+    afterwards what rank 0 wrote to them.
     """
     parameters = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not parameters:
@@ -52,10 +49,8 @@ def gathered(parameters: Iterable[torch.Tensor], written: bool = False) -> Abstr
 @torch.no_grad()
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
     """
-    `target.load_state_dict(source.state_dict())`, under ZeRO-3 too, where state dicts hold empty tensors.
-
-    Raises:
-        ValueError: if the two have other weights, or weights of other shapes.
+    `target.load_state_dict(source.state_dict())`, under ZeRO-3 too, where state dicts hold empty tensors. A `ValueError`
+    if the two have other weights, or weights of other shapes.
     """
     sources, targets = (module.state_dict(keep_vars=True) for module in (source, target))
     different = sorted(sources.keys() ^ targets.keys())

@@ -19,12 +19,7 @@ def _series(version: str) -> tuple[int, ...]:
 
 
 def check_transformers_version(installed: str = transformers.__version__) -> None:
-    """
-    Raises:
-        ImportError: if transformers is older than the oldest supported version.
-
-    Warns of a release series newer than the newest that was tested.
-    """
+    """Raise an `ImportError` for a version that is too old; warn of a series newer than the newest that was tested."""
     if _series(installed) < _series(OLDEST_TRANSFORMERS):
         raise ImportError(
             f"transformers_dualtoken needs transformers {OLDEST_TRANSFORMERS} or later, but {installed} is installed: "
@@ -46,10 +41,7 @@ def is_older_than(version: str) -> bool:
 
 
 def require_transformers(version: str, what: str) -> None:
-    """
-    Raises:
-        NotImplementedError: if the installed transformers is of a series older than `version`.
-    """
+    """Raise a `NotImplementedError` if the installed transformers is of a series older than `version`."""
     if is_older_than(version):
         raise NotImplementedError(
             f"{what} needs transformers {version} or later, but {transformers.__version__} is installed."
@@ -61,23 +53,10 @@ CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen2Model.forward).paramet
 
 
 def given_cache(past_key_values, cache):
-    """
-    The cache, under whichever of its two names it was given.
-
-    Raises:
-        ValueError: if it was given under both.
-    """
+    """The KV cache, by whichever of its two names it was given; a `ValueError` if by both."""
     if past_key_values is not None and cache is not None:
         raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
     return cache if past_key_values is None else past_key_values
 
 
-__all__ = [
-    "CACHE_NAME",
-    "NEWEST_TRANSFORMERS",
-    "OLDEST_TRANSFORMERS",
-    "check_transformers_version",
-    "given_cache",
-    "is_older_than",
-    "require_transformers",
-]
+__all__ = ["CACHE_NAME", "check_transformers_version", "given_cache", "is_older_than", "require_transformers"]
