@@ -13,6 +13,7 @@ residual codes of each kind at every one of the 27 x 27 positions. What a field 
 import dataclasses
 import difflib
 import math
+from collections.abc import Iterator
 from typing import Annotated, NamedTuple, get_origin
 
 from huggingface_hub.errors import StrictDataclassError
@@ -191,7 +192,7 @@ def config_fields(config: PreTrainedConfig) -> dict:
 
 # trf-ignore: TRF010 annotations check what @strict would, and more, in a `ValueError` or `TypeError` instead of its own kind.
 class _CheckedConfig(PreTrainedConfig):
-    """A config whose fields are checked: each by its annotation when it is set, and all together by `check_together`."""
+    """A config whose fields are checked: each by its annotation when it is set, and together by `_faults`."""
 
     _rules = {}
 
@@ -221,11 +222,17 @@ class _CheckedConfig(PreTrainedConfig):
         self.check_together()
 
     def check_together(self) -> None:
-        """Raise a `ValueError` for fields that do not go together: once they are there, and before they are saved."""
+        """Once all fields are there, and before they are saved; a `ValueError` for those that do not go together."""
         for name, config_class in self.sub_configs.items():
             config_class = PreTrainedConfig if config_class is AutoConfig else config_class
             if not isinstance(getattr(self, name), config_class):
                 raise TypeError(f"`{name}` must be a {config_class.__name__}, got {shown(getattr(self, name))}.")
+        for fault in self._faults():
+            raise ValueError(fault)
+
+    def _faults(self) -> Iterator[str]:
+        """What is wrong with several fields together."""
+        return iter(())
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers. Where `auto_map` names this package's classes, their code is written as well."""
@@ -261,12 +268,9 @@ class DualTokenQuantizerConfig(_CheckedConfig):
     # Codes whose EMA count falls below 1 restart at a random vector of the batch.
     restart_unused_codes: Annotated[bool, BOOL] = True
 
-    def check_together(self):
+    def _faults(self):
         if self.update_rule == "rq" and self.ema_vectors == "final":
-            raise ValueError(
-                "`ema_vectors='final'` needs `update_rule='rq_ema'`: with 'rq' the codebook moves before the final "
-                "residual is known."
-            )
+            yield "`ema_vectors='final'` needs `update_rule='rq_ema'`: 'rq' moves the codebook before there is a final one."
 
 
 class DualTokenVisionTokenizerConfig(_CheckedConfig):
@@ -326,8 +330,8 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         if self.decoder_latent_size is None:
             if self.image_size < self.decoder_upsampling:
                 raise ValueError(
-                    f"`decoder_block_out_channels` doubles the side {len(self.decoder_block_out_channels) - 1} times, "
-                    f"which is more than image_size={self.image_size} allows."
+                    f"`decoder_block_out_channels` enlarges the side {self.decoder_upsampling} times, more than "
+                    f"image_size={self.image_size}."
                 )
             self.decoder_latent_size = self.image_size // self.decoder_upsampling
         super().__post_init__(**kwargs)
@@ -357,52 +361,44 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         return self.decoder_latent_size * self.decoder_upsampling
 
     def _check_towers(self) -> None:
-        sizes = self.vision_config.image_size, self.vision_config.patch_size
-        if any(isinstance(size, (list, tuple)) for size in sizes):
-            raise ValueError(
-                f"The encoder must have one square resolution, got image_size={sizes[0]}, patch_size={sizes[1]}."
-            )
+        size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
+        if isinstance(size, (list, tuple)) or isinstance(patch_size, (list, tuple)):
+            raise ValueError(f"The encoder must have one square resolution, got {size} in patches of {patch_size}.")
         _check_transformer(self.vision_config, "vision_config", _VISION_RULES)
         _check_transformer(self.text_config, "text_config", _TRANSFORMER_RULES)
 
-    def check_together(self):
-        super().check_together()
+    def _faults(self):
         self._check_towers()
-        hidden_size, num_layers = self.vision_config.hidden_size, self.vision_config.num_hidden_layers
-        if self.vision_config.patch_size > self.image_size:
-            raise ValueError(
-                f"patch_size={self.vision_config.patch_size} is larger than image_size={self.image_size}."
-            )
+        vision, groups, levels = self.vision_config, self.decoder_norm_num_groups, len(self.decoder_block_out_channels)
+        if vision.patch_size > vision.image_size:
+            yield f"patch_size={vision.patch_size} is larger than image_size={vision.image_size}."
         SIDE.check(
             "reconstruction_size (decoder_latent_size and decoder_block_out_channels)", self.reconstruction_size
         )
         for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
-            if hidden_size % getattr(self, name).code_dim:
-                raise ValueError(
-                    f"The encoder's hidden size ({hidden_size}) must be a multiple of {name}.code_dim "
-                    f"({getattr(self, name).code_dim}): the projections have hidden_size / code_dim heads."
+            code_dim = getattr(self, name).code_dim
+            if vision.hidden_size % code_dim:
+                yield (
+                    f"The encoder's hidden size ({vision.hidden_size}) must be a multiple of {name}.code_dim ({code_dim}): "
+                    "the projections have hidden_size / code_dim heads."
                 )
-        levels = len(self.decoder_block_out_channels)
-        wrong = [level for level in self.decoder_attention_levels if not 0 <= level < levels]
+        wrong = [level for level in self.decoder_attention_levels if level >= levels]
         if wrong:
-            raise ValueError(f"`decoder_attention_levels` must lie between 0 and {levels - 1}, got {wrong}.")
-        widths = [hidden_size, self.decoder_in_channels, *self.decoder_block_out_channels]
-        if any(width % self.decoder_norm_num_groups for width in widths):
-            raise ValueError(
-                f"`decoder_norm_num_groups` ({self.decoder_norm_num_groups}) must divide the encoder's hidden size and "
-                f"all channels of the decoder, got {widths}."
-            )
-        for name in ("pixel_layer", "semantic_layer", "shortcut_layer"):
-            if (getattr(self, name) or 1) > num_layers:
-                raise ValueError(
-                    f"`{name}` must lie between 1 and {num_layers}, the number of layers of the vision encoder, "
-                    f"got {getattr(self, name)}."
+            yield f"`decoder_attention_levels` must lie between 0 and {levels - 1}, got {wrong}."
+        widths = [vision.hidden_size, self.decoder_in_channels, *self.decoder_block_out_channels]
+        if any(width % groups for width in widths):
+            yield f"`decoder_norm_num_groups` ({groups}) must divide the encoder's and the decoder's widths, got {widths}."
+        layers = {name: getattr(self, name) for name in ("pixel_layer", "shortcut_layer", "semantic_layer")}
+        for name, layer in layers.items():
+            if (layer or 1) > vision.num_hidden_layers:
+                yield (
+                    f"`{name}` must lie between 1 and {vision.num_hidden_layers}, the number of layers of the vision "
+                    f"encoder, got {layer}."
                 )
         if max(self.pixel_layer, self.shortcut_layer or 1) > self.semantic_layer:
-            raise ValueError(
+            yield (
                 "The pixel and shortcut layers must not lie above the semantic layer, whose output is replaced by the "
-                f"quantised features: got pixel_layer={self.pixel_layer}, shortcut_layer={self.shortcut_layer}, "
-                f"semantic_layer={self.semantic_layer}."
+                f"quantised features: got {', '.join(f'{name}={layer}' for name, layer in layers.items())}."
             )
 
     @classmethod
@@ -438,9 +434,9 @@ class DualTokenDepthHeadConfig(_CheckedConfig):
     def num_attention_heads(self) -> int:
         return self.hidden_size // self.head_dim
 
-    def check_together(self):
+    def _faults(self):
         if self.hidden_size % self.head_dim:
-            raise ValueError(f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim}).")
+            yield f"`hidden_size` ({self.hidden_size}) must be a multiple of `head_dim` ({self.head_dim})."
 
 
 class DualTokenConfig(_CheckedConfig):
@@ -480,46 +476,38 @@ class DualTokenConfig(_CheckedConfig):
                 )
             self.text_config = as_config(fields, CONFIG_MAPPING[model_type], "text_config")
         self.text_config = Qwen2Config() if self.text_config is None else self.text_config
-        if not isinstance(self.text_config, PreTrainedConfig):
-            raise TypeError(
-                f"`text_config` must be a PreTrainedConfig or a dict of its fields, got {shown(self.text_config)}."
-            )
         for name in ("vision_tokenizer_config", "depth_head_config"):
             setattr(self, name, as_config(getattr(self, name), self.sub_configs[name], name))
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
-        features = kwargs.pop("visual_features", "codes")
-        if features != "codes":
+        if (features := kwargs.pop("visual_features", "codes")) != "codes":
             raise ValueError(f"`visual_features` must be 'codes', the only kind there is, got {shown(features)}.")
         # TRL reads it of every model it does not know, also where there is no remote code.
         self.auto_map = kwargs.pop("auto_map", None) or {}
         super().__post_init__(**kwargs)
 
-    def check_together(self):
-        super().check_together()
+    def _faults(self):
+        language_model, tokenizer, ids = self.text_config, self.vision_tokenizer_config, self.special_image_token_ids
         for name in ("hidden_size", "vocab_size"):
-            if not hasattr(self.text_config, name):
-                raise ValueError(
-                    f"`text_config` must be of a causal language model: {type(self.text_config).__name__} has no {name}."
-                )
-        _check_transformer(self.text_config, "text_config", _TRANSFORMER_RULES)
-        ids, vocab_size = self.special_image_token_ids, self.text_config.vocab_size
+            if not hasattr(language_model, name):
+                kind = type(language_model).__name__
+                yield f"`text_config` must be of a causal language model: {kind} has no {name}."
+        _check_transformer(language_model, "text_config", _TRANSFORMER_RULES)
         if len(set(ids)) != 3:
-            raise ValueError(f"The three image token ids must differ, got {ids}.")
-        if max(ids) >= vocab_size:
-            raise ValueError(
-                f"The image token ids must lie in the language model's vocabulary of {vocab_size}, "
+            yield f"The three image token ids must differ, got {ids}."
+        if max(ids) >= language_model.vocab_size:
+            yield (
+                f"The image token ids must lie in the language model's vocabulary of {language_model.vocab_size}, "
                 f"got image_start_token_id, image_token_id, image_end_token_id = {ids}."
             )
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(self.text_config, name, None)
+            value = getattr(language_model, name, None)
             for token_id in value if isinstance(value, list) else [value]:
-                Within(int, 0, vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
-        tokenizer = self.vision_tokenizer_config
+                Within(int, 0, language_model.vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
         for name in ("codebook_size", "code_dim", "num_depths"):
             pixel, semantic = (getattr(getattr(tokenizer, f"{kind}_quantizer_config"), name) for kind in CODE_KINDS)
             if pixel != semantic:
-                raise ValueError(
+                yield (
                     f"The unified model needs both quantisers to have the same `{name}` (its two depth heads are one "
                     f"batched transformer), got pixel {pixel} and semantic {semantic}."
                 )
@@ -562,9 +550,4 @@ modeling_auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES[DualTokenVi
 del _task
 
 
-__all__ = [
-    "DualTokenConfig",
-    "DualTokenDepthHeadConfig",
-    "DualTokenQuantizerConfig",
-    "DualTokenVisionTokenizerConfig",
-]
+__all__ = ["DualTokenConfig", "DualTokenDepthHeadConfig", "DualTokenQuantizerConfig", "DualTokenVisionTokenizerConfig"]
