@@ -8,7 +8,6 @@ training checkpoint `*.pt` with a `state_dict`, and the configuration of the Sig
 import re
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, SiglipConfig, SiglipVisionConfig
@@ -16,69 +15,48 @@ from transformers.utils import cached_file
 
 from .checkpoints import check_model_type, checkpoint_errors, damage_errors, read_json_object
 from .configuration_dualtoken import (
-    BOOL,
     CODE_KINDS,
     COUNT,
-    FRACTION,
     SIDE,
     SIZE,
     DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
     Numbers,
-    OneOf,
-    Within,
     as_config,
     shown,
 )
 from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 
 
-class _AtAllDepths(NamedTuple):
-    """A number for all depths, or a list of the same number for each, which the authors' code takes as well."""
+# The authors' keys and the fields of this project's configs that take their values.
+_MODEL_KEYS = {"layer_recon": "pixel_layer", "layer_sem": "semantic_layer"}
+_OPTIONAL_KEYS = {"layer_shortcut": "shortcut_layer", "weight_shortcut": "shortcut_weight"}
+_DECODER_KEYS = {"num_res_blocks": "decoder_num_res_blocks", "decoder_in_channels": "decoder_in_channels"}
+_QUANTIZER_KEYS = {
+    **{"bottleneck_type": "update_rule", "n_embed": "codebook_size", "embed_dim": "code_dim", "decay": "ema_decay"},
+    **{"restart_unused_codes": "restart_unused_codes", "shared_codebook": "shared_codebook"},
+}
 
-    item: Within
 
-    def check(self, name: str, value) -> None:
-        for item in value if isinstance(value, list) else [value]:
-            self.item.check(name, item)
-        if isinstance(value, list) and len(set(value)) != 1:
-            raise ValueError(f"`{name}` must be the same at every depth, got {shown(value)}.")
+def _rules(config_class, keys: dict) -> dict:
+    return {key: config_class._rules[field] for key, field in keys.items()}
 
 
 # What is read of the authors' configuration, and what it may be; null is as good as missing.
-_RULES = {
-    "rqvaesiglip": {"layer_recon": COUNT, "layer_sem": COUNT},
-    "ddconfig": {
-        "resolution": SIDE,
-        "attn_resolutions": Numbers(SIDE, 0, 1024),
-        "ch": SIZE,
-        "ch_mult": Numbers(SIZE, 1, 16),
-        "num_res_blocks": Within(int, 0, 1024),
-        "decoder_in_channels": SIZE,
-    },
-    **dict.fromkeys(
-        ("vq_sem", "vq_pix"),
-        {
-            "bottleneck_type": OneOf(("rq", "rq_ema")),
-            "code_shape": Numbers(COUNT, 3, 3),
-            "decay": _AtAllDepths(FRACTION._replace(below=True)),
-            "embed_dim": SIZE,
-            "n_embed": _AtAllDepths(SIZE),
-            "restart_unused_codes": BOOL,
-            "shared_codebook": BOOL,
-        },
-    ),
-}
+_MODEL_RULES = _rules(DualTokenVisionTokenizerConfig, _MODEL_KEYS)
 _OPTIONAL_RULES = {
-    "layer_shortcut": COUNT,
-    "weight_shortcut": Within(float, -1000, 1000),
+    **_rules(DualTokenVisionTokenizerConfig, _OPTIONAL_KEYS),
     "decoder_latent_shape": Numbers(SIDE, 2, 2),
 }
-# The authors' names of what can be wrong with another value only.
+_QUANTIZER_RULES = {**_rules(DualTokenQuantizerConfig, _QUANTIZER_KEYS), "code_shape": Numbers(COUNT, 3, 3)}
+_DECODER_RULES = {
+    **_rules(DualTokenVisionTokenizerConfig, _DECODER_KEYS),
+    **{"resolution": SIDE, "attn_resolutions": Numbers(SIDE, 0, 1024), "ch": SIZE, "ch_mult": Numbers(SIZE, 1, 16)},
+}
+_PARTS = {"ddconfig": _DECODER_RULES, "vq_sem": _QUANTIZER_RULES, "vq_pix": _QUANTIZER_RULES}
+# What can be wrong with another value only, in the authors' names.
 _KEYS_OF_FIELDS = {
-    "pixel_layer": "layer_recon",
-    "semantic_layer": "layer_sem",
-    "shortcut_layer": "layer_shortcut",
+    **{field: key for key, field in (_MODEL_KEYS | _OPTIONAL_KEYS).items()},
     "pixel_quantizer_config.code_dim": "vq_pix.embed_dim",
     "semantic_quantizer_config.code_dim": "vq_sem.embed_dim",
     "decoder_latent_size": "decoder_latent_shape",
@@ -174,22 +152,20 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     latent_shape = config.get("decoder_latent_shape") or [grid, grid]
     if latent_shape[0] != latent_shape[1]:
         raise ValueError(f"{config_path}: 'decoder_latent_shape' must be square, got {latent_shape}.")
+    given = {
+        field: config[key] for key, field in (_MODEL_KEYS | _OPTIONAL_KEYS).items() if config.get(key) is not None
+    }
     try:
         return DualTokenVisionTokenizerConfig(
-            **towers,
-            pixel_layer=config["layer_recon"],
-            semantic_layer=config["layer_sem"],
-            shortcut_layer=config.get("layer_shortcut"),
-            shortcut_weight=0.6 if config.get("weight_shortcut") is None else config["weight_shortcut"],
+            **{"shortcut_layer": None, **towers, **given},
+            **{field: decoder[key] for key, field in _DECODER_KEYS.items()},
             pixel_quantizer_config=_quantizer_config(config["vq_pix"]),
             semantic_quantizer_config=_quantizer_config(config["vq_sem"]),
             decoder_latent_size=latent_shape[0],
-            decoder_in_channels=decoder["decoder_in_channels"],
             decoder_block_out_channels=[decoder["ch"] * multiplier for multiplier in decoder["ch_mult"]],
             decoder_attention_levels=[
                 level for level in range(levels) if resolutions[level] in decoder["attn_resolutions"]
             ],
-            decoder_num_res_blocks=decoder["num_res_blocks"],
         )
     except (TypeError, ValueError) as error:
         text = str(error)
@@ -208,22 +184,30 @@ def _official_fields(folder: Path) -> dict:
     if "rqvaesiglip" not in outer:
         raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
     config = outer["rqvaesiglip"]
-    for name, rules in _RULES.items():
-        part = config if name == "rqvaesiglip" else config[name]
-        if not isinstance(part, dict):
-            raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(part)}.")
-        required = [*rules, *list(_RULES)[1:]] if part is config else rules
-        missing = [key for key in required if part.get(key) is None]
-        if missing:
-            raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
-        optional = _OPTIONAL_RULES if part is config else {}
-        for key, rule in {**rules, **optional}.items():
-            try:
-                if part.get(key) is not None:
-                    rule.check(f"{name}.{key}", part[key])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{config_path}: {error}") from error
+    _check(config_path, "rqvaesiglip", config, {**_MODEL_RULES, **dict.fromkeys(_PARTS)}, _OPTIONAL_RULES)
+    for name, rules in _PARTS.items():
+        _check(config_path, name, config[name], rules)
     return config
+
+
+def _check(config_path: Path, name: str, part, rules: dict, optional: dict | None = None) -> None:
+    """Check a part of the configuration; a list of the same value for every depth becomes that value."""
+    if not isinstance(part, dict):
+        raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(part)}.")
+    missing = [key for key in rules if part.get(key) is None]
+    if missing:
+        raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
+    for key, rule in {**rules, **(optional or {})}.items():
+        value = part.get(key)
+        if key in ("n_embed", "decay") and isinstance(value, list):
+            if not value or any(item != value[0] for item in value):
+                raise ValueError(f"{config_path}: `{name}.{key}` must be the same at every depth, got {shown(value)}.")
+            value = part[key] = value[0]
+        try:
+            if rule is not None and value is not None:
+                rule.check(f"{name}.{key}", value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{config_path}: {error}") from error
 
 
 def _siglip_path(folder: Path, config: dict) -> str:
@@ -273,20 +257,10 @@ def _architecture(fields):
 
 
 def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:
-    codebook_size, decay = (
-        config[key][0] if isinstance(config[key], list) else config[key] for key in ("n_embed", "decay")
-    )
-    return DualTokenQuantizerConfig(
-        codebook_size=codebook_size,
-        code_dim=config["embed_dim"],
-        num_depths=config["code_shape"][-1],
-        shared_codebook=config["shared_codebook"],
-        update_rule=config["bottleneck_type"],
-        # In the authors' code all depths alias one residual, the final one.
-        ema_vectors="final" if config["bottleneck_type"] == "rq_ema" else "own",
-        ema_decay=decay,
-        restart_unused_codes=config["restart_unused_codes"],
-    )
+    fields = {field: config[key] for key, field in _QUANTIZER_KEYS.items()}
+    # In the authors' code all depths alias one residual, the final one.
+    ema_vectors = "final" if fields["update_rule"] == "rq_ema" else "own"
+    return DualTokenQuantizerConfig(**fields, num_depths=config["code_shape"][-1], ema_vectors=ema_vectors)
 
 
 def convert_official_state_dict(
