@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive.depth_head import naive_head, stacked_sources
+from tiny_models import depth_logits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformers_dualtoken import DualTokenDepthHeadConfig, depth_heads
@@ -52,7 +53,7 @@ class TestAgainstNaive:
     def test_logits(self, bias, shared, num_depths):
         heads = build_heads(bias, num_depths)
         hidden, _, vectors, _ = build_inputs(num_depths, shared)
-        logits = heads.logits(hidden, vectors)
+        logits = depth_logits(heads, hidden, vectors)
         assert logits.shape == (2, POSITIONS, num_depths, CODES)
         for kind in range(2):
             torch.testing.assert_close(logits[kind], naive_head(heads, kind)(hidden, vectors[kind]), atol=1e-5, rtol=0)
@@ -85,7 +86,7 @@ class TestAgainstNaive:
         hidden, _, _, books = build_inputs(num_depths, shared)
         codes = heads.sample(hidden, books, greedy)
         assert codes.shape == (2, POSITIONS, num_depths) and codes.dtype == torch.int64
-        assert torch.equal(heads.logits(hidden, look_up(books, codes)).argmax(-1), codes)
+        assert torch.equal(depth_logits(heads, hidden, look_up(books, codes)).argmax(-1), codes)
         assert num_depths == 1 or len(codes.unique(dim=-1)[0, 0]) > 1  # not one code throughout
 
     @torch.no_grad()
@@ -121,11 +122,11 @@ def test_heads_do_not_mix():
 def test_a_depth_sees_only_the_codes_before_it():
     heads = build_heads()
     hidden, _, vectors, _ = build_inputs()
-    before = heads.logits(hidden, vectors)
+    before = depth_logits(heads, hidden, vectors)
     for depth in range(DEPTHS):
         changed = vectors.clone()
         changed[:, :, depth] += 1
-        same = torch.isclose(heads.logits(hidden, changed), before).all(-1).all(1).all(0)
+        same = torch.isclose(depth_logits(heads, hidden, changed), before).all(-1).all(1).all(0)
         assert same.tolist() == [other <= depth for other in range(DEPTHS)]
 
 

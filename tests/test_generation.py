@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from naive.generation_loop import NaiveGenerator, code_pairs
-from tiny_models import lively_unified_model, tiny_unified_config
+from tiny_models import depth_logits, lively_unified_model, tiny_unified_config
 from transformers import DynamicCache, GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 from transformers_dualtoken.code_sampling import DualTokenCodeSampler
@@ -187,7 +187,7 @@ class TestImage:
         codes = {"pixel_codes": out.pixel_codes, "semantic_codes": out.semantic_codes}
         states = model(out.sequences, **codes).last_hidden_state[0, 3 : 3 + N]
         vectors = model.model.code_embeds(*(kind.flatten(1, 2)[0] for kind in codes.values()))
-        assert_codes(out, *model.depth_heads.logits(states, vectors).argmax(-1))
+        assert_codes(out, *depth_logits(model.depth_heads, states, vectors).argmax(-1))
         # The test is worth something: positions and kinds differ.
         assert all(len(kind.flatten(0, 2).unique(dim=0)) > 2 for kind in codes.values())
         assert not torch.equal(out.pixel_codes, out.semantic_codes)

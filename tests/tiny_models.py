@@ -94,3 +94,8 @@ def lively_unified_model(seed: int = 0, **overrides) -> DualTokenForCausalLM:
     for kind in ("pixel", "semantic"):
         model.vision_tokenizer.quantizer(kind).codebook.embeddings.normal_()
     return model.eval()
+
+
+def depth_logits(heads, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
+    """Logits `(M, T, D, K)` of every depth given the true codes before it, of `(T, H)` and `(M, T, D, C)`."""
+    return heads.classifier(heads._features(hidden_states, code_embeds)).transpose(1, 2)

@@ -76,7 +76,8 @@ def naive_metrics(model, samples) -> dict[str, float]:
         text_right.append(logits.argmax(-1) == targets[is_text])
         if (targets == IMAGE).any():
             codes = torch.stack([inputs["pixel_codes"], inputs["semantic_codes"]]).flatten(1, 3)
-            logits = model.depth_heads.logits(
+            logits = depth_logits(
+                model.depth_heads,
                 hidden[targets == IMAGE],
                 torch.stack([model.model.code_embeds(*codes)[index] for index in range(2)]),
             )

@@ -35,11 +35,8 @@ _OF_LANGUAGE_MODELS = (
 @contextmanager
 def checkpoint_errors(name: str | os.PathLike):
     """
-    While a checkpoint, a folder or a Hub id, is looked for and read.
-
-    Raises:
-        FileNotFoundError: if `name` is a path and there is nothing, or neither a folder nor to be had from the Hub.
-        ValueError: if a safetensors file is damaged, or its tensors have other shapes than the model.
+    While a checkpoint, a folder or a Hub id, is looked for and read: a `FileNotFoundError` if it is nowhere, a
+    `ValueError` if a safetensors file is damaged, or its tensors have other shapes than the model.
     """
     text = os.fspath(name)
     is_there = os.path.exists(text)
@@ -69,10 +66,8 @@ def checkpoint_errors(name: str | os.PathLike):
 @contextmanager
 def damage_errors(what: str):
     """
-    Around a library's parser of files that may be anything; `what` is read, as the subject of a sentence.
-
-    Raises:
-        ValueError: for any error but those of the file system, of memory, and of a library that is missing.
+    Around a library's parser of files that may be anything: a `ValueError` for any error but those of the file system,
+    of memory, and of a library that is missing. `what` is read, as the subject of a sentence.
     """
     try:
         yield
@@ -218,16 +213,9 @@ def _check_loaded(model, name: str, info: dict) -> None:
 @contextmanager
 def new_folder(output: str | os.PathLike, *inputs: str | os.PathLike) -> Iterator[Path]:
     """
-    A folder to write to, which becomes `output` once everything is written; after an error or an interruption nothing
-    of it is left. Enter it before the work, so that what is wrong with `output` is said first.
-
-    Args:
-        output (`str` or `os.PathLike`): a folder that does not exist, whose parents are made, or an empty one.
-        inputs (`str` or `os.PathLike`): folders or Hub ids that are read.
-
-    Raises:
-        ValueError: if `output` is a file, holds anything, or lies in one of `inputs`.
-        OSError: if it cannot be made, or the disk is full.
+    A folder to write to, which becomes `output`, new or empty, once everything is written; after an error or an
+    interruption nothing of it is left. Enter it before the work: a `ValueError` says that `output` is a file, holds
+    anything, or lies in one of `inputs`; an `OSError` that it cannot be made, or that the disk is full.
     """
     given, output = os.fspath(output) or os.curdir, Path(os.path.realpath(output))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -268,13 +256,3 @@ def new_folder(output: str | os.PathLike, *inputs: str | os.PathLike) -> Iterato
             with suppress(OSError):  # somebody else has put something there
                 folder.rmdir()
         raise
-
-
-__all__ = [
-    "StrictLoadingMixin",
-    "check_model_type",
-    "checkpoint_errors",
-    "damage_errors",
-    "new_folder",
-    "read_json_object",
-]

@@ -181,6 +181,3 @@ def check_search(search: Callable, device: torch.device, width: int) -> None:
     excess = (excess / vectors.norm(dim=1)).max().item() / codebook.norm(dim=1).max().item()
     if not excess < 1e-5:
         raise RuntimeError(f"it found codes that are not the nearest, by {excess:.1e} where 1e-5 is float32's.")
-
-
-__all__ = ["blocked_nearest_codes", "check_search", "find_fused_search", "nearest_codes"]

@@ -134,6 +134,3 @@ def fused_nearest_codes(
     if splits == 1:
         return codes[0]
     return codes.gather(0, scores.argmax(0, keepdim=True))[0]
-
-
-__all__ = ["fused_nearest_codes"]

@@ -112,10 +112,8 @@ def official_view(key: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def is_official_folder(path: str | Path) -> bool:
     """
-    Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id.
-
-    Raises:
-        ValueError: if its `config.json` is not a JSON object.
+    Whether a path is a folder in the authors' format, rather than one of this project's or a Hub id; a `ValueError` if
+    its `config.json` is no JSON object.
     """
     config_path = Path(path) / "config.json"
     return config_path.is_file() and "rqvaesiglip" in read_json_object(config_path)
@@ -125,9 +123,6 @@ def official_siglip_path(folder: str | Path) -> str:
     """
     Folder or Hub id of the SigLIP checkpoint that a folder in the authors' format was built on. Their
     `pretrained_model` may be relative to the folder, an absolute path of another machine, or a Hub id.
-
-    Raises:
-        FileNotFoundError, ValueError: as [`convert_official_config`].
     """
     return _siglip_path(Path(folder), _official_fields(Path(folder)))
 
@@ -354,13 +349,8 @@ def _convert_codebooks(
 
 def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
     """
-    Load a tokenizer that was trained with the authors' code.
-
-    Args:
-        folder (`str` or `Path`): holds `config.json`, exactly one `*.pt`, and the SigLIP configuration.
-
-    Returns:
-        [`DualTokenVisionTokenizer`] in eval mode, float32.
+    Load a tokenizer that was trained with the authors' code, from a folder with `config.json`, exactly one `*.pt` and
+    the SigLIP configuration; in eval mode, float32.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -414,23 +404,8 @@ def _read_state_dict(path: Path) -> dict:
 def load_vision_tokenizer(path: str | Path, dtype: torch.dtype = torch.float32) -> DualTokenVisionTokenizer:
     """
     The vision tokenizer of a folder or repository of its own, of a unified model, whose language model is not loaded, or
-    of a folder in the authors' format.
-
-    Raises:
-        FileNotFoundError, ValueError: as [`DualTokenVisionTokenizer.from_pretrained`].
+    of a folder in the authors' format. Errors are those of [`DualTokenVisionTokenizer.from_pretrained`].
     """
     if is_official_folder(path):
         return load_official_tokenizer(path).to(dtype)
     return DualTokenVisionTokenizer.from_pretrained(path, dtype=dtype)
-
-
-__all__ = [
-    "convert_official_config",
-    "convert_official_state_dict",
-    "is_official_folder",
-    "load_official_tokenizer",
-    "load_vision_tokenizer",
-    "official_key",
-    "official_siglip_path",
-    "official_view",
-]

@@ -151,8 +151,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         and values of the depths before, and takes this one's.
         """
         models, length, width = hidden_states.shape
-        qkv = self.qkv_proj(self.input_layernorm(hidden_states))
-        qkv = qkv.view(models, length, 3, self.num_heads, self.head_dim)
+        qkv = self.qkv_proj(self.input_layernorm(hidden_states)).unflatten(-1, (3, self.num_heads, self.head_dim))
         cache[:, :, :, :, depth] = qkv[:, :, 1:].permute(2, 0, 1, 3, 4)
         if depth == 0:
             # Attention to oneself alone.
@@ -238,13 +237,6 @@ class DualTokenDepthHeads(nn.Module):
         )
         return LinearCrossEntropyOutput(*(sums.view(NUM_KINDS, self.num_depths) for sums in output))
 
-    def logits(self, hidden_states: torch.Tensor, code_embeds: torch.Tensor) -> torch.Tensor:
-        """
-        Logits of every depth given the true codes before it: `(T, H)`, `(M, T, D, C)` -> `(M, T, D, K)`. To inspect: at
-        full size 0.76 GB in float32 for one 384 px image.
-        """
-        return self.classifier(self._features(hidden_states, code_embeds)).transpose(1, 2)
-
     @torch.no_grad()
     def sample(
         self,
@@ -269,11 +261,15 @@ class DualTokenDepthHeads(nn.Module):
                 depths ([`CodeNoise`]).
         """
         features = self._embed_hidden(hidden_states)
-        rows = len(hidden_states)
-        caches = [
-            features.new_empty(2, NUM_KINDS, rows, layer.num_heads, self.num_depths, layer.head_dim)
-            for layer in self.layers
-        ]
+        shape = (
+            2,
+            NUM_KINDS,
+            len(hidden_states),
+            self.config.num_attention_heads,
+            self.num_depths,
+            self.config.head_dim,
+        )
+        caches = [features.new_empty(shape) for _ in self.layers]
         models = torch.arange(NUM_KINDS, device=features.device)[:, None]
         running, codes = None, []
         for depth in range(self.num_depths):
@@ -292,6 +288,3 @@ class DualTokenDepthHeads(nn.Module):
             logits = self.classifier(normed, depth)
             codes.append(sampler(logits) if noise is None else sampler(logits, noise[depth]))
         return torch.stack(codes, dim=-1)
-
-
-__all__ = ["DualTokenDepthHeads", "DualTokenStackedLinear", "DualTokenStackedRMSNorm"]

@@ -69,9 +69,7 @@ def linear_cross_entropy(
         bias = None if bias is None else bias.unsqueeze(0)
     matmul_dtype = _matmul_dtype(hidden, weight)
     _check(hidden, weight, targets, bias, chunk_size, single)
-
-    if chunk_size is None:
-        chunk_size = _default_chunk_size(hidden.shape[1], weight.shape[1])
+    chunk_size = chunk_size or _default_chunk_size(hidden.shape[1], weight.shape[1])
     arguments = (hidden, weight, targets, bias, chunk_size, matmul_dtype)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
         loss_sums, num_correct = _LinearCrossEntropy.apply(*arguments)
@@ -89,8 +87,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss_sums, num_correct, grads = _walk(
             hidden, weight, targets, bias, chunk_size, matmul_dtype, needs_grad=needs_grad
         )
-        # Not as plain attributes: autograd drops saved tensors before it stores what the backward returned, so that
-        # a leaf's `.grad` becomes the buffer itself. It would copy a buffer that `ctx` still held.
+        # Not as plain attributes: autograd drops saved tensors before it stores what the backward returned, and would
+        # copy a buffer that `ctx` still held.
         ctx.save_for_backward(*grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(num_correct)
@@ -256,31 +254,26 @@ def _check(hidden, weight, targets, bias, chunk_size, single):
             "`hidden` and `weight` must have the shapes (G, T, W) and (G, V, W), or (T, W) and (V, W) for one group, "
             f"got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
+    (groups, rows, width), (classifiers, classes, expected) = hidden.shape, weight.shape
     if not hidden.is_floating_point():
         raise TypeError(f"`hidden` must have a floating-point dtype, got {hidden.dtype}.")
     if targets.dtype != torch.int64:
         raise TypeError(f"`targets` must be classes of dtype torch.int64, got {targets.dtype}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be a number of rows, 1 or more, got {chunk_size}.")
-    (num_groups, num_rows, width), num_classes = hidden.shape, weight.shape[1]
-    if weight.shape[0] != num_groups:
+    if classifiers != groups:
         raise ValueError(
-            f"`hidden` has {num_groups} groups and `weight` has {weight.shape[0]}: every group needs a classifier."
+            f"`hidden` has {groups} groups and `weight` has {classifiers}: every group needs a classifier."
         )
-    if weight.shape[2] != width:
-        raise ValueError(f"`hidden` has the width {width}, but `weight` expects the width {weight.shape[2]}.")
-    for name, tensor, expected, meaning in (
-        ("targets", targets, (num_groups, num_rows), "one class for every row of `hidden`"),
-        ("bias", bias, (num_groups, num_classes), "one number for every row of `weight`"),
-    ):
-        if tensor is not None and tensor.shape != expected:
-            raise ValueError(
-                f"`{name}` must have the shape {expected[single:]}, {meaning}, got {tuple(tensor.shape)[single:]}."
-            )
+    if expected != width:
+        raise ValueError(f"`hidden` has the width {width}, but `weight` expects the width {expected}.")
+    for name, tensor, shape in (("targets", targets, (groups, rows)), ("bias", bias, (groups, classes))):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"`{name}` must have the shape {shape[single:]}, got {tuple(tensor.shape)[single:]}.")
     if targets.device.type == "cpu" and targets.numel():
         low, high = (int(x) for x in targets.aminmax())
-        if low < 0 or high >= num_classes:
+        if low < 0 or high >= classes:
             raise ValueError(
-                f"`targets` must lie in [0, {num_classes}), the classes of `weight`, got values from {low} to {high}. "
-                "Rows without a target (-100) must be taken out of `hidden` and `targets` beforehand."
+                f"`targets` must lie in [0, {classes}), the classes of `weight`, got values from {low} to {high}. Rows "
+                "without a target (-100) must be taken out of `hidden` and `targets` beforehand."
             )

@@ -25,6 +25,3 @@ def register_lora_targets() -> None:
     if peft_utils is not None:
         mapping = peft_utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         mapping[DualTokenConfig.model_type] = backbone_targets()
-
-
-__all__ = ["BACKBONE_PROJECTIONS", "backbone_targets", "register_lora_targets"]

@@ -282,19 +282,14 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         Start of training: the towers of a SigLIP or SigLIP 2 checkpoint of fixed resolution, everything else new.
 
         By default the paper's layers are carried over to the encoder's depth (27 layers: 6, 4, 26; 24 layers: 6, 4,
-        23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below. In eval mode, as
-        after `from_pretrained`.
+        23), and a position holds 8 residual codes of each kind above 256 px, 4 at 256 px and below; weights are float32,
+        in eval mode.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id of model type `siglip`.
-            dtype (`torch.dtype`, *optional*): of the weights; float32 by default.
-            attn_implementation (`str`, *optional*): of the towers.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub id of model type `siglip`; a
+                `FileNotFoundError` if there is none, a `ValueError` for another type.
             config_overrides: fields of [`DualTokenVisionTokenizerConfig`]; a dict for a quantiser's config changes only
                 the fields it names.
-
-        Raises:
-            FileNotFoundError: if there is no such checkpoint.
-            ValueError: if the checkpoint is of another model type, or an override is no field of the config.
         """
         dtype = dtype or torch.float32
         with checkpoint_errors(pretrained_model_name_or_path):

@@ -64,6 +64,3 @@ def require(module: str, purpose: str) -> ModuleType:
             return importlib.import_module(module)
         except RuntimeError as error:  # a torchvision that was not built for the installed torch
             raise MissingLibraryError(purpose, module.partition(".")[0], error) from error
-
-
-__all__ = ["EXTRAS", "MissingLibraryError", "needed_libraries", "require"]

@@ -95,6 +95,3 @@ def copy_code(folder: str | os.PathLike, model_type: str) -> list[str]:
     for name in files - named:
         shutil.copyfile(package / name, Path(folder, name))
     return sorted(files)
-
-
-__all__ = ["carry_code", "copy_code", "save_remote_code"]

@@ -65,6 +65,3 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
                     f"{tuple(targets[name].shape)}."
                 )
             targets[name].copy_(value)
-
-
-__all__ = ["any_rank", "copy_weights", "gathered", "is_sharded"]

@@ -57,6 +57,3 @@ def given_cache(past_key_values, cache):
     if past_key_values is not None and cache is not None:
         raise ValueError("`past_key_values` and `cache` are two names of one argument: pass one of them.")
     return cache if past_key_values is None else past_key_values
-
-
-__all__ = ["CACHE_NAME", "check_transformers_version", "given_cache", "is_older_than", "require_transformers"]

@@ -200,6 +200,3 @@ class DualTokenResidualQuantizer(nn.Module):
         low, high = torch.stack(codes.aminmax()).tolist()
         if not 0 <= low <= high < codebook_size:
             raise ValueError(f"`{name}` must lie between 0 and {codebook_size - 1}, got values from {low} to {high}.")
-
-
-__all__ = ["DualTokenCodebook", "DualTokenQuantizerOutput", "DualTokenResidualQuantizer"]
