@@ -4,6 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from tiny_models import depth_logits
 from training_helpers import FixedItems, quiet
 from transformers import TrainingArguments
 
