@@ -190,12 +190,10 @@ def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
     images = [part_image(part) for part in parts if not any(key in part for key in CODE_KEYS)]
     missing = sum(image is None for image in images)
     if missing or (with_codes and images):
-        keys = f"(one of the keys {', '.join(map(repr, IMAGE_KEYS))})"
-        raise ValueError(
-            f"All {len(parts)} image parts of a call must carry images, or all codes: {len(images) - missing} carry an "
-            f"image {keys}, {len(with_codes)} codes ('pixel_codes' and 'semantic_codes'), {missing} neither. If the model "
-            "gets the codes of all images otherwise, pass `placeholders_only=True`."
-        )
+        counts = f"{len(images) - missing} carry an image, {len(with_codes)} codes, {missing} neither"
+        keys = f"images ({', '.join(map(repr, IMAGE_KEYS))}), or all codes ({' and '.join(map(repr, CODE_KEYS))})"
+        advice = "If the model gets all codes otherwise, pass `placeholders_only=True`"
+        raise ValueError(f"All {len(parts)} image parts of a call must carry {keys}: {counts}. {advice}.")
     return images, with_codes
 
 
@@ -208,10 +206,8 @@ def stack_codes(parts: list[dict], num_positions: int) -> dict[str, np.ndarray]:
         codes = [np.asarray(part[key].cpu() if hasattr(part[key], "cpu") else part[key]) for part in parts]
         shapes = sorted({array.shape for array in codes})
         if len(shapes) > 1 or len(shapes[0]) != 3 or shapes[0][0] * shapes[0][1] != num_positions:
-            raise ValueError(
-                f"The {key!r} of all image parts must have one shape (H, W, D) with H * W = {num_positions}, got "
-                f"{', '.join(map(str, shapes))}."
-            )
+            wanted = f"one shape (H, W, D) with H * W = {num_positions}, got {', '.join(map(str, shapes))}"
+            raise ValueError(f"The {key!r} of all image parts must have {wanted}.")
         if not all(np.issubdtype(array.dtype, np.integer) for array in codes):
             raise ValueError(f"The {key!r} of an image part must be integers, got {codes[0].dtype}.")
         stacked[key] = np.stack(codes).astype(np.int64)
@@ -248,12 +244,10 @@ def special_tokens_of(processor) -> list[str]:
     return sorted(tokens, key=len, reverse=True)
 
 
-def encode_chats(
-    processor, rendered: list[str], marker: str, spans: list[list[tuple[int, int]]] | None
-) -> tuple[list[list[int]], list[list[int]]]:
+def encode_chat(processor, rendered: str, marker: str, spans: list[tuple[int, int]] | None):
     """
-    Of rendered chats whose typed special tokens are marked the ids, images expanded, and of each token whether it
-    overlaps one of `spans`, per chat the character ranges of the assistant's content (`None`: no masks).
+    Of a rendered chat whose typed special tokens are marked the ids, images expanded, and of each token whether it
+    overlaps one of `spans`, the character ranges of the assistant's content (`None`: no mask).
 
     Between two control tokens the text is encoded in one piece, whoever wrote it, so that a chat without typed special
     tokens gets the very ids its rendered string has.
@@ -261,53 +255,41 @@ def encode_chats(
     tokenizer, special_tokens, unmarked = processor.tokenizer, special_tokens_of(processor), f"(?<!{marker}{_TYPED})"
     alternatives = "|".join(map(re.escape, special_tokens))
     control = re.compile(f"(?P<image>{processor.image_pattern(unmarked)})|{unmarked}(?:{alternatives})")
-    segments, plans = (
-        [],
-        [],
-    )  # texts to encode; of each chat its ids, `None` for those of the next text, and its ranges
-    for prompt, ranges in zip(rendered, spans or [()] * len(rendered)):
-        inside, plan, last = bytearray(len(prompt)), [], 0
-        for start, end in ranges:
-            inside[start:end] = b"\1" * (end - start)
-        for match in [*control.finditer(prompt), None]:
-            start, end = match.span() if match else (len(prompt), len(prompt))
-            text, inside_text = _unmark(prompt[last:start], inside[last:start], marker)
-            check_text(text)
-            if text:
-                segments.append(text)
-                plan.append((None, inside_text))
-            if match:
-                ids = processor.ids_of_image if match["image"] else [tokenizer.convert_tokens_to_ids(match.group())]
-                plan.append((ids, inside[start:end]))
-            last = end
-        plans.append(plan)
+    inside, pieces, last = bytearray(len(rendered)), [], 0
+    for start, end in spans or ():
+        inside[start:end] = b"\1" * (end - start)
+    for match in [*control.finditer(rendered), None]:
+        start, end = match.span() if match else (len(rendered), len(rendered))
+        pieces.append(_unmark(rendered[last:start], inside[last:start], marker))
+        if match:
+            ids = processor.ids_of_image if match["image"] else [tokenizer.convert_tokens_to_ids(match.group())]
+            pieces.append((ids, inside[start:end]))
+        last = end
 
+    texts = [piece for piece, _ in pieces if isinstance(piece, str) and piece]
+    for text in texts:
+        check_text(text)
     encoded = {"input_ids": []}
-    if segments:
+    if texts:
         settings = {"add_special_tokens": False, "padding": False, "truncation": False, "verbose": False}
-        encoded = tokenizer(segments, split_special_tokens=True, return_offsets_mapping=spans is not None, **settings)
+        encoded = tokenizer(texts, split_special_tokens=True, return_offsets_mapping=spans is not None, **settings)
     control_ids = set(tokenizer.convert_tokens_to_ids(special_tokens))
-    for text, ids in zip(segments, encoded["input_ids"]):
-        typed = control_ids.intersection(ids)
-        if typed:
-            raise ValueError(
-                f"The tokenizer makes the control tokens {tokenizer.convert_ids_to_tokens(sorted(typed))} from plain "
-                f"text ({text!r:.100}), so a chat could be forged. Add them to the tokenizer as special tokens."
-            )
+    for text, ids in zip(texts, encoded["input_ids"]):
+        if typed := control_ids.intersection(ids):
+            tokens = f"control tokens {tokenizer.convert_ids_to_tokens(sorted(typed))} from plain text ({text!r:.100})"
+            advice = "so a chat could be forged. Add them to the tokenizer as special tokens"
+            raise ValueError(f"The tokenizer makes the {tokens}, {advice}.")
 
-    rows, masks = [], []
-    texts = iter(zip(encoded["input_ids"], encoded.get("offset_mapping") or [()] * len(segments)))
-    for plan in plans:
-        rows.append([])
-        masks.append([])
-        for ids, inside in plan:
-            mask = [int(any(inside))] * len(ids or ())
-            if ids is None:
-                ids, offsets = next(texts)
-                mask = _token_mask(offsets, inside)
-            rows[-1] += ids
-            masks[-1] += mask
-    return rows, masks
+    row, mask = [], []
+    of_texts = iter(zip(encoded["input_ids"], encoded.get("offset_mapping") or [()] * len(texts)))
+    for piece, inside in pieces:
+        if isinstance(piece, str):
+            piece, offsets = next(of_texts) if piece else ([], [])
+            mask += _token_mask(offsets, inside)
+        else:
+            mask += [int(any(inside))] * len(piece)
+        row += piece
+    return row, mask
 
 
 def _unmark(text: str, inside: bytearray, marker: str) -> tuple[str, bytes]:

@@ -20,8 +20,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from .chat_dualtoken import (
     CHAT_TEMPLATE,
+    CODE_KEYS,
     check_text,
-    encode_chats,
+    encode_chat,
     image_data,
     image_parts,
     learned_spans,
@@ -42,13 +43,8 @@ _SIGLIP_2_TOKENIZERS = {"GemmaTokenizer", "GemmaTokenizerFast", "Siglip2Tokenize
 _FLAGS = ("return_mm_token_type_ids", "return_text_replacement_offsets")
 _IMAGE_TOKENS = ("image_start_token", "image_token", "image_end_token")
 # What the inputs of a negative prompt are called in `generate`.
-_NEGATIVE_INPUTS = {
-    "input_ids": "negative_prompt_ids",
-    "attention_mask": "negative_prompt_attention_mask",
-    "pixel_values": "negative_pixel_values",
-    "pixel_codes": "negative_pixel_codes",
-    "semantic_codes": "negative_semantic_codes",
-}
+_NEGATIVE_INPUTS = {"input_ids": "negative_prompt_ids", "attention_mask": "negative_prompt_attention_mask"}
+_NEGATIVE_INPUTS |= {name: f"negative_{name}" for name in ("pixel_values", *CODE_KEYS)}
 
 
 class DualTokenProcessorKwargs(ProcessingKwargs, total=False):
@@ -76,13 +72,8 @@ def as_trained(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     ]
     backend.normalizer = normalizers.Sequence([*rule, backend.normalizer] if backend.normalizer else rule)
     special_tokens = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=tokenizer.model_max_length,
-        padding_side="right",
-        split_special_tokens=True,
-        **special_tokens,
-    )
+    settings = {"model_max_length": tokenizer.model_max_length, "padding_side": "right", "split_special_tokens": True}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **settings, **special_tokens)
 
 
 def _flatten_images(images) -> tuple[list, list[int] | None]:
@@ -429,8 +420,8 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
         if not tokenize:
             return rendered if batched else rendered[0]
 
-        learned = [learned_spans(*each) for each in zip(chats, spans)] if return_assistant_tokens_mask else None
-        rows, masks = encode_chats(self, rendered, marker, learned)
+        learned = [learned_spans(*each) for each in zip(chats, spans)] or [None] * len(chats)
+        rows, masks = zip(*(encode_chat(self, prompt, marker, ranges) for prompt, ranges in zip(rendered, learned)))
         for row, count in zip(rows, counts):
             shown = row.count(self.image_token_id) // self.num_image_tokens
             if shown != count:
