@@ -190,7 +190,7 @@ def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
     images = [part_image(part) for part in parts if not any(key in part for key in CODE_KEYS)]
     missing = sum(image is None for image in images)
     if missing or (with_codes and images):
-        counts = f"{len(images) - missing} carry an image, {len(with_codes)} codes, {missing} neither"
+        counts = f"{len(images) - missing} carry an image and {len(with_codes)} codes, {missing} neither"
         keys = f"images ({', '.join(map(repr, IMAGE_KEYS))}), or all codes ({' and '.join(map(repr, CODE_KEYS))})"
         advice = "If the model gets all codes otherwise, pass `placeholders_only=True`"
         raise ValueError(f"All {len(parts)} image parts of a call must carry {keys}: {counts}. {advice}.")
