@@ -143,28 +143,25 @@ def precompute_codes(
 
     rows = _Rows(sources, settings, lambda shard: shard % world_size == rank and shard not in done)
     reader = _SampleReader(sources, image_processor, settings)
-    samples = DataLoader(reader, sampler=rows, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(reader, sampler=rows, batch_size=None, num_workers=num_workers)
     num_bad_in_a_row, was_training = 0, vision_tokenizer.training
     vision_tokenizer.eval()  # in training mode the codebooks would move
     try:
-        samples = tqdm(samples, unit=" samples", disable=not show_progress)
-        for shard, group in itertools.groupby(samples, key=lambda sample: sample.shard):
-            images, written, skipped = _ImageEncoder(vision_tokenizer, batch_size, bf16), [], []
+        progress = tqdm(loader, unit=" samples", disable=not show_progress)
+        for shard, group in itertools.groupby(progress, key=lambda sample: sample.shard):
+            images, samples = _ImageEncoder(vision_tokenizer, batch_size, bf16), []
             for sample in group:
                 num_bad_in_a_row = 0 if sample.error is None else num_bad_in_a_row + 1
-                if sample.error is None:
-                    written.append(sample)
-                    sample.images = [images.add(image, sample.pixel_values) for image in sample.images]
-                    sample.pixel_values = {}
-                elif num_bad_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                if num_bad_in_a_row == MAX_SKIPPED_IN_A_ROW:
                     last = f"The last is {sample.name}: {sample.error}."
                     raise ValueError(f"{num_bad_in_a_row:,} samples in a row cannot be used. {last}")
-                elif on_bad_sample == "error":
+                if sample.error is not None and on_bad_sample == "error":
                     advice = "Mend it and start again, or pass such samples over with `on_bad_sample` = 'skip'."
                     raise ValueError(f"The sample {sample.name} cannot be used: {sample.error}. {advice}")
-                else:
-                    skipped.append(sample)
-            counts = _write_shard(folder, shard, written, skipped, images.finish(), settings)
+                sample.images = [images.add(image, sample.pixel_values) for image in sample.images]
+                sample.pixel_values = {}
+                samples.append(sample)
+            counts = _write_shard(folder, shard, samples, images.finish(), settings)
             for name in _COUNTS:
                 setattr(summary, name, getattr(summary, name) + sum(part[name] for part in counts))
             summary.num_encoded += len(images.numbers)
@@ -175,20 +172,6 @@ def precompute_codes(
     summary.description = _finish(folder, settings, rows.count)
     summary.seconds = time.perf_counter() - start
     return summary
-
-
-@dataclass
-class _Sample:
-    """A row, read: `images` holds of every image the key of its `pixel_values` (3, S, S), or its codes of each kind."""
-
-    shard: int
-    source: int
-    name: str
-    id: str | None = None
-    example: str = ""
-    images: list = field(default_factory=list)
-    pixel_values: dict[bytes, torch.Tensor] = field(default_factory=dict)
-    error: str | None = None
 
 
 class _Rows:
@@ -212,6 +195,20 @@ class _Rows:
                     yield shard, number, index, row
 
 
+@dataclass
+class _Sample:
+    """A row, read: `images` holds of every image the key of its `pixel_values` (3, S, S), or its codes of each kind."""
+
+    shard: int
+    source: int
+    name: str
+    id: str | None = None
+    example: str = ""
+    images: list = field(default_factory=list)
+    pixel_values: dict[bytes, torch.Tensor] = field(default_factory=dict)
+    error: str | None = None
+
+
 class _SampleReader(Dataset):
     """From rows to samples, in the workers."""
 
@@ -230,7 +227,7 @@ class _SampleReader(Dataset):
             for position, part in enumerate(_image_parts(example), start=1):
                 sample.images.append(self._read(part, position, sample.pixel_values))
         except BadSampleError as error:
-            sample.error, sample.id = str(error), sample.id or error.sample_id
+            sample.error, sample.id, sample.images = str(error), sample.id or error.sample_id, []
         except Exception as error:
             kind = type(error).__name__
             raise RuntimeError(f"The sample {sample.name} cannot be read ({kind}: {error}).") from error
@@ -358,29 +355,42 @@ def _code_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.int16 if codebook_size <= 2**15 else np.int32)
 
 
-def _write_shard(folder: Path, index: int, written: list, skipped: list, encoded: list, settings: dict) -> list[dict]:
-    """Write the samples of a shard; returns the counts of each source."""
+def _write_shard(folder: Path, index: int, samples: list[_Sample], encoded: list, settings: dict) -> list[dict]:
+    """Write a shard; returns what it counts of each source."""
     names = [source["name"] for source in settings["sources"]]
-    rows, counts = [], [dict.fromkeys(_COUNTS, 0) for _ in names]
-    for sample in written:
-        codes = {
-            f"{kind}_codes": [encoded[k][image] if isinstance(image, int) else image[k] for image in sample.images]
-            for k, kind in enumerate(CODE_KINDS)
-        }
-        row = {"id": sample.id, "source": names[sample.source], "example": sample.example, **codes}
-        rows.append({**row, "num_images": len(sample.images)})
-        counts[sample.source]["num_samples"] += 1
-        counts[sample.source]["num_images"] += len(sample.images)
-    for sample in skipped:
-        counts[sample.source]["num_skipped"] += 1
-    named = [{"sample": sample.name, "reason": sample.error} for sample in skipped[:_MAX_SKIPPED_NAMED]]
-    footer = json.dumps({"settings": settings, "counts": counts, "skipped": named})
-    features = _features(settings)
-    columns = {name: [row[name] for row in rows] for name in features}
-    table = datasets.Dataset.from_dict(columns, features=features).data.table
+    counts = [dict.fromkeys(_COUNTS, 0) for _ in names]
+    columns, skipped = {name: [] for name in _features(settings)}, []
+    for sample in samples:
+        count = counts[sample.source]
+        if sample.error is not None:
+            count["num_skipped"] += 1
+            skipped.append({"sample": sample.name, "reason": sample.error})
+            continue
+        count["num_samples"] += 1
+        count["num_images"] += len(sample.images)
+        codes = [
+            [encoded[number][image] if isinstance(image, int) else image[number] for image in sample.images]
+            for number in range(len(CODE_KINDS))
+        ]
+        row = (sample.id, names[sample.source], sample.example, *codes, len(sample.images))
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(value)
+    for kind in CODE_KINDS:
+        columns[f"{kind}_codes"] = _nested_lists(columns[f"{kind}_codes"], settings, kind)
+    footer = json.dumps({"settings": settings, "counts": counts, "skipped": skipped[:_MAX_SKIPPED_NAMED]})
+    table = pa.table(columns, schema=_features(settings).arrow_schema)
     table = table.replace_schema_metadata({_FOOTER_KEY: footer})
     _write_atomically(_shard_path(folder, index), lambda file: _write_table(table, file))
     return counts
+
+
+def _nested_lists(samples: list[list[np.ndarray]], settings: dict, kind: str) -> pa.Array:
+    """Codes (h * w * D,) of every image of every sample as a column of lists of lists."""
+    codes, dtype = [image for images in samples for image in images], _code_dtype(settings["codebook_size"][kind])
+    flat = np.concatenate(codes).astype(dtype, copy=False) if codes else np.zeros(0, dtype)
+    width = settings["grid"][0] * settings["grid"][1] * settings["num_depths"][kind]
+    images = pa.ListArray.from_arrays(pa.array(np.arange(len(codes) + 1) * width, pa.int32()), pa.array(flat))
+    return pa.ListArray.from_arrays(pa.array(np.cumsum([0, *map(len, samples)]), pa.int32()), images)
 
 
 def _write_table(table: pa.Table, file) -> None:

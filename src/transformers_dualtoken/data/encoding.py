@@ -25,13 +25,8 @@ from .samples import BadSampleError
 @dataclass
 class EncodedExample:
     """
-    An example as ids, without what its images hold.
-
-    Attributes:
-        input_ids (`np.ndarray` of shape (L,), int32): each image is `<image_start>`, N placeholders, `<image_end>`.
-        is_target (`np.ndarray` of shape (L,), bool): what is learned.
-        images (`list[dict]`): its image parts, in reading order.
-        cut (`bool`): whether the end was cut off to fit `max_length`.
+    An example as ids (L,), int32, each image as `<image_start>`, N placeholders, `<image_end>`; what of them is learned
+    (L,), bool; its image parts, in reading order; and whether the end was cut off to fit `max_length`.
     """
 
     input_ids: np.ndarray

@@ -74,13 +74,7 @@ class DualTokenImageDataset(_EpochDataset):
     """
 
     def __init__(
-        self,
-        dataset,
-        image_processor,
-        image_column: str = "image",
-        crop_scale=(0.9, 1.0),
-        seed: int = 0,
-        reducing_gap: float | None = 2.0,
+        self, dataset, image_processor, image_column="image", crop_scale=(0.9, 1.0), seed=0, reducing_gap=2.0
     ):
         super().__init__(seed)
         if not len(dataset):
@@ -94,10 +88,7 @@ class DualTokenImageDataset(_EpochDataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """
-        `{"pixel_values": (3, S, S) float32, "num_skipped": int}`: the image, and 1 if it stands in for the one at
-        `index`, which cannot be read, else 0.
-        """
+        """`{"pixel_values": (3, S, S) float32, "num_skipped": int}`: 1 if it stands in for one that cannot be read."""
         tries = min(len(self), MAX_SKIPPED_IN_A_ROW)
         for step in range(tries):
             place = (index + step) % len(self)

@@ -31,13 +31,8 @@ _FILES_LOOKED_AT = 10
 @dataclass(frozen=True)
 class RowToExample:
     """
-    Makes a raw row an example.
-
-    Attributes:
-        format (`str`): of `FORMATS`.
-        kind (`str`): of the row: `"line"` of a file, `"tar"` sample, or `"columns"`.
-        folder (`str`, *optional*): of relative image paths; `None` is that of the row's file.
-        options (`dict`): of the format.
+    Makes a raw row of a kind (`"line"` of a file, `"tar"` sample, or `"columns"`) an example, by a format of `FORMATS`
+    and its options. `folder` is that of relative image paths, `None` that of the row's file.
     """
 
     format: str
@@ -76,23 +71,19 @@ def load_chat_sources(
             - `format` (`str`, *optional*): told from the columns if not given. One of
 
               - `"messages"`: `messages` of `{"role", "content"}`, content a string or parts `{"type": "text", "text"}`
-                and `{"type": "image", "image"}` (or OpenAI's `image_url`), or `prompt` and `completion`, two lists of
-                messages. Image parts without an image get those of the column `images` or `image`, in reading order;
+                and `{"type": "image", "image"}` (or OpenAI's `image_url`), or `prompt` and `completion`, two such lists.
+                Image parts without an image get those of the column `images` or `image`, in reading order;
               - `"llava"`: `conversations` of `{"from", "value"}`, `<image>` in the values for those of `image`;
-              - `"caption"`: an image and a caption; options `task` (`"draw"` the caption, the default, `"describe"` the
-                image, or `"both"`, two sources that share the weight), `image_column`, `caption_column`, `draw_prompt`
-                (default `"{caption}"`), `describe_prompt` (default `"Describe this image."`);
-              - `"edit"`: an image, an instruction, the edited image; options `input_column`, `instruction_column`,
-                `edited_column`;
-              - `"text"`: plain text; options `text_column`, `sample_by` of `.txt` files (`"document"`, the default, or
-                `"line"`);
+              - `"caption"`: options `task` (`"draw"` the caption, the default, `"describe"` the image, or `"both"`, two
+                sources that share the weight), `image_column`, `caption_column`, `draw_prompt`, `describe_prompt`;
+              - `"edit"`: options `input_column`, `instruction_column`, `edited_column`;
+              - `"text"`: options `text_column`, `sample_by` of `.txt` files (`"document"`, the default, or `"line"`);
               - `"interleaved"`: documents as `content`, a list of parts, or as `images` and `texts` with `None` where
                 the other one stands;
               - `"codes"`: a folder of `precompute_codes`;
             - `weight` (`float`, *optional*): above 0; of all sources of a mixture or of none;
             - `split` (`str`, *optional*), `name` (`str`, *optional*): the configuration of a data set on the Hub;
-            - `image_folder` (`str`, *optional*): folder or URL of relative image paths. By default that of the file
-              they stand in; of parquet files in several folders the one that holds all of them.
+            - `image_folder` (`str`, *optional*): folder or URL of relative image paths; by default that of their file.
 
             Files are JSON lines, JSON (one array), CSV, `.txt` (these also compressed), parquet, or webdataset shards.
             A folder of images with `metadata.jsonl` (or `.csv`, `.parquet`) is read by that file. A webdataset sample
@@ -101,8 +92,8 @@ def load_chat_sources(
         streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
         fingerprint (`str`, *optional*): of the vision tokenizer, which precomputed codes must have.
 
-    An image may be a URL, of any protocol that `fsspec` knows, and is then fetched while training: take data from
-    people you trust. Of a source with `task` `"both"` every image is read twice.
+    An image may be a URL, of any protocol that `fsspec` knows, and is fetched while training: take data from people you
+    trust.
 
     Raises:
         ValueError: for a source that cannot be read, unknown keys, a format that cannot be told, columns that are

@@ -88,7 +88,7 @@ class SampleStream(IterableDataset):
 
     def prepare(self, source: int, row: dict, key: str) -> dict:
         """A sample of a raw row of data set number `source`; what is drawn for it depends on `key` only."""
-        raise TypeError(f"{type(self).__name__} does not say how a row becomes a sample.")
+        raise NotImplementedError
 
     def row_name(self, source: int, row: dict) -> str | None:
         """What to call a row in a message, where it has a name of its own."""
@@ -237,16 +237,9 @@ class DualTokenImageStream(SampleStream):
     passed_over = (UnreadableImageError,)
 
     def __init__(
-        self,
-        dataset,
-        image_processor,
-        image_column: str = "image",
-        crop_scale=(0.9, 1.0),
-        seed: int = 0,
-        reducing_gap: float | None = 2.0,
-        **kwargs,
+        self, dataset, image_processor, image_column="image", crop_scale=(0.9, 1.0), reducing_gap=2.0, **kwargs
     ):
-        super().__init__([undecoded(dataset, image_column)], seed=seed, **kwargs)
+        super().__init__([undecoded(dataset, image_column)], **kwargs)
         self.image_preparation = ImagePreparation(image_processor, crop_scale, reducing_gap)
         self.image_column = image_column
 
@@ -259,14 +252,13 @@ class DualTokenImageStream(SampleStream):
 
 class DualTokenChatStream(SampleStream):
     """
-    Samples of streamed sources, as [`ChatEncoder`] makes them; `"num_cut"` (`int`) says whether one was cut to the
-    encoder's `max_length`.
+    Samples of streamed sources, as [`ChatEncoder`] makes them, with `"num_cut"` (`int`): whether one was cut.
 
     Args:
         sources (`list[ChatSource]`): of `load_chat_sources(..., streaming=True)`; several need weights.
         encoder ([`ChatEncoder`]).
-        on_bad_sample (`str`, defaults to `"error"`): `"error"` ends the stream at a sample that cannot be trained on,
-            and names it; `"skip"` passes it over, counts it and logs its name.
+        on_bad_sample (`str`, defaults to `"error"`): ends the stream at a sample that cannot be trained on, which it
+            names; `"skip"` passes it over and counts it.
         kwargs: of [`SampleStream`].
     """
 
