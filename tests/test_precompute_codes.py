@@ -126,8 +126,9 @@ def test_codes_and_examples_come_back(tokenizer, image_processor, sources, tmp_p
         "dualtoken_codes.json",
         *(f"shard-0000{index}.parquet" for index in range(3)),
     ]
-    source = load_code_source(tmp_path / "codes", weight=2.0, streaming=streaming)
-    assert (source.name, source.weight) == ("codes", 2.0)
+    (tmp_path / "codes").rename(tmp_path / "codes [1]")  # no pattern
+    source = load_code_source(tmp_path / "codes [1]", weight=2.0, streaming=streaming)
+    assert (source.name, source.weight) == ("codes [1]", 2.0)
     assert isinstance(source.dataset, datasets.IterableDataset if streaming else datasets.Dataset)
     rows = list(source.dataset)
     assert [row["source"] for row in rows] == ["chats"] * 7 + ["others"] * 2

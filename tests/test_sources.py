@@ -295,6 +295,17 @@ def test_files_of_folders(tmp_path):
         load_chat_sources(tmp_path / "pairs")
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt", "tar"])
+def test_names_may_look_like_patterns(tmp_path, ending):
+    path = tmp_path / "data [1]" / f"part*0.{ending}"
+    if ending == "tar":
+        write_tar(path, {"0.json": b'{"text": "x"}'})
+    else:
+        write(path, {"jsonl": [{"text": "x"}], "parquet": pa.table({"text": ["x"]}), "txt": "x"}[ending])
+    for source in (path.parent, path):
+        assert [example["content"] for example in examples(source)] == ["x"]
+
+
 def test_changed_files_are_read_again(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}])
     assert examples(path)[0]["content"] == "x"

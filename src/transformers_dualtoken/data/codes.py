@@ -31,6 +31,7 @@ from ..chat_dualtoken import image_parts, without_image_data
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from ..sharding import gathered
+from .files import load_parquet
 from .samples import MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource, check_bad_sample_rule
 
 
@@ -508,13 +509,8 @@ def load_code_source(
             f"The precomputed codes in {str(path)!r} are of another tokenizer: they were made by {found}, and the "
             f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and dtype."
         )
-    dataset = datasets.load_dataset(
-        "parquet",
-        data_files=[str(_shard_path(path, index)) for index in range(description["num_shards"])],
-        split="train",
-        streaming=streaming,
-        features=_features(description),
-    )
+    shards = [_shard_path(path, index) for index in range(description["num_shards"])]
+    dataset = load_parquet(shards, _features(description), streaming)
     shapes = {kind: (*description["grid"], depths) for kind, depths in description["num_depths"].items()}
     to_example = functools.partial(_with_codes, shapes=shapes, sizes=description["codebook_size"])
     return ChatSource(Path(path).resolve().name, dataset, to_example, weight)

@@ -225,6 +225,11 @@ def dataset_of_shards(generator: Callable, shards: list, features: datasets.Feat
         raise
 
 
+def load_parquet(paths: list[str], features: datasets.Features, streaming: bool):
+    paths = [glob.escape(os.fspath(path)) for path in paths]  # `datasets` takes them for patterns
+    return datasets.load_dataset("parquet", data_files=paths, split="train", streaming=streaming, features=features)
+
+
 @contextlib.contextmanager
 def naming_file(path: str):
     """Raise a `ValueError` with the file's name for one that is truncated or damaged."""

@@ -324,9 +324,7 @@ def _load_parquet(paths: list[str], streaming: bool):
         # Of all files: one may lack a column, or hold nothing in it.
         schema = pa.unify_schemas([pq.read_schema(path) for path in paths], promote_options="permissive")
         features = _undecoded_feature(dict(datasets.Features.from_arrow_schema(schema)))
-        return datasets.load_dataset(
-            "parquet", data_files=paths, split="train", streaming=streaming, features=datasets.Features(features)
-        )
+        return files.load_parquet(paths, datasets.Features(features), streaming)
     except (OSError, pa.ArrowException, DatasetGenerationError) as error:
         reason = error.__cause__ or error
         raise ValueError(f"The {len(paths)} parquet files from {paths[0]!r} on cannot be read: {reason}") from error
