@@ -6,6 +6,7 @@ training checkpoint `*.pt` with a `state_dict`, and the configuration of the Sig
 """
 
 import re
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -91,6 +92,15 @@ _RENAMES = [
 ]
 
 
+@contextmanager
+def _errors_of(where):
+    """Errors of values begin with where the values are from."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def official_key(key: str, num_levels: int) -> str:
     """
     The authors' name of a parameter of [`DualTokenVisionTokenizer`], codebooks excepted: theirs of
@@ -141,15 +151,13 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     siglip_path, towers = _siglip_towers(_siglip_path(folder, config), config_path)
     decoder = config["ddconfig"]
     levels = len(decoder["ch_mult"])
-    lowest_resolution = decoder["resolution"] // 2 ** (levels - 1)
-    resolutions = [lowest_resolution * 2 ** (levels - 1 - level) for level in range(levels)]
+    sides = [decoder["resolution"] // 2 ** (levels - 1) * 2 ** (levels - 1 - level) for level in range(levels)]
     grid = towers["vision_config"].image_size // towers["vision_config"].patch_size
     latent_shape = config.get("decoder_latent_shape") or [grid, grid]
     if latent_shape[0] != latent_shape[1]:
         raise ValueError(f"{config_path}: 'decoder_latent_shape' must be square, got {latent_shape}.")
-    given = {
-        field: config[key] for key, field in (_MODEL_KEYS | _OPTIONAL_KEYS).items() if config.get(key) is not None
-    }
+    keys = {**_MODEL_KEYS, **_OPTIONAL_KEYS}
+    given = {field: config[key] for key, field in keys.items() if config.get(key) is not None}
     try:
         return DualTokenVisionTokenizerConfig(
             **{"shortcut_layer": None, **towers, **given},
@@ -158,9 +166,7 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
             semantic_quantizer_config=_quantizer_config(config["vq_sem"]),
             decoder_latent_size=latent_shape[0],
             decoder_block_out_channels=[decoder["ch"] * multiplier for multiplier in decoder["ch_mult"]],
-            decoder_attention_levels=[
-                level for level in range(levels) if resolutions[level] in decoder["attn_resolutions"]
-            ],
+            decoder_attention_levels=[level for level in range(levels) if sides[level] in decoder["attn_resolutions"]],
         )
     except (TypeError, ValueError) as error:
         text = str(error)
@@ -179,44 +185,42 @@ def _official_fields(folder: Path) -> dict:
     if "rqvaesiglip" not in outer:
         raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
     config = outer["rqvaesiglip"]
-    _check(config_path, "rqvaesiglip", config, {**_MODEL_RULES, **dict.fromkeys(_PARTS)}, _OPTIONAL_RULES)
-    for name, rules in _PARTS.items():
-        _check(config_path, name, config[name], rules)
+    with _errors_of(config_path):
+        _check("rqvaesiglip", config, {**_MODEL_RULES, **dict.fromkeys(_PARTS)}, _OPTIONAL_RULES)
+        for name, rules in _PARTS.items():
+            _check(name, config[name], rules)
+        path = config.get("pretrained_model")
+        if path is not None and not (isinstance(path, str) and path.isprintable() and len(path) <= 4096):
+            raise ValueError(f"`rqvaesiglip.pretrained_model` must be a folder or Hub id, got {shown(path)}.")
     return config
 
 
-def _check(config_path: Path, name: str, part, rules: dict, optional: dict | None = None) -> None:
+def _check(name: str, part, rules: dict, optional: dict | None = None) -> None:
     """Check a part of the configuration; a list of the same value for every depth becomes that value."""
     if not isinstance(part, dict):
-        raise ValueError(f"{config_path}: '{name}' must be an object, got {shown(part)}.")
+        raise ValueError(f"'{name}' must be an object, got {shown(part)}.")
     missing = [key for key in rules if part.get(key) is None]
     if missing:
-        raise ValueError(f"{config_path}: '{name}' lacks {', '.join(missing)}.")
+        raise ValueError(f"'{name}' lacks {', '.join(missing)}.")
     for key, rule in {**rules, **(optional or {})}.items():
         value = part.get(key)
         if key in ("n_embed", "decay") and isinstance(value, list):
             if not value or any(item != value[0] for item in value):
-                raise ValueError(f"{config_path}: `{name}.{key}` must be the same at every depth, got {shown(value)}.")
+                raise ValueError(f"`{name}.{key}` must be the same at every depth, got {shown(value)}.")
             value = part[key] = value[0]
-        try:
-            if rule is not None and value is not None:
-                rule.check(f"{name}.{key}", value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path}: {error}") from error
+        if rule is not None and value is not None:
+            rule.check(f"{name}.{key}", value)
 
 
 def _siglip_path(folder: Path, config: dict) -> str:
-    name, config_path = config.get("pretrained_model"), folder / "config.json"
-    if name is not None:
-        if not isinstance(name, str) or not name.strip() or not name.isprintable() or len(name) > 4096:
-            raise ValueError(
-                f"{config_path}: `rqvaesiglip.pretrained_model` must be a folder or Hub id, got {shown(name)}."
-            )
+    name = config.get("pretrained_model")
     for candidate in (name, "siglip"):
-        if candidate is not None and (folder / candidate / "config.json").is_file():
+        if candidate and (folder / candidate / "config.json").is_file():
             return str(folder / candidate)
-    if name is None:
-        raise ValueError(f"{config_path} has no 'pretrained_model', and {folder / 'siglip'} does not exist.")
+    if not name:
+        raise ValueError(
+            f"{folder / 'config.json'} has no 'pretrained_model', and {folder / 'siglip'} does not exist."
+        )
     return name
 
 
@@ -230,17 +234,15 @@ def _siglip_towers(name: str, config_path: Path) -> tuple[str, dict]:
                 raise FileNotFoundError(f"{name} holds no config.json.")
     except OSError as error:
         raise FileNotFoundError(f"{where}. {error}") from error
-    try:
+    with _errors_of(f"{where}: {path}"):
         fields = read_json_object(path)
         check_model_type(SiglipConfig, fields)
         # What is left out has SigLIP's defaults, not the paper's.
         towers = {name: _architecture(fields.get(name) or {}) for name in ("vision_config", "text_config")}
-        vision_config = as_config(towers["vision_config"], SiglipVisionConfig, "vision_config")
+        towers["vision_config"] = as_config(towers["vision_config"], SiglipVisionConfig, "vision_config")
         for side in ("image_size", "patch_size"):
-            SIDE.check(f"vision_config.{side}", getattr(vision_config, side))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {path}: {error}") from error
-    return path, {**towers, "vision_config": vision_config}
+            SIDE.check(f"vision_config.{side}", getattr(towers["vision_config"], side))
+    return path, towers
 
 
 def _architecture(fields):
@@ -258,15 +260,11 @@ def _quantizer_config(config: dict) -> DualTokenQuantizerConfig:
     return DualTokenQuantizerConfig(**fields, num_depths=config["code_shape"][-1], ema_vectors=ema_vectors)
 
 
-def convert_official_state_dict(
-    official: dict[str, torch.Tensor], model: DualTokenVisionTokenizer
-) -> dict[str, torch.Tensor]:
+def convert_official_state_dict(official: dict, model: DualTokenVisionTokenizer) -> dict[str, torch.Tensor]:
     """
-    The authors' `state_dict` under the names, and in the shapes, of `model`.
-
-    Raises:
-        ValueError: naming every missing, unexpected or misshapen key, what is no dense tensor of finite real numbers,
-            the copy of a shared codebook that differs, or a `zero_k_bias` that is not zero.
+    The authors' `state_dict` under the names, and in the shapes, of `model`. A `ValueError` names every missing,
+    unexpected or misshapen key, what is no dense tensor of finite real numbers, the copy of a shared codebook that
+    differs, and a `zero_k_bias` that is not zero.
     """
     num_levels = len(model.config.decoder_block_out_channels)
     converted, problems = {}, [f"the key {shown(name)} is not a string" for name in official if type(name) is not str]
@@ -274,9 +272,7 @@ def convert_official_state_dict(
     for key, tensor in model.state_dict().items():
         if ".codebook." in key:
             continue
-        name = official_key(key, num_levels)
-        shape = tuple(official_view(key, tensor).shape)
-        given = _take(remaining, name, shape, problems)
+        given = _take(remaining, official_key(key, num_levels), official_view(key, tensor).shape, problems)
         if given is not None:
             converted[key] = given.view_as(tensor)
     for kind in CODE_KINDS:
@@ -300,8 +296,8 @@ def _take(remaining: dict, name: str, shape: tuple | None, problems: list[str]) 
         return None
     tensor = remaining.pop(name)
     fault = _fault(tensor)
-    if not fault and shape is not None and tuple(tensor.shape) != shape:
-        fault = f"has shape {tuple(tensor.shape)} instead of {shape}"
+    if not fault and shape is not None and tensor.shape != shape:
+        fault = f"has shape {tuple(tensor.shape)} instead of {tuple(shape)}"
     if fault:
         problems.append(f"'{name}' {fault}")
     return None if fault else tensor.float()
@@ -322,9 +318,8 @@ def _fault(tensor) -> str | None:
     return None
 
 
-def _convert_codebooks(
-    kind: str, remaining: dict, config: DualTokenQuantizerConfig, problems: list[str]
-) -> dict[str, torch.Tensor]:
+def _convert_codebooks(kind: str, remaining: dict, config: DualTokenQuantizerConfig, problems: list[str]) -> dict:
+    """The three `(books, K, ...)` buffers of a codebook."""
     converted = {}
     names = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
     for our_name, name in names.items():
@@ -370,10 +365,8 @@ def load_official_tokenizer(folder: str | Path) -> DualTokenVisionTokenizer:
             layout = DualTokenVisionTokenizer(config)
     except RuntimeError as error:  # more bytes than 64 bits count
         raise ValueError(f"{folder / 'config.json'}: no model can have these sizes ({error}).") from error
-    try:
+    with _errors_of(checkpoints[0]):
         converted = convert_official_state_dict(official, layout)
-    except ValueError as error:
-        raise ValueError(f"{checkpoints[0]}: {error}") from error
     model = DualTokenVisionTokenizer(config)
     model.load_state_dict(converted)
     return model.eval()

@@ -25,12 +25,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoints import StrictLoadingMixin, checkpoint_errors
-from .configuration_dualtoken import (
-    CODE_KINDS,
-    DualTokenVisionTokenizerConfig,
-    config_fields,
-)
-from .vector_quantization import DualTokenCodebook, DualTokenQuantizerOutput, DualTokenResidualQuantizer
+from .configuration_dualtoken import CODE_KINDS, DualTokenVisionTokenizerConfig, config_fields
+from .vector_quantization import DualTokenCodebook, DualTokenResidualQuantizer
 
 
 @dataclass
@@ -79,10 +75,8 @@ class DualTokenVisionTokenizerOutput(DualTokenEncoderOutput):
 
 class DualTokenProjectionAttention(nn.Module):
     """
-    Multi-head attention that changes the width: heads are averaged on the way down and concatenated on the way up.
-
-    The number of heads is the wide side divided by the narrow side, so each head is as wide as a code vector. Down it
-    is bidirectional, up it is causal.
+    Attention that changes the width, with heads as wide as a code vector: averaged and bidirectional on the way down,
+    concatenated and causal on the way up.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -229,7 +223,6 @@ class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedMode
 class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     """
     Images to pixel and semantic codes, pixel codes back to images, and SigLIP's zero-shot classification.
-
     ```python
     tok = AutoModel.from_pretrained(path)
     enc = tok.encode(pixel_values)                  # (B, 3, S, S) in [-1, 1]
@@ -356,20 +349,16 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         """
         Codes and features of images. In training mode this also moves the codebooks (EMA).
 
-        One host sync, to check the range of `pixel_values`. `torch.compile(tok.encode)` is one graph without that
-        check and without a sync.
+        One host sync, to check the range of `pixel_values`; `torch.compile(tok.encode)` is one graph without it.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1].
-            codes (`Sequence[str]`, defaults to `("pixel", "semantic")`): which kinds to make. With `("pixel",)`
-                nothing deeper than the pixel and shortcut layers is computed.
-            features (`bool`, defaults to `True`): also the semantic features, the last layers and the pooled image
-                feature; `False` stops once the codes are known.
-            output_hidden_states, output_attentions (`bool`, *optional*): also those of the encoder's layers; default to
-                the config's. Attentions need `attn_implementation="eager"`.
-
-        Raises:
-            ValueError: for another shape, dtype or range, or an unknown kind of codes.
+            pixel_values (`torch.Tensor` of shape `(B, 3, S, S)`): images in [-1, 1]; a `ValueError` for any others.
+            codes (`Sequence[str]`): which kinds to make. With `("pixel",)` nothing deeper than the pixel and shortcut
+                layers is computed.
+            features (`bool`): also the semantic features, the last layers and the pooled image feature; `False` stops
+                once the codes are known.
+            output_hidden_states, output_attentions (`bool`, *optional*): also those of the encoder's layers; by default
+                as the config says. Attentions need `attn_implementation="eager"`.
         """
         codes = (codes,) if isinstance(codes, str) else tuple(codes)
         if not codes or not set(codes) <= set(CODE_KINDS):
@@ -395,34 +384,29 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             hidden_states = layer(hidden_states, attention_mask=None)
             tapped[number] = hidden_states if number in pixel_layers else None
 
-        fields = {}
+        fields, quantized = {}, {}
         if wants_pixel:
             fields["pixel_hidden_state"] = tapped[config.pixel_layer]
             latent = self.pixel_down_proj(tapped[config.pixel_layer])
             # CODEPATH: as in the constructor.
             if config.shortcut_layer is not None:
                 latent = latent + config.shortcut_weight * self.shortcut_down_proj(tapped[config.shortcut_layer])
-            fields |= self._quantized_fields("pixel", self.pixel_quantizer(latent))
+            quantized["pixel"] = self.pixel_quantizer(latent)
         if wants_semantic:
             fields["semantic_hidden_state"] = hidden_states
-            quantized = self.semantic_quantizer(self.semantic_down_proj(hidden_states))
-            fields |= self._quantized_fields("semantic", quantized)
+            quantized["semantic"] = self.semantic_quantizer(self.semantic_down_proj(hidden_states))
             if features:
-                fields["semantic_features"] = hidden_states = self.semantic_up_proj(quantized.quantized)
+                fields["semantic_features"] = hidden_states = self.semantic_up_proj(quantized["semantic"].quantized)
                 for layer in vision_model.encoder.layers[deepest:]:
                     hidden_states = layer(hidden_states, attention_mask=None)
                 fields["last_hidden_state"] = hidden_states
                 fields["pooler_output"] = vision_model.head(vision_model.post_layernorm(hidden_states))
+        for kind, output in quantized.items():
+            fields[f"{kind}_codes"] = output.codes.unflatten(1, (config.grid_size, config.grid_size))
+            fields[f"{kind}_quantized"] = output.quantized
+            fields[f"{kind}_commitment_loss"] = output.commitment_loss
         # Constructed at once: filled one by one, a ModelOutput's keys would not come in the declared order.
         return DualTokenEncoderOutput(**fields)
-
-    def _quantized_fields(self, kind: str, quantized: DualTokenQuantizerOutput) -> dict[str, torch.Tensor]:
-        grid = self.config.grid_size
-        return {
-            f"{kind}_codes": quantized.codes.unflatten(1, (grid, grid)),
-            f"{kind}_quantized": quantized.quantized,
-            f"{kind}_commitment_loss": quantized.commitment_loss,
-        }
 
     def decode(
         self,
@@ -431,20 +415,17 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         slice_size: int | None = None,
     ) -> DualTokenDecoderOutput:
         """
-        Images from pixel codes, or from their sums of code vectors (which keep the gradient). Exactly one is given.
+        Images from pixel codes `(B, h, w, D)`, or from their sums of code vectors `(B, N, C)`, which keep the gradient.
 
         One host sync, to check the range of `pixel_codes`, which a compiled call leaves out. The decoder's maps are
         channels-last from the start; `tok.to(memory_format=torch.channels_last)` brings its weights into that order.
 
         Args:
-            pixel_codes (`torch.LongTensor` of shape `(B, h, w, D)`).
-            pixel_quantized (`torch.Tensor` of shape `(B, N, C)`).
             slice_size (`int`, *optional*): how many images are decoded at a time; all by default. Without gradients the
                 memory is that of one slice. The images stay the same, as they would not if decoded in tiles.
 
         Raises:
-            ValueError: for both or neither, another grid or number of depths, codes out of range, or a `slice_size`
-                below 1.
+            ValueError: for both or neither, another grid or number of depths, or codes out of range.
         """
         if slice_size is not None and slice_size < 1:
             raise ValueError(f"`slice_size` must be at least 1, or None for all images at once; got {slice_size}.")
@@ -478,8 +459,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         self.quantizer(kind).check_codes(codes, f"{kind}_codes")
         if codes.ndim != 4 or codes.shape[1:3] != (grid, grid):
             raise ValueError(
-                f"`{kind}_codes` must have shape (B, {grid}, {grid}, {self.quantizer(kind).config.num_depths}), got "
-                f"{tuple(codes.shape)}."
+                f"`{kind}_codes` must have shape (B, {grid}, {grid}, {codes.shape[-1]}), got {tuple(codes.shape)}."
             )
 
     @can_return_tuple
@@ -539,38 +519,26 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions` and `return_dict`.
         """
         encoded = self.encode(pixel_values, codes=codes, **_recording(kwargs))
-        reconstruction = image_embeds = text_embeds = logits_per_image = logits_per_text = None
+        fields = dict(encoded)
         if encoded.pixel_quantized is not None:
-            reconstruction = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
+            fields["reconstruction"] = self.decode(pixel_quantized=encoded.pixel_quantized).reconstruction
         if encoded.pooler_output is not None:
-            image_embeds = F.normalize(encoded.pooler_output, dim=-1)
+            fields["image_embeds"] = F.normalize(encoded.pooler_output, dim=-1)
         if input_ids is not None:
-            if image_embeds is None:
+            if encoded.pooler_output is None:
                 raise ValueError(
                     f"Similarities to `input_ids` need semantic codes, but `codes` asks for {codes} only."
                 )
             text = self.get_text_features(input_ids, attention_mask=attention_mask, return_dict=True)
-            text_embeds = F.normalize(text.pooler_output, dim=-1)
-            similarity = text_embeds @ image_embeds.t()
-            logits_per_text = similarity * self.siglip.logit_scale.exp() + self.siglip.logit_bias
-            logits_per_image = logits_per_text.t()
-        return DualTokenVisionTokenizerOutput(
-            **encoded,
-            reconstruction=reconstruction,
-            image_embeds=image_embeds,
-            text_embeds=text_embeds,
-            logits_per_image=logits_per_image,
-            logits_per_text=logits_per_text,
-        )
+            fields["text_embeds"] = F.normalize(text.pooler_output, dim=-1)
+            similarity = fields["text_embeds"] @ fields["image_embeds"].t()
+            fields["logits_per_text"] = similarity * self.siglip.logit_scale.exp() + self.siglip.logit_bias
+            fields["logits_per_image"] = fields["logits_per_text"].t()
+        return DualTokenVisionTokenizerOutput(**fields)
 
 
 def _recording(kwargs: dict) -> dict:
     return {name: kwargs.get(name) for name in ("output_hidden_states", "output_attentions")}
 
 
-__all__ = [
-    "DualTokenDecoderOutput",
-    "DualTokenEncoderOutput",
-    "DualTokenVisionTokenizer",
-    "DualTokenVisionTokenizerOutput",
-]
+__all__ = ["DualTokenEncoderOutput", "DualTokenVisionTokenizer", "DualTokenVisionTokenizerOutput"]
