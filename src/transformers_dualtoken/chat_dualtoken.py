@@ -184,8 +184,8 @@ def without_image_data(message: dict) -> dict:
     return {**message, "content": parts}
 
 
-def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
-    """What image parts carry: all of them images, or all codes (then the parts themselves), or else a `ValueError`."""
+def image_data(parts: list[dict], num_positions: int) -> tuple[list, dict[str, np.ndarray]]:
+    """What image parts carry: all of them images, or all codes ([`stack_codes`]), or else a `ValueError`."""
     with_codes = [part for part in parts if any(key in part for key in CODE_KEYS)]
     images = [part_image(part) for part in parts if not any(key in part for key in CODE_KEYS)]
     missing = sum(image is None for image in images)
@@ -194,7 +194,7 @@ def image_data(parts: list[dict]) -> tuple[list, list[dict]]:
         keys = f"images ({', '.join(map(repr, IMAGE_KEYS))}), or all codes ({' and '.join(map(repr, CODE_KEYS))})"
         advice = "If the model gets all codes otherwise, pass `placeholders_only=True`"
         raise ValueError(f"All {len(parts)} image parts of a call must carry {keys}: {counts}. {advice}.")
-    return images, with_codes
+    return images, stack_codes(with_codes, num_positions)
 
 
 def stack_codes(parts: list[dict], num_positions: int) -> dict[str, np.ndarray]:

@@ -44,9 +44,7 @@ _IMAGE_START = re.compile(
 # PIL goes by the content and not by the name: PostScript would start Ghostscript, and files of the others hold one of
 # another format, not bounded by their header. An ICO is decoded while it is opened: it is told by its first bytes.
 _ICO_START = b"\0\0\1\0"
-_HOLDS_OTHERS = (
-    "it is of the format {}, which holds pictures of any size; save it as PNG, JPEG, WebP or another format"
-)
+_HOLDS_OTHERS = "it is of the format {}, which holds pictures of any size; save it as PNG or JPEG"
 _REFUSED_FORMATS = {
     "EPS": "it is PostScript, a program and no image",
     **{name: _HOLDS_OTHERS.format(name) for name in ("BLP", "ICNS", "IPTC")},
@@ -172,7 +170,14 @@ def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAININ
     if isinstance(value, (bytes, bytearray, memoryview)):
         return {"bytes": bytes(value), "path": None}
     if hasattr(value, "read"):
-        return {"bytes": _read_file_object(value), "path": image_name(value)}
+        with _unreadable("the file object cannot be read"):
+            # As Pillow does: a buffer that an image was just written to stands at its end.
+            if getattr(value, "seekable", bool)():
+                value.seek(0)
+            data = value.read()
+        if not isinstance(data, bytes):
+            raise TypeError(f"A file object must be open for bytes (mode 'rb'), got one of {type(data).__name__}.")
+        return {"bytes": data, "path": image_name(value)}
     if isinstance(value, os.PathLike):
         return _local_path(os.fsdecode(value), folder)
     if isinstance(value, str):
@@ -215,17 +220,6 @@ def _local_path(path: str, folder: str | None) -> str:
     if folder is not None and "://" in folder:
         return f"{folder.rstrip('/')}/{path}"
     return os.path.join(folder or "", os.path.expanduser(path))
-
-
-def _read_file_object(file) -> bytes:
-    with _unreadable("the file object cannot be read"):
-        # As Pillow does: a buffer that an image was just written to stands at its end.
-        if getattr(file, "seekable", bool)():
-            file.seek(0)
-        data = file.read()
-    if not isinstance(data, bytes):
-        raise TypeError(f"A file object must be open for bytes (mode 'rb'), got one that gives {type(data).__name__}.")
-    return data
 
 
 def _decode_base64(text) -> bytes:
@@ -389,8 +383,14 @@ def _download(url: str, max_bytes: int | None) -> bytes:
     timer.daemon = True
     timer.start()
     try:
+        parts = urllib.parse.urlsplit(url)
+        if not parts.hostname:
+            raise ValueError("it names no host")
+        # Blanks and characters outside ASCII as percent signs, what is quoted already as it is.
+        path, query = (urllib.parse.quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+        quoted = urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query, ""))
         # Some servers refuse Python's own name.
-        request = urllib.request.Request(_quoted(url), headers={"User-Agent": "transformers-dualtoken"})
+        request = urllib.request.Request(quoted, headers={"User-Agent": "transformers-dualtoken"})
         with urllib.request.build_opener(handler).open(request, timeout=DOWNLOAD_SECONDS) as response:
             data = _read_bounded(response, max_bytes, response.length or 0)
             if handler.is_over:
@@ -411,15 +411,6 @@ def _download(url: str, max_bytes: int | None) -> bytes:
         raise urllib.error.URLError(f"no valid answer from {url!r:.200}: {error!r}") from error
     finally:
         timer.cancel()
-
-
-def _quoted(url: str) -> str:
-    """Blanks and other characters outside ASCII as percent signs, what is quoted already as it is."""
-    parts = urllib.parse.urlsplit(url)
-    if not parts.hostname:
-        raise ValueError("it names no host")
-    quoted = {name: urllib.parse.quote(getattr(parts, name), safe=string.punctuation) for name in ("path", "query")}
-    return urllib.parse.urlunsplit(parts._replace(**quoted, fragment=""))
 
 
 def decode_image(image: Image.Image, bounds: ImageBounds) -> Image.Image:
@@ -526,12 +517,10 @@ def _as_tensor(image, input_data_format) -> torch.Tensor:
     is_last = input_data_format == "channels_last"
     if input_data_format is None:
         is_last = shape[0] not in (1, 3, 4) or (shape[2] == 3 and shape[0] != 3)
-    if not isinstance(image, torch.Tensor):
-        image = _from_array(np.asarray(image))
-    elif not image.is_floating_point() and image.dtype != torch.uint8:
-        image = _from_array(image.cpu().numpy())
-    elif image.dtype not in (torch.uint8, torch.float64):
-        image = image.float()
+    if isinstance(image, torch.Tensor) and (image.is_floating_point() or image.dtype == torch.uint8):
+        image = image if image.dtype in (torch.uint8, torch.float64) else image.float()
+    else:
+        image = _from_array(image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image))
     if image.is_floating_point() and not all(map(math.isfinite, image.aminmax())):
         raise ValueError("The image array contains NaN or infinite values.")
     return image.permute(2, 0, 1) if is_last else image

@@ -29,7 +29,6 @@ from .chat_dualtoken import (
     mark_special_tokens,
     normalize_chats,
     special_tokens_of,
-    stack_codes,
     without_image_data,
     writes,
 )
@@ -237,11 +236,10 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
 
         Returns:
             [`BatchFeature`]: `input_ids` and `attention_mask` (B, L), padded on the left unless told otherwise, and
-            `pixel_values` (images, 3, S, S) in [-1, 1]; with a negative prompt also `negative_prompt_ids` and
-            `negative_prompt_attention_mask`; with `return_text_replacement_offsets` also
-            `text_replacement_offsets`, of every prompt and each of its images a dict of `type` ("image"), `text`,
-            `replacement`, and the places `span` and `new_span` before and after: what engines such as vLLM put in the
-            place of `<|image_pad|>`.
+            `pixel_values` (images, 3, S, S) in [-1, 1]; of a negative prompt `negative_prompt_ids` and
+            `negative_prompt_attention_mask`; with `return_text_replacement_offsets` also `text_replacement_offsets`, of
+            every prompt's images a dict of `type` ("image"), `text`, `replacement`, and their places `span` and
+            `new_span`: what engines such as vLLM put in the place of `<|image_pad|>`.
         """
         images, row_counts = _flatten_images(images)
         if videos is not None or audio is not None:
@@ -398,8 +396,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             images, row_counts = _flatten_images(given)
             self._check_counts(counts, len(images), row_counts)
         elif tokenize and not placeholders_only:
-            images, with_codes = image_data(sum(parts, []))
-            codes = stack_codes(with_codes, self.num_image_tokens)
+            images, codes = image_data(sum(parts, []), self.num_image_tokens)
 
         chats_without_images = [[without_image_data(message) for message in chat] for chat in chats]
         outside = {**variables, "conversations": chats_without_images, "tools": tools, "documents": documents}
