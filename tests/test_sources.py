@@ -291,7 +291,7 @@ def test_files_of_folders(tmp_path):
         load_chat_sources(tmp_path / "f")
     write(tmp_path / "pairs/a.png", png(0))
     write(tmp_path / "pairs/a.txt", "its caption")
-    with pytest.raises(ValueError, match="text .* without images"):
+    with pytest.raises(ValueError, match="text without images"):
         load_chat_sources(tmp_path / "pairs")
 
 

@@ -5,6 +5,7 @@ Every shard of a folder carries, in its footer, the settings it was made with an
 and several processes need no word with each other. Whoever finds the last one in place writes the folder's description.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -159,8 +160,7 @@ def precompute_codes(
                 if sample.error is not None and on_bad_sample == "error":
                     advice = "Mend it and start again, or pass such samples over with `on_bad_sample` = 'skip'."
                     raise ValueError(f"The sample {sample.name} cannot be used: {sample.error}. {advice}")
-                sample.images = [images.add(image, sample.pixel_values) for image in sample.images]
-                sample.pixel_values = {}
+                sample.images = [images.add(image) for image in sample.images]
                 samples.append(sample)
             counts = _write_shard(folder, shard, samples, images.finish(), settings)
             for name in _COUNTS:
@@ -198,7 +198,7 @@ class _Rows:
 
 @dataclass
 class _Sample:
-    """A row, read: `images` holds of every image the key of its `pixel_values` (3, S, S), or its codes of each kind."""
+    """A row, read: `images` holds of every image a key and `pixel_values` (3, S, S), or its codes of each kind."""
 
     shard: int
     source: int
@@ -206,7 +206,6 @@ class _Sample:
     id: str | None = None
     example: str = ""
     images: list = field(default_factory=list)
-    pixel_values: dict[bytes, torch.Tensor] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -225,18 +224,18 @@ class _SampleReader(Dataset):
             sample.id = example.get("id")
             plain = {"messages": list(map(without_image_data, example["messages"]))} if "messages" in example else {}
             sample.example = json.dumps({**example, **plain} if plain else without_image_data(example))
-            for position, part in enumerate(_image_parts(example), start=1):
-                sample.images.append(self._read(part, position, sample.pixel_values))
+            sample.images = [
+                self._read(part, position) for position, part in enumerate(_image_parts(example), start=1)
+            ]
         except BadSampleError as error:
-            sample.error, sample.id, sample.images = str(error), sample.id or error.sample_id, []
+            sample.error, sample.id = str(error), sample.id or error.sample_id
         except Exception as error:
-            kind = type(error).__name__
-            raise RuntimeError(f"The sample {sample.name} cannot be read ({kind}: {error}).") from error
+            raise RuntimeError(f"The sample {sample.name} cannot be read ({error!r}).") from error
         if sample.id is not None:
             sample.name += f" (id {sample.id})"
         return sample
 
-    def _read(self, part: dict, position: int, pixel_values: dict[bytes, torch.Tensor]) -> bytes | list[np.ndarray]:
+    def _read(self, part: dict, position: int) -> tuple[bytes, torch.Tensor] | list[np.ndarray]:
         if part.get("pixel_codes") is not None:
             return [self._check_codes(part, kind, position) for kind in CODE_KINDS]
         try:
@@ -244,10 +243,8 @@ class _SampleReader(Dataset):
         except (TypeError, UnreadableImageError) as error:
             name = image_name(part["image"]) or position
             raise BadSampleError(f"its image {name} cannot be used: {error}") from error
-        image = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
-        key = hashlib.blake2b(image.numpy(), digest_size=16).digest()
-        pixel_values[key] = image
-        return key
+        pixel_values = self.image_processor(images=image, return_tensors="pt").pixel_values[0]
+        return hashlib.blake2b(pixel_values.numpy(), digest_size=16).digest(), pixel_values
 
     def _check_codes(self, part: dict, kind: str, position: int) -> np.ndarray:
         codes, size = np.asarray(part[f"{kind}_codes"]), self.settings["codebook_size"][kind]
@@ -274,14 +271,17 @@ class _ImageEncoder:
         # They stay on the device until the shard is written: to fetch them would wait for it.
         self.codes: list[list[torch.Tensor]] = []
 
-    def add(self, image: bytes | list[np.ndarray], pixel_values: dict[bytes, torch.Tensor]) -> int | list[np.ndarray]:
+    def add(self, image: tuple[bytes, torch.Tensor] | list[np.ndarray]) -> int | list[np.ndarray]:
         """Where in the result of `finish` the codes of an image will be; codes are given back."""
-        if isinstance(image, bytes) and image not in self.numbers:
-            self.numbers[image] = len(self.numbers)
-            self.waiting.append(pixel_values[image])
+        if isinstance(image, list):
+            return image
+        key, pixel_values = image
+        if key not in self.numbers:
+            self.numbers[key] = len(self.numbers)
+            self.waiting.append(pixel_values)
             if len(self.waiting) == self.batch_size:
                 self._encode()
-        return self.numbers[image] if isinstance(image, bytes) else image
+        return self.numbers[key]
 
     def finish(self) -> list[np.ndarray]:
         """Codes (images, h * w * D) of each kind; nothing if there was no image."""
@@ -295,9 +295,6 @@ class _ImageEncoder:
         with torch.autocast(pixel_values.device.type, torch.bfloat16, enabled=self.bf16):
             encoded = self.vision_tokenizer.encode(pixel_values, features=False)
         self.codes.append([encoded[f"{kind}_codes"].flatten(1).to(torch.int32) for kind in CODE_KINDS])
-
-
-# The folder
 
 
 def _describe(source: ChatSource, max_samples: int | None) -> dict:
@@ -448,10 +445,8 @@ def is_code_folder(path) -> bool:
     if (folder / DESCRIPTION_FILE).is_file():
         return True
     for shard in _find_shards(folder).values() if folder.is_dir() else ():
-        try:
+        with contextlib.suppress(ValueError):  # another shard, or who reads this one, says what is wrong
             return bool(_read_footer(shard))
-        except ValueError:  # another shard, or who reads this one, says what is wrong
-            continue
     return False
 
 
@@ -533,9 +528,6 @@ def _with_codes(row: dict, shapes: dict[str, tuple], sizes: dict[str, int]) -> d
         for part, image in zip(parts, found):
             part[f"{kind}_codes"] = image.astype(_code_dtype(sizes[kind]))
     return example
-
-
-# The tokenizer
 
 
 def tokenizer_fingerprint(

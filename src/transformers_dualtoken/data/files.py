@@ -33,9 +33,8 @@ from .samples import BadSampleError
 logger = logging.get_logger(__name__)
 
 # Files of a folder, and keys of a webdataset sample, that are images.
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "avif", "bmp", "gif", "tif", "tiff", "jp2", "j2k"),
-    *("ppm", "pgm", "pbm", "pnm", "tga", "ico"),
+IMAGE_EXTENSIONS = tuple(
+    "jpg jpeg jpe jfif png apng webp avif bmp gif tif tiff jp2 j2k ppm pgm pbm pnm tga ico".split()
 )
 _KINDS = {
     **dict.fromkeys((f".{extension}" for extension in IMAGE_EXTENSIONS), "image"),
@@ -62,25 +61,16 @@ MAX_SHARDS = 1024
 # Keys of a webdataset sample that are text.
 _TEXT_KEYS = ("txt", "text", "caption")
 
+_STRING, _BYTES = datasets.Value("string"), datasets.Value("large_binary")
 # A line of a file, or what stands for it: JSON text.
-LINE_FEATURES = datasets.Features(
-    {"line": datasets.Value("large_binary"), "file": datasets.Value("string"), "number": datasets.Value("int64")}
-)
+LINE_FEATURES = datasets.Features({"line": _BYTES, "file": _STRING, "number": datasets.Value("int64")})
 # A sample of a webdataset shard.
-TAR_FEATURES = datasets.Features(
-    {
-        "key": datasets.Value("string"),
-        "file": datasets.Value("string"),
-        "members": datasets.List({"name": datasets.Value("string"), "bytes": datasets.Value("large_binary")}),
-    }
-)
+_MEMBERS = datasets.List({"name": _STRING, "bytes": _BYTES})
+TAR_FEATURES = datasets.Features({"key": _STRING, "file": _STRING, "members": _MEMBERS})
 
 
 class MissingDataError(FileNotFoundError, ValueError):
     """There is no data set of this path or name."""
-
-
-# Where data lies
 
 
 def is_local(source: str) -> bool:
@@ -239,9 +229,6 @@ def naming_file(path: str):
         raise ValueError(f"The file {path!r} cannot be read, it is truncated or damaged ({error}).") from error
 
 
-# Webdataset shards
-
-
 def read_tar(path: str, choose: Callable[[list[str]], Iterable[str]]) -> Iterator[tuple[str, list, list]]:
     """
     The samples of a webdataset shard: name, the keys of all files (what stands after the first dot of a name), and
@@ -286,9 +273,6 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo, path: str) -> by
         return file.read()
 
 
-# Rows
-
-
 def iterate_rows(shards: list[str], kind: str, sample_by: str = "document") -> Iterator[dict]:
     """The rows of JSON, CSV, text or webdataset files of one kind, of `LINE_FEATURES` or `TAR_FEATURES`."""
     for path in shards:
@@ -309,12 +293,15 @@ def _iterate_lines(path: str, kind: str, sample_by: str) -> Iterator[tuple[int, 
     """Number from 1, and JSON text, of the lines or of what stands for them."""
     if kind == "json" and not _is_array(path):
         # By bytes: U+2028 and its like, which JSON allows within a string, end no line.
-        with _open(path) as file:
+        with fsspec.open(path, compression="infer") as file:
             lines = (line.rstrip(b"\r\n") for line in file)
             yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         return
     # Bytes that are no UTF-8 pass through, and make a bad sample of one row instead of ending the run.
-    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text:
+    with (
+        fsspec.open(path, compression="infer") as file,
+        io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="") as text,
+    ):
         if kind == "json":
             rows = _iterate_array(text, path)
         elif kind == "csv":
@@ -329,15 +316,11 @@ def _iterate_lines(path: str, kind: str, sample_by: str) -> Iterator[tuple[int, 
                 yield number, row.encode("utf-8", "surrogateescape")
 
 
-def _open(path: str):
-    return fsspec.open(path, "rb", compression="infer")
-
-
 def _is_array(path: str) -> bool:
     """Whether a JSON file is one array. Lines may be arrays too, but are then no rows."""
     if ".json" not in [suffix.lower() for suffix in Path(path).suffixes]:
         return False
-    with _open(path) as file:
+    with fsspec.open(path, compression="infer") as file:
         return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 

@@ -54,9 +54,6 @@ def detect_format(columns) -> str | None:
     return next((name for name in ("edit", "caption", "text") if FORMATS[name].find_columns(columns)), None)
 
 
-# Chats
-
-
 def convert_messages(record: Mapping, folder: str | None) -> dict:
     """Chat messages, as `messages` or, in two parts, `prompt` and `completion`."""
     messages = record.get("messages")
@@ -149,9 +146,6 @@ def _exchange(question, answer) -> dict:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-# Documents
-
-
 def convert_text(record: Mapping, folder: str | None, text_column: str, sample_by: str) -> dict:
     """Plain text, every token of it a target."""
     return {"content": _text_of(record, text_column)}
@@ -197,7 +191,7 @@ def _with_file_names(*names: str) -> tuple[str, ...]:
 _IMAGE_NAMES = _with_file_names("image", "jpg", "jpeg", "png", "webp", "img", "image_path", "image_url", "file_name")
 _INPUT_NAMES = _with_file_names("input_image", "source_image", "original_image", "source_img", "src_img", "image")
 _EDITED_NAMES = _with_file_names("edited_image", "output_image", "target_image", "edited_img", "target_img")
-_INSTRUCTION_NAMES = ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list")
+_INSTRUCTIONS = ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list")
 
 FORMATS = {
     "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image", "tools", "system")),
@@ -209,18 +203,11 @@ FORMATS = {
     ),
     "edit": Format(
         convert_edit,
-        roles={
-            "input_column": _INPUT_NAMES,
-            "instruction_column": _INSTRUCTION_NAMES,
-            "edited_column": _EDITED_NAMES,
-        },
+        roles={"input_column": _INPUT_NAMES, "instruction_column": _INSTRUCTIONS, "edited_column": _EDITED_NAMES},
     ),
     "text": Format(convert_text, roles={"text_column": ("text",)}, options={"sample_by": "document"}),
     "interleaved": Format(convert_interleaved, ("content", "texts", "images", "image")),
 }
-
-
-# What stands in columns
 
 
 def _rows(value):

@@ -112,11 +112,11 @@ def undecoded(dataset, image_column: str, keep=()):
         dataset = dataset.select_columns(wanted)
     if dataset.features is None or dataset.features[image_column] == _UNDECODED:
         return dataset
-    _check_holds_images(dataset.features[image_column], f"The column {image_column!r}")
+    _check_type(dataset.features[image_column], f"The column {image_column!r}")
     return dataset.cast_column(image_column, _UNDECODED)
 
 
-def _check_holds_images(feature, column: str) -> None:
+def _check_type(feature, column: str) -> None:
     if not _holds_images(feature):
         raise ValueError(f"{column} must hold images (or the bytes or paths of image files), got {feature}.")
 
@@ -244,7 +244,7 @@ def _inspect_parquet(path: str, image_column: str, keep: tuple[str, ...]) -> tup
             raise ValueError(f"The parquet file {path!r} has no column {column!r}; it has {schema.names}.")
     columns = [schema.field(column) for column in dict.fromkeys((image_column, *keep))]
     features = datasets.Features.from_arrow_schema(pa.schema(columns, schema.metadata))
-    _check_holds_images(features[image_column], f"The column {image_column!r} of the parquet file {path!r}")
+    _check_type(features[image_column], f"The column {image_column!r} of the parquet file {path!r}")
     return features, num_row_groups
 
 

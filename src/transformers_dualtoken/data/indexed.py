@@ -26,15 +26,11 @@ _NAMED_SAMPLES = 5
 _RECHECKED = 20
 # To be raised whenever the ids of an example change: it keeps those of an older version out of use.
 _ENCODING_VERSION = 2
+_TYPES = {"length": "int32", "cut": "bool", "name": "string", "fault": "string"}
+_LISTS = {"input_ids": "int32", "is_target": "bool"}
 _ENCODED_FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "is_target": datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int32"),
-        "cut": datasets.Value("bool"),
-        "name": datasets.Value("string"),
-        "fault": datasets.Value("string"),
-    }
+    {name: datasets.List(datasets.Value(dtype)) for name, dtype in _LISTS.items()}
+    | {name: datasets.Value(dtype) for name, dtype in _TYPES.items()}
 )
 
 

@@ -285,10 +285,7 @@ def _find_data(path: str, split: str) -> tuple[str, list[str]]:
         found = metadata
     elif not kinds and not has_images:  # text counts where there is nothing else
         kinds = ["txt"]
-    wanted = (
-        "is no data of conversations, captions or text (JSON lines, JSON, parquet, CSV, webdataset shards (.tar), text "
-        "(.txt) without images, or images with a metadata.jsonl)"
-    )
+    wanted = "are no JSON lines, JSON, CSV, parquet, .tar, text without images, or images with a metadata.jsonl"
     return files.choose_files(path, found, kinds, split, wanted)
 
 

@@ -6,7 +6,6 @@ import random
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
-from transformers.utils.versions import require_version
 
 from ..image_reading import UnreadableImageError, image_name
 from .encoding import ChatEncoder
@@ -96,7 +95,6 @@ class SampleStream(IterableDataset):
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where the state of a [`StreamProgress`] says. To be called before the `DataLoader` is iterated."""
-        require_version("datasets>=5.1", "In older versions a stream does not go on exactly where it was.")
         for position in state["positions"].values():
             self._check(position, self.settings)
         # JSON makes strings of the keys.
