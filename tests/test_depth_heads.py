@@ -201,7 +201,7 @@ def test_attention_is_as_exact_as_that_of_torch(dtype, num_depths, head_dim):
     """In value and gradient; scores that are rounded to bfloat16 are off by almost twice as much."""
     generator = torch.Generator().manual_seed(0)
     exact = [torch.randn(400, num_depths, head_dim, generator=generator, dtype=torch.float64) for _ in range(4)]
-    own = attention_errors(depth_heads._causal_attention, exact, dtype)
+    own = attention_errors(depth_heads._CausalAttention.apply, exact, dtype)
     of_torch = attention_errors(causal_attention_of_torch, exact, dtype)
     # In float32 and float64 either is rounding alone.
     rounding = {torch.float32: 2e-6, torch.float64: 1e-13}.get(dtype, 0)
@@ -216,7 +216,7 @@ def test_scores_beyond_float16_are_finite():
     exact[0], exact[1] = 200 * exact[0], 200 * exact[1]
     assert (exact[0] @ exact[1].transpose(1, 2)).abs().max() > torch.finfo(torch.float16).max
     inputs = [x.half().requires_grad_() for x in exact[:3]]
-    output = depth_heads._causal_attention(*inputs)
+    output = depth_heads._CausalAttention.apply(*inputs)
     gradients = torch.autograd.grad(output, inputs, exact[3].half())
     assert all(x.isfinite().all() for x in (output, *gradients))
 
@@ -227,7 +227,7 @@ def test_attention_under_autocast_keeps_its_scores():
     results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            output = depth_heads._causal_attention(*inputs)
+            output = depth_heads._CausalAttention.apply(*inputs)
             results.append([output, *torch.autograd.grad(output, inputs, torch.ones_like(output))])
     assert all(torch.equal(plain, autocast) for plain, autocast in zip(*results))
 
@@ -266,7 +266,7 @@ def test_attention_keeps_no_wide_copies():
     inputs = [torch.randn(40, 8, 16).bfloat16().requires_grad_() for _ in range(3)]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        depth_heads._causal_attention(*inputs)
+        depth_heads._CausalAttention.apply(*inputs)
     assert sum(x.nbytes for x in kept) == 3 * inputs[0].nbytes + 40 * 8 * 8 * 4
 
 

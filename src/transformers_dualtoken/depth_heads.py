@@ -34,16 +34,10 @@ class DualTokenStackedLinear(nn.Module):
         `(*stack, T, in)` -> `(*stack, T, out)`, or of one depth of a `(M, D)` stack `(M, T, in)` -> `(M, T, out)`;
         `residual`, of the result's shape, is added. All by calls of the module, where ZeRO-3 and FSDP2 gather weights.
         """
-        if depth is None:
-            return self._product(hidden_states, self.weight, self.bias, residual)
-        bias = None if self.bias is None else self.bias[:, depth]
-        return self._product(hidden_states, self.weight[:, depth], bias, residual)
-
-    @staticmethod
-    def _product(hidden_states, weight, bias, residual):
-        """`(*stack, T, in)`, `(*stack, out, in)`, `(*stack, out)` or None, `(*stack, T, out)` or None."""
-        stack = weight.shape[:-2]
-        weight = weight.flatten(0, -3).transpose(1, 2)
+        weight, bias = self.weight, self.bias
+        if depth is not None:
+            weight, bias = weight[:, depth], None if bias is None else bias[:, depth]
+        stack, weight = weight.shape[:-2], weight.flatten(0, -3).transpose(1, 2)
         hidden_states = hidden_states.flatten(0, -3)
         added = None if bias is None else bias.flatten(0, -2).unsqueeze(1)
         # Within the product only where that keeps its precision: autocast would round it.
@@ -70,7 +64,11 @@ class DualTokenStackedRMSNorm(nn.Module):
 
 
 class _CausalAttention(torch.autograd.Function):
-    """In float32 at least, rounded once; autograd would keep the wide copies. All but the scores `(N, D, head_dim)`."""
+    """
+    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same, in float32 at least and rounded
+    once; autograd would keep the wide copies. Not torch's own, which is for few long ones: on a GPU its backward pads 8
+    depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 24 MB here) and takes at most 65,535 positions.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -102,15 +100,6 @@ def _widen(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """
-    Causal softmax attention of many short sequences, `(N, D, head_dim)` -> the same. Not torch's own, which is for few
-    long ones: on a GPU its backward pads 8 depths to 128 (5.7 GiB for 8 images of 384 px, whose scores are 24 MB here)
-    and takes at most 65,535 positions.
-    """
-    return _CausalAttention.apply(query, key, value)
-
-
 class DualTokenDepthLayer(GradientCheckpointingLayer):
     """Pre-norm layer: causal attention over the depths of a position, then a feed-forward of the depth's own."""
 
@@ -138,7 +127,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         qkv = qkv.view(models, depths, length, 3, self.num_heads, self.head_dim)
         # Positions are the batch of this attention, depths its sequence: (3, M, T, heads, D, head_dim).
         query, key, value = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 3)
-        context = _causal_attention(query, key, value)
+        context = _CausalAttention.apply(query, key, value)
         context = context.view(models, length, self.num_heads, depths, self.head_dim).permute(0, 3, 1, 2, 4)
         attention = self.o_proj(context.reshape(models, depths * length, width))
         hidden_states = hidden_states + attention.view_as(hidden_states)
