@@ -118,8 +118,7 @@ def _plain_error(error: Exception, what: str) -> Exception:
     """What transformers raises of a field, as a `TypeError` or `ValueError` of one sentence that begins with `what`."""
     while isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    kind = TypeError if isinstance(error, TypeError) else ValueError
-    return kind(f"{what}: {' '.join(str(error).split())}")
+    return (TypeError if isinstance(error, TypeError) else ValueError)(f"{what}: {' '.join(str(error).split())}")
 
 
 def _refused_field(error: Exception, config_class, fields: dict, where: str = "") -> str | None:
@@ -128,7 +127,7 @@ def _refused_field(error: Exception, config_class, fields: dict, where: str = ""
         try:
             config_class(**{name: value})
         except Exception as own_error:
-            if type(own_error) is type(error) and str(own_error) == str(error):
+            if (type(own_error), str(own_error)) == (type(error), str(error)):
                 return f"`{where}{name}` cannot be {shown(value)}"
     return None
 
@@ -145,20 +144,19 @@ def _check_names(config_class, names, where: str) -> None:
                 raise ValueError(f"{where} has no field `{name}`; did you mean `{close[0]}`?")
 
 
-def _check_fields(name: str, fields: dict, rules: dict) -> None:
+def _check_transformer(name: str, fields: dict, rules: dict) -> None:
+    """The fields of a transformer of another project, by `rules`."""
     for field, rule in rules.items():
         if field in fields and (fields[field] is not None or field in ("hidden_size", "vocab_size")):
             rule.check(f"{name}.{field}", fields[field])
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    if width and heads and fields.get("head_dim") is None and width % heads:
+        raise ValueError(f"`{name}.hidden_size` ({width}) must be a multiple of its num_attention_heads ({heads}).")
 
 
-def _check_transformer(config, name: str, rules: dict) -> None:
-    """The sizes of a transformer whose config is of transformers."""
-    _check_fields(name, {field: getattr(config, field) for field in rules if hasattr(config, field)}, rules)
-    heads = getattr(config, "num_attention_heads", None)
-    if heads and getattr(config, "head_dim", None) is None and config.hidden_size % heads:
-        raise ValueError(
-            f"`{name}.hidden_size` ({config.hidden_size}) must be a multiple of its num_attention_heads ({heads})."
-        )
+def _transformer_fields(config) -> dict:
+    names = (*_VISION_RULES, "head_dim")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def as_config(value, config_class, name: str, defaults: dict | None = None):
@@ -167,9 +165,8 @@ def as_config(value, config_class, name: str, defaults: dict | None = None):
         return value
     value = (defaults or {}) if value is None else value
     if not isinstance(value, dict):
-        raise TypeError(
-            f"`{name}` must be a {config_class.__name__} or a dict of its fields, got {type(value).__name__}."
-        )
+        kind = config_class.__name__
+        raise TypeError(f"`{name}` must be a {kind} or a dict of its fields, got {type(value).__name__}.")
     model_type = value.get("model_type", config_class.model_type)
     if model_type != config_class.model_type:
         raise ValueError(f"`{name}` must be of type {config_class.model_type!r}, got {shown(model_type)}.")
@@ -177,7 +174,7 @@ def as_config(value, config_class, name: str, defaults: dict | None = None):
     fields = {key: item for key, item in value.items() if key != "model_type"}
     ours = issubclass(config_class, _CheckedConfig)  # those name the field themselves
     if not ours:  # before transformers builds lists of so many layers
-        _check_fields(name, fields, _TRANSFORMER_RULES)
+        _check_transformer(name, fields, _TRANSFORMER_RULES)
     try:
         return config_class(**fields)
     except Exception as error:
@@ -364,17 +361,15 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
         if isinstance(size, (list, tuple)) or isinstance(patch_size, (list, tuple)):
             raise ValueError(f"The encoder must have one square resolution, got {size} in patches of {patch_size}.")
-        _check_transformer(self.vision_config, "vision_config", _VISION_RULES)
-        _check_transformer(self.text_config, "text_config", _TRANSFORMER_RULES)
+        _check_transformer("vision_config", _transformer_fields(self.vision_config), _VISION_RULES)
+        _check_transformer("text_config", _transformer_fields(self.text_config), _TRANSFORMER_RULES)
 
     def _faults(self):
         self._check_towers()
         vision, groups, levels = self.vision_config, self.decoder_norm_num_groups, len(self.decoder_block_out_channels)
         if vision.patch_size > vision.image_size:
             yield f"patch_size={vision.patch_size} is larger than image_size={vision.image_size}."
-        SIDE.check(
-            "reconstruction_size (decoder_latent_size and decoder_block_out_channels)", self.reconstruction_size
-        )
+        SIDE.check("reconstruction_size (latent size and channels of the decoder)", self.reconstruction_size)
         for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
             code_dim = getattr(self, name).code_dim
             if vision.hidden_size % code_dim:
@@ -492,7 +487,7 @@ class DualTokenConfig(_CheckedConfig):
             if not hasattr(language_model, name):
                 kind = type(language_model).__name__
                 yield f"`text_config` must be of a causal language model: {kind} has no {name}."
-        _check_transformer(language_model, "text_config", _TRANSFORMER_RULES)
+        _check_transformer("text_config", _transformer_fields(language_model), _TRANSFORMER_RULES)
         if len(set(ids)) != 3:
             yield f"The three image token ids must differ, got {ids}."
         if max(ids) >= language_model.vocab_size:
