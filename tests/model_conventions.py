@@ -14,9 +14,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "transformers_dualtoken"
 EXCEPTIONS = {
-    "TRF057": "@auto_docstring is for folders of transformers itself: elsewhere it finds no checkpoint and no example, "
-    "prints an error at import for every argument of ours, and drops what a docstring says before and after its "
-    "arguments. Docstrings here are written out, with shapes, ranges and errors.",
+    "TRF057": "@auto_docstring is made for folders of transformers itself: elsewhere it finds no checkpoint and no "
+    "example, prints an error at import for every argument it does not know, and drops what a docstring says around its "
+    "arguments. It is used where its texts say what is so (processors); models and configs write theirs out, with shapes, "
+    "ranges and errors.",
 }
 
 

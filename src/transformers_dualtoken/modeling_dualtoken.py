@@ -1,3 +1,8 @@
+# Licensed under the Apache License, Version 2.0 (the "License"); you may not use this file except in compliance with the
+# License. You may obtain a copy of the License at http://www.apache.org/licenses/LICENSE-2.0. Unless required by
+# applicable law or agreed to in writing, software distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied. See the License for the specific language
+# governing permissions and limitations under the License.
 """The unified model: a causal language model that reads and writes text and the codes of images (paper, section 3.2).
 
 An image is N positions `<image_start> v_1 ... v_N <image_end>` of a sequence. A position's embedding is made from its
@@ -118,14 +123,9 @@ class DualTokenPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    # Of the heads all together: their classifier's weight is used outside its own forward.
-    _no_split_modules = [
-        "SiglipEncoderLayer",
-        "Qwen2DecoderLayer",
-        "DualTokenDepthLayer",
-        "DualTokenDepthHeads",
-        "DualTokenVisualProjector",
-    ]
+    # Those of the tokenizer and the language model come on top. Of the heads all together: their classifier's weight is
+    # used outside its own forward.
+    _no_split_modules = ["DualTokenDepthLayer", "DualTokenDepthHeads", "DualTokenVisualProjector"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -373,6 +373,7 @@ class DualTokenModel(DualTokenPreTrainedModel):
 
     def _packs_rows(self, attention_mask, position_ids, past_key_values) -> bool:
         """Whether rows go one after the other: flash attention looks for packed samples in a single row only."""
+        # CODEPATH: no checkpoint's own, but what `attn_implementation` asks for.
         if "flash" not in (self.config.text_config._attn_implementation or "") or position_ids is None:
             return False
         return attention_mask is None and past_key_values is None and position_ids.ndim == 2
@@ -430,6 +431,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
+    # trf-ignore: TRF007 what `post_init` sets is corrected after it
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
         self.model = DualTokenModel(config)
@@ -442,7 +444,7 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
             config.code_dim,
         )
         self.post_init()
-        # transformers hands a part's up to the whole, which has what the part leaves aside.
+        # Which `post_init` took from a part; the whole has what the part leaves aside.
         self._keys_to_ignore_on_load_unexpected = None
         self.model._freeze_vision_tokenizer()
 
