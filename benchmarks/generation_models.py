@@ -1,6 +1,7 @@
 """What the benchmarks of image generation share: weights that make codes differ, prompts, and an image of any grid."""
 
 import torch
+import unified_models  # noqa: F401 - first of all that imports the package: it stands in for missing libraries
 
 
 @torch.no_grad()

@@ -1,18 +1,23 @@
-"""The GPU that a benchmark runs on: clocks, memory and what the machine can do at best."""
+"""The GPU that a benchmark runs on: clocks, memory, what the machine can do at best; and the results as they grow."""
 
 import gc
+import json
 import math
 import statistics
+import sys
 import time
 import warnings
 
 import torch
+import transformers
 
 
 class Device:
     """The GPU, or for a trial the CPU, which measures no memory."""
 
     def __init__(self, small: bool):
+        if not small and not torch.cuda.is_available():
+            sys.exit("This benchmark needs a CUDA device; --small runs it on a CPU with a tiny model.")
         self.is_gpu = not small
         self.device = torch.device("cuda" if self.is_gpu else "cpu")
         self.dtype = torch.bfloat16 if self.is_gpu else torch.float32
@@ -108,3 +113,44 @@ class Device:
 
         self.seconds(products, 1, 1.0)
         return 2 * size**3 * times / self.seconds(products, 3, 10.0)
+
+
+class Report:
+    """
+    The results as they grow: notes on stderr, everything as JSON in the file `path`, if there is one.
+
+    Args:
+        columns: of the table that [`Report.print_head`] begins; the first `num_names` are words.
+        machine: what else the results depend on, beside the device and the versions.
+    """
+
+    def __init__(self, path, device: Device, columns, num_names: int = 1, **machine):
+        self.path, self.columns, self.num_names, self.results, self.notes = path, columns, num_names, [], []
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        self.machine = {"device": device.name, "versions": versions, **machine}
+
+    def print_machine(self):
+        versions = (" ".join(version) for version in self.machine["versions"].items())
+        print(f"{self.machine['device']}, {', '.join(versions)}")
+
+    def print_head(self):
+        names, numbers = " --- |" * self.num_names, " ---: |" * (len(self.columns) - self.num_names)
+        print(f"\n| {' | '.join(self.columns)} |\n|{names}{numbers}", flush=True)
+
+    def print_row(self, *cells):
+        """Words, and pairs of a number, or `None`, and its format."""
+        shown = [cell if isinstance(cell, str) else "–" if cell[0] is None else format(*cell) for cell in cells]
+        print(f"| {' | '.join(shown)} |", flush=True)
+
+    def note(self, text: str):
+        self.notes.append(text)
+        print(text, file=sys.stderr, flush=True)
+        self.write()
+
+    def print_notes(self):
+        for note in self.notes:
+            print(f"- {note}")
+
+    def write(self):
+        if self.path is not None:
+            self.path.write_text(json.dumps({**self.machine, "results": self.results, "notes": self.notes}, indent=1))

@@ -24,7 +24,6 @@ Times are medians after a warm-up. What fails is noted and leaves the others. Th
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -34,7 +33,7 @@ from pathlib import Path
 import torch
 import transformers
 from generation_models import draw_image, make_prompts, spread_weights
-from gpu_device import Device
+from gpu_device import Device, Report
 from naive.generation import JanusLoop, VilaULoop
 from unified_models import full_size_config, small_config
 
@@ -110,28 +109,28 @@ def weight_bytes(model) -> int:
     )
 
 
-class Report:
-    """The results as they grow, as JSON; the table at the end."""
+class GenerationReport(Report):
+    """The rows of the table, which is printed at the end."""
 
     def __init__(self, args, device: Device, model):
-        self.path, self.results, self.notes = args.output, [], []
-        self.bandwidth, product = device.copy_bandwidth(), device.product_flops()
+        self.bandwidth, self.product = device.copy_bandwidth(), device.product_flops()
         self.num_positions, self.weight_bytes = model.config.num_positions, weight_bytes(model)
         self.floor = self.weight_bytes / self.bandwidth
-        self.machine = {
-            "device": device.name,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "num_positions": self.num_positions,
-            "copy_bandwidth": self.bandwidth,
-            "product_tflops": product / 1e12,
-            "weight_bytes": self.weight_bytes,
-            "floor_seconds": self.floor,
-        }
+        super().__init__(
+            args.output,
+            device,
+            COLUMNS,
+            dtype=str(model.dtype).removeprefix("torch."),
+            num_positions=self.num_positions,
+            copy_bandwidth=self.bandwidth,
+            product_tflops=self.product / 1e12,
+            weight_bytes=self.weight_bytes,
+            floor_seconds=self.floor,
+        )
 
     def add(self, case, rows, seconds, peak_gib, waits):
         """A row of the table, of `rows` images in `seconds` together."""
-        first = next((row for row in self.results if row["case"] == case and row["rows"] == 1), None)
+        first = self.seconds(case)
         self.results.append(
             {
                 "case": case,
@@ -139,22 +138,13 @@ class Report:
                 "seconds": seconds,
                 "seconds_a_position": seconds / self.num_positions,
                 "images_a_second": rows / seconds,
-                "gain": rows / seconds * first["seconds"] if first else None,
+                "gain": rows / seconds * first if first else None,
                 "peak_gib": peak_gib,
                 "waits": waits,
             }
         )
         print(f"{case}, {rows} images: {seconds:.3f} s", file=sys.stderr, flush=True)
         self.write()
-
-    def note(self, text):
-        self.notes.append(text)
-        print(text, file=sys.stderr, flush=True)
-        self.write()
-
-    def write(self):
-        if self.path is not None:
-            self.path.write_text(json.dumps({**self.machine, "results": self.results, "notes": self.notes}, indent=1))
 
     def seconds(self, case, rows=1):
         return next((row["seconds"] for row in self.results if (row["case"], row["rows"]) == (case, rows)), None)
@@ -163,26 +153,22 @@ class Report:
         for case in LOOPS:
             if self.seconds(case) and self.seconds("fast"):
                 self.note(f"{case} takes {self.seconds(case) / self.seconds('fast'):.1f} times as long as fast.")
-        machine = self.machine
-        print(f"{machine['device']}, " + ", ".join(" ".join(version) for version in machine["versions"].items()))
+        self.print_machine()
         print(
-            f"{machine['dtype']}, {self.num_positions} positions; a large copy runs at "
-            f"{self.bandwidth / 1e12:.2f} TB/s, a large bfloat16 product at {machine['product_tflops']:.0f} TFLOP/s"
+            f"{self.machine['dtype']}, {self.num_positions} positions; a large copy runs at "
+            f"{self.bandwidth / 1e12:.2f} TB/s, a large bfloat16 product at {self.product / 1e12:.0f} TFLOP/s"
         )
         print(
             f"floor: {self.weight_bytes / 1e9:.2f} GB of weights a position, {1e3 * self.floor:.2f} ms, "
             f"{self.floor * self.num_positions:.2f} s an image\n"
         )
-        for note in self.notes:
-            print(f"- {note}")
-        print("\n| " + " | ".join(COLUMNS) + " |\n| --- |" + " ---: |" * (len(COLUMNS) - 1))
+        self.print_notes()
+        self.print_head()
         for row in self.results:
-            cells = [row["case"], str(row["rows"]), f"{1e3 * row['seconds_a_position']:.2f}"]
-            cells += [f"{row['seconds_a_position'] / self.floor:.2f}", f"{row['seconds']:.3f}"]
-            cells += [f"{row['images_a_second']:.3f}"]
-            for value, form in ((row["gain"], ".2f"), (row["peak_gib"], ".1f"), (row["waits"], "d")):
-                cells.append("–" if value is None else format(value, form))
-            print("| " + " | ".join(cells) + " |")
+            position = row["seconds_a_position"]
+            times = [(1e3 * position, ".2f"), (position / self.floor, ".2f"), (row["seconds"], ".3f")]
+            others = [(row["gain"], ".2f"), (row["peak_gib"], ".1f"), (row["waits"], "d")]
+            self.print_row(row["case"], str(row["rows"]), *times, (row["images_a_second"], ".3f"), *others)
 
 
 def count_replays(run) -> int:
@@ -202,7 +188,7 @@ def count_replays(run) -> int:
     return count
 
 
-def time_ours(case, model, args, device: Device, report: Report, deadline):
+def time_ours(case, model, args, device: Device, report: GenerationReport, deadline):
     """Whole images at growing numbers of prompts; on the eager path of one prompt only."""
     for rows in [1] if case == "eager" else args.batches:
         if time.monotonic() > deadline:
@@ -224,7 +210,7 @@ def time_ours(case, model, args, device: Device, report: Report, deadline):
         report.add(case, rows, seconds, peak_gib, waits)
 
 
-def time_loop(case, model, args, device: Device, report: Report):
+def time_loop(case, model, args, device: Device, report: GenerationReport):
     """Some positions in the middle of an image of one prompt, extrapolated to a whole one with its prompt read."""
     loop, count = LOOPS[case](model, GUIDANCE), args.positions
     prompt = make_prompts(model.config, 1, PROMPT, device.device)
@@ -243,7 +229,7 @@ def time_loop(case, model, args, device: Device, report: Report):
     report.note(f"{case}: extrapolated from {count} positions.")
 
 
-def check(name, model, cases, report: Report, must_agree: bool) -> None:
+def check(name, model, cases, report: GenerationReport, must_agree: bool) -> None:
     shares = equal_shares(model, cases)
     report.note(
         f"{name}: the most probable codes of {CHECKED_SIDE**2} positions that are the fast path's: "
@@ -256,14 +242,12 @@ def check(name, model, cases, report: Report, must_agree: bool) -> None:
 
 def main():
     args = parse_args()
-    if not args.small and not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA device; --small runs it on a CPU with a tiny model.")
     deadline = time.monotonic() + 60 * args.minutes
     device = Device(args.small)
     cases = [case for case in args.cases if case != "compiled" or args.compile]
     small_model = make_model(device, small=True)
     model = small_model if args.small else make_model(device, small=False)
-    report = Report(args, device, model)
+    report = GenerationReport(args, device, model)
     jobs = {"float32, small": lambda: check("float32, small", small_model, cases, report, must_agree=True)}
     if not args.small:
         jobs["bfloat16"] = lambda: check("bfloat16, full size", model, cases, report, must_agree=False)

@@ -17,20 +17,18 @@ image decoder, and only encoding is measured. The package need not be installed:
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 from unittest import mock
 
 import torch
-import transformers
 from bench_tokenizer import KINDS, latents_of, make_tokenizer, random_codes, random_images
 from common import relative_error
-from gpu_device import Device
+from gpu_device import Device, Report
 from torch.utils.flop_counter import FlopCounterMode
 
-from transformers_dualtoken import DualTokenVisionTokenizer, code_search, quantization
+from transformers_dualtoken import DualTokenVisionTokenizer, code_search, vector_quantization
 
 
 ENCODE_CALLS = {
@@ -88,7 +86,7 @@ def count_flops(config, images):
 
     flops = {"search of both kinds": search(KINDS), "the same in blocks": search(KINDS)}
     with (
-        mock.patch.object(quantization, "nearest_codes", no_search),
+        mock.patch.object(vector_quantization, "nearest_codes", no_search),
         mock.patch.object(DualTokenVisionTokenizer, "_check_pixel_values", lambda *args: None),
     ):
         for name, call in ENCODE_CALLS.items():
@@ -147,22 +145,32 @@ class Steps:
         return f"hidden states differ by {error:.1e} of their range, {first:.1%} of the first codes are the same"
 
 
-class Report:
-    """The table as it grows, on the output and as JSON."""
+class TokenizerReport(Report):
+    """The table, printed as it grows, and the goals."""
 
     def __init__(self, args, device: Device, flops):
-        self.args, self.device, self.flops = args, device, flops
-        self.results, self.notes, self.goals = [], [], {}
-        self.product, self.copy = device.product_flops(), device.copy_bandwidth()
-        dtype = str(device.dtype).removeprefix("torch.")
-        print(f"{device.name}, torch {torch.__version__}, transformers {transformers.__version__}, {dtype}")
-        print(f"{args.images} images; a large product runs at {self.product / 1e12:.1f} TFLOP/s, ", end="")
-        print(f"a copy at {self.copy / 1e9:.0f} GB/s\n")
-        print("| " + " | ".join(COLUMNS) + " |\n| --- | --- |" + " ---: |" * (len(COLUMNS) - 2), flush=True)
+        self.images, self.flops, self.product = args.images, flops, device.product_flops()
+        copy = device.copy_bandwidth()
+        super().__init__(
+            args.output,
+            device,
+            COLUMNS,
+            num_names=2,
+            images=args.images,
+            product_tflops=self.product / 1e12,
+            copy_gb_per_second=copy / 1e9,
+            flops=flops,
+            goals={},
+        )
+        self.print_machine()
+        print(
+            f"{str(device.dtype).removeprefix('torch.')}, {args.images} images; a large product runs at "
+            f"{self.product / 1e12:.1f} TFLOP/s, a copy at {copy / 1e9:.0f} GB/s"
+        )
+        self.print_head()
 
-    def add(self, step, mode, seconds, peak_gib, flops=None):
-        rate = (flops or self.flops[step]) / seconds
-        images = self.args.images / seconds
+    def add(self, step, mode, seconds, peak_gib):
+        rate, images = self.flops[step] / seconds, self.images / seconds
         self.results.append(
             {
                 "step": step,
@@ -174,14 +182,8 @@ class Report:
                 "peak_gib": peak_gib,
             }
         )
-        memory = "–" if peak_gib is None else f"{peak_gib:.1f}"
-        cells = [step, mode, f"{1e3 * seconds:.2f}", f"{images:.1f}", f"{rate / 1e12:.2f}"]
-        print("| " + " | ".join([*cells, f"{100 * rate / self.product:.1f} %", memory]) + " |", flush=True)
-        self.write()
-
-    def note(self, text):
-        self.notes.append(text)
-        print(text, file=sys.stderr, flush=True)
+        times = [(1e3 * seconds, ".2f"), (images, ".1f"), (rate / 1e12, ".2f"), (rate / self.product, ".1%")]
+        self.print_row(step, mode, *times, (peak_gib, ".1f"))
         self.write()
 
     def seconds(self, *steps):
@@ -202,38 +204,21 @@ class Report:
             reached["encode / pixel alone"] = encode / pixel
         print("\n| of the fastest rows | goal | measured |\n| --- | ---: | ---: |")
         for name, goal in GOALS.items():
-            self.goals[name] = reached.get(name)
+            self.machine["goals"][name] = reached.get(name)
             sign = "≤" if name.startswith("search") else "≥"
-            print(f"| {name} | {sign} {goal} | {f'{reached[name]:.3f}' if name in reached else '–'} |")
+            self.print_row(name, f"{sign} {goal}", (reached.get(name), ".3f"))
         print()
-        for note in self.notes:
-            print(f"- {note}")
+        self.print_notes()
         self.write()
 
-    def write(self):
-        if self.args.output is None:
-            return
-        values = {
-            "device": self.device.name,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "images": self.args.images,
-            "product_tflops": self.product / 1e12,
-            "copy_gb_per_second": self.copy / 1e9,
-            "flops": self.flops,
-            "results": self.results,
-            "goals": self.goals,
-            "notes": self.notes,
-        }
-        self.args.output.write_text(json.dumps(values, indent=1))
 
-
-def measure_search(steps, device: Device, report: Report):
+def measure_search(steps, device: Device, report: TokenizerReport):
     steps.check_search()
     report.add("search of both kinds", "eager", device.seconds_in_a_row(steps.search), device.peak_gib(steps.search))
     width = steps.model.config.pixel_quantizer_config.code_dim
     is_fused = device.is_gpu and code_search.find_fused_search(steps.latents["pixel"].device, width) is not None
     report.note(f"The search of this device {'is one kernel' if is_fused else 'runs in blocks'}.")
-    with mock.patch.object(quantization, "nearest_codes", code_search.blocked_nearest_codes):
+    with mock.patch.object(vector_quantization, "nearest_codes", code_search.blocked_nearest_codes):
         report.add("the same in blocks", "eager", device.seconds_in_a_row(steps.search), device.peak_gib(steps.search))
         if device.is_gpu:
             torch.set_float32_matmul_precision("highest")
@@ -243,7 +228,7 @@ def measure_search(steps, device: Device, report: Report):
             torch.set_float32_matmul_precision("high")
 
 
-def measure_decoding_in_float32(steps, report: Report):
+def measure_decoding_in_float32(steps, report: TokenizerReport):
     """How far the images of this dtype are from those of float32."""
     reference = steps.model.decode(steps.codes[:1]).reconstruction.float()
     exact = steps.model.to(torch.float32).decode(steps.codes[:1]).reconstruction
@@ -251,7 +236,7 @@ def measure_decoding_in_float32(steps, report: Report):
     report.note(f"Images decoded in bfloat16 agree with those of float32 to {psnr(reference, exact):.1f} dB.")
 
 
-def measure_step(step, mode, steps, device: Device, report: Report, references):
+def measure_step(step, mode, steps, device: Device, report: TokenizerReport, references):
     function = steps.function(step, mode)
     output = function()
     if mode == "eager":
@@ -266,13 +251,11 @@ def measure_step(step, mode, steps, device: Device, report: Report, references):
 @torch.no_grad()
 def main():
     args = parse_args()
-    if not args.small and not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA device; --small runs it on a CPU with a tiny tokenizer.")
     deadline = time.monotonic() + 60 * args.minutes
     torch.set_float32_matmul_precision("high")
     device = Device(args.small)
     steps = Steps(args, device)
-    report = Report(args, device, count_flops(steps.model.config, args.images))
+    report = TokenizerReport(args, device, count_flops(steps.model.config, args.images))
     measure_search(steps, device, report)
     if not steps.has_decoder:
         report.note("diffusers is not installed: there is no image decoder, only encoding is measured.")

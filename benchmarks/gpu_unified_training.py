@@ -19,10 +19,8 @@ The package need not be installed: PYTHONPATH=src.
 """
 
 import argparse
-import gc
 import importlib.util
 import itertools
-import json
 import os
 import sys
 import time
@@ -33,7 +31,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
+from gpu_device import Device, Report  # noqa: E402
 from unified_models import full_size_config, small_config  # noqa: E402
 
 from transformers_dualtoken.data.collators import DualTokenDataCollator  # noqa: E402
@@ -71,44 +69,6 @@ def parse_args():
         has_flash = importlib.util.find_spec("flash_attn") is not None and not args.small
         args.attention = "flash_attention_2" if has_flash else "sdpa"
     return args
-
-
-class Device:
-    """The GPU, or for a trial the CPU, which measures no memory and knows no peak."""
-
-    def __init__(self, small: bool):
-        self.is_gpu = not small
-        self.device = torch.device("cuda" if self.is_gpu else "cpu")
-        self.name = torch.cuda.get_device_name() if self.is_gpu else "CPU"
-        self.peak_flops = find_peak_flops(self.name) if self.is_gpu else None
-
-    def synchronize(self):
-        if self.is_gpu:
-            torch.cuda.synchronize()
-
-    def reset_peak(self):
-        if self.is_gpu:
-            torch.cuda.reset_peak_memory_stats()
-
-    def peak_gib(self):
-        return torch.cuda.max_memory_allocated() / 2**30 if self.is_gpu else None
-
-    def free(self):
-        gc.collect()
-        if self.is_gpu:
-            torch.cuda.empty_cache()
-
-    def product_flops(self):
-        """FLOPs a second of one large product in bfloat16: what the machine reaches at best."""
-        size, times = (8192, 20) if self.is_gpu else (256, 1)
-        left, right = torch.randn(2, size, size, dtype=torch.bfloat16, device=self.device)
-        for repeats in (3, times):
-            self.synchronize()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                left @ right
-            self.synchronize()
-        return 2 * size**3 * times / (time.perf_counter() - start)
 
 
 def make_samples(config, generator):
@@ -218,45 +178,40 @@ class Step:
 
 def measure(step, batch, device: Device):
     """Seconds of a step, peak memory in GiB and the loss."""
-    loss = step(batch)
-    device.synchronize()
-    device.reset_peak()
-    start, count = time.perf_counter(), 0
+    step(batch)
+    peak_gib = device.peak_gib(lambda: step(batch))
     # A few seconds of it, at most twenty steps.
-    while count < 20 and time.perf_counter() - start < (3 if device.is_gpu else 0.1):
-        loss = step(batch)
-        count += 1
-        device.synchronize()
-    seconds = (time.perf_counter() - start) / count
+    seconds = device.seconds(lambda: step(batch), 20, 3 if device.is_gpu else 0.1)
+    loss = step(batch)
     assert loss.isfinite(), f"The loss is {loss.item()}."
-    return seconds, device.peak_gib(), loss.item()
+    return seconds, peak_gib, loss.item()
 
 
-class Report:
-    """The table as it grows, on the output and as JSON."""
+class TrainingReport(Report):
+    """The table, printed as it grows."""
 
     def __init__(self, args, device: Device):
-        self.path, self.device, self.results, self.notes = args.output, device, [], []
-        product = device.product_flops()
-        versions = [("torch", torch.__version__), ("transformers", transformers.__version__)]
-        self.machine = {
-            "device": device.name,
-            "versions": dict(versions),
-            "attention": args.attention,
-            "compiled": args.compile,
-            "length": args.length,
-            "stated_peak_tflops": device.peak_flops and device.peak_flops / 1e12,
-            "product_tflops": product / 1e12,
-        }
-        print(f"{device.name}, " + ", ".join(" ".join(version) for version in versions))
+        self.peak_flops, product = find_peak_flops(device.name) if device.is_gpu else None, device.product_flops()
+        super().__init__(
+            args.output,
+            device,
+            COLUMNS,
+            num_names=3,
+            attention=args.attention,
+            compiled=args.compile,
+            length=args.length,
+            stated_peak_tflops=self.peak_flops and self.peak_flops / 1e12,
+            product_tflops=product / 1e12,
+        )
+        self.print_machine()
         print(
             f"rows of {args.length} tokens, attention {args.attention}{', compiled' if args.compile else ''}; a large "
-            f"bfloat16 product runs at {product / 1e12:.0f} TFLOP/s\n"
+            f"bfloat16 product runs at {product / 1e12:.0f} TFLOP/s"
         )
-        print("| " + " | ".join(COLUMNS) + " |\n| --- | --- | --- |" + " ---: |" * (len(COLUMNS) - 3), flush=True)
+        self.print_head()
 
     def add(self, training, source, checkpointing, rows, counts, flops, seconds, peak_gib, loss):
-        share = flops / seconds / self.device.peak_flops if self.device.peak_flops else None
+        share = flops / seconds / self.peak_flops if self.peak_flops else None
         self.results.append(
             {
                 "training": training,
@@ -273,29 +228,13 @@ class Report:
                 "counts": vars(counts),
             }
         )
-        cells = [training, source, "yes" if checkpointing else "no", str(rows)]
-        cells += [f"{counts.tokens / seconds:,.0f}", f"{counts.images / seconds:.1f}"]
-        cells += ["–" if share is None else f"{100 * share:.1f} %", f"{seconds:.3f}"]
-        cells += ["–" if peak_gib is None else f"{peak_gib:.1f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        names = [training, source, "yes" if checkpointing else "no", str(rows)]
+        rates = [(counts.tokens / seconds, ",.0f"), (counts.images / seconds, ".1f"), (share, ".1%")]
+        self.print_row(*names, *rates, (seconds, ".3f"), (peak_gib, ".1f"))
         self.write()
 
-    def note(self, text):
-        self.notes.append(text)
-        print(text, file=sys.stderr, flush=True)
-        self.write()
 
-    def write(self):
-        if self.path is not None:
-            self.path.write_text(json.dumps({**self.machine, "results": self.results, "notes": self.notes}, indent=1))
-
-    def close(self):
-        print()
-        for note in self.notes:
-            print(f"- {note}")
-
-
-def run_case(training, source, checkpointing, args, device: Device, report: Report, deadline):
+def run_case(training, source, checkpointing, args, device: Device, report: TrainingReport, deadline):
     """Double the rows until the memory ends; returns the largest number that fits."""
     name = f"{training} on {source}{', with checkpointing' if checkpointing else ''}"
     model, config = make_model(training, checkpointing, args, device.device)
@@ -318,11 +257,9 @@ def run_case(training, source, checkpointing, args, device: Device, report: Repo
 
 def main():
     args = parse_args()
-    if not args.small and not torch.cuda.is_available():
-        sys.exit("This benchmark needs a CUDA device; --small runs it on a CPU with a tiny model.")
     deadline = time.monotonic() + 60 * args.minutes
     device = Device(args.small)
-    report = Report(args, device)
+    report = TrainingReport(args, device)
     for training, source, checkpointing in CASES:
         if training not in args.cases:
             continue
@@ -332,7 +269,8 @@ def main():
             # The other cases stand; what failed is named in the results.
             report.note(f"{training} on {source} failed: {type(error).__name__}: {error}"[:500])
         device.free()
-    report.close()
+    print()
+    report.print_notes()
     return 0 if report.results else 1
 
 

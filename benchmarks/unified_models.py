@@ -22,7 +22,7 @@ def _stand_in_for_extras():
     Make the package importable on a machine with torch and transformers alone, as lent GPU machines often are.
 
     Without diffusers the tokenizer has no image decoder (and cannot decode); without datasets the modules of
-    `transformers_dualtoken.training` can only be imported one by one.
+    `transformers_dualtoken.data` and `.training` can only be imported one by one.
     """
     if importlib.util.find_spec("diffusers") is None:
         names = "diffusers.models.autoencoders.vae".split(".")
@@ -35,9 +35,10 @@ def _stand_in_for_extras():
         module.Decoder = _NoDecoder
     if importlib.util.find_spec("datasets") is None:
         package = importlib.util.find_spec("transformers_dualtoken").submodule_search_locations[0]
-        module = types.ModuleType("transformers_dualtoken.training")
-        module.__path__ = [f"{package}/training"]
-        sys.modules[module.__name__] = module
+        for name in ("data", "training"):
+            module = types.ModuleType(f"transformers_dualtoken.{name}")
+            module.__path__ = [f"{package}/{name}"]
+            sys.modules[module.__name__] = module
 
 
 _stand_in_for_extras()
