@@ -416,6 +416,7 @@ def _begins(input_ids: torch.LongTensor | None, cache: Cache | None) -> bool:
     return bool(length == 0)
 
 
+# trf-ignore: TRF007 its constructor corrects what `post_init` sets
 class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     """
     The unified model with its text head and its two depth heads.
@@ -431,7 +432,6 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    # trf-ignore: TRF007 what `post_init` sets is corrected after it
     def __init__(self, config: DualTokenConfig):
         super().__init__(config)
         self.model = DualTokenModel(config)
