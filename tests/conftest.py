@@ -11,11 +11,17 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from generation_helpers import Traced  # noqa: E402
 from tiny_models import tiny_tokenizer_config  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel  # noqa: E402
 
-from transformers_dualtoken import DualTokenVisionTokenizer  # noqa: E402
+from transformers_dualtoken import (  # noqa: E402
+    DualTokenVisionTokenizer,
+    generation_dualtoken,
+    generation_graph,
+    generation_loop,
+)
 
 
 def pytest_collection_finish():
@@ -87,3 +93,51 @@ def siglip_folder(tmp_path_factory) -> Path:
 def own_cache(tmp_path, monkeypatch):
     """Rows are copied to the cache of `datasets`: not to the user's."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+# Of generation; `model` is that of the test.
+
+
+@pytest.fixture
+def forward_rows(model):
+    """Rows of every forward of the language model while the test runs."""
+    rows = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    yield rows
+    hook.remove()
+
+
+@pytest.fixture
+def positions(model):
+    """Position ids of every forward of the language model while the test runs."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Every decoder replays a trace; the fixture's value counts the traces and the replays."""
+    counts = {"traces": 0, "replays": 0}
+
+    class Graph:
+        def __init__(self, decoder, step):
+            self.trace = Traced(decoder, step)
+            counts["traces"] += 1
+
+        def replay(self):
+            counts["replays"] += 1
+            self.trace.replay()
+
+    monkeypatch.setattr(generation_loop.ImageDecoder, "_can_capture", lambda self: True)
+    monkeypatch.setattr(generation_loop.ImageDecoder, "_capture", lambda decoder, step: Graph(decoder, step))
+    # What the shared model keeps of one test is not another's.
+    kept = generation_graph.KeptSteps()
+    for module in (generation_loop, generation_dualtoken):
+        monkeypatch.setattr(module, "kept_steps", kept)
+    return counts

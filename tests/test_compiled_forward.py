@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_generation import END, PICTURE, START, ids, random_codes, shared_model
-from test_image_decoding import NoCopies, NoWaits
+from generation_helpers import END, PICTURE, START, NoCopies, NoWaits, ids, random_codes, shared_model
 from transformers import StaticCache
 
 

@@ -6,8 +6,7 @@ By the names of the operations, as its documentation lists them.
 
 import pytest
 import torch
-from test_generation import END, PICTURE, START, ids, random_codes, shared_model
-from test_image_decoding import draw
+from generation_helpers import END, PICTURE, START, draw, ids, random_codes, shared_model
 from tiny_models import lively_unified_model, tiny_tokenizer_config
 from torch.utils._python_dispatch import TorchDispatchMode
 

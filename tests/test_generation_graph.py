@@ -9,9 +9,8 @@ import weakref
 
 import pytest
 import torch
+from generation_helpers import START, N, converse, draw, ids, pad_left, same_images, shared_model
 from peft import LoraConfig, get_peft_model
-from test_generation import START, N, ids, pad_left, same_images, shared_model
-from test_image_decoding import converse, draw, traced  # noqa: F401  (a fixture)
 from tiny_models import lively_unified_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,7 @@ class TestReplayed:
     """By a trace of the operations, on the tensors they were done with."""
 
     @pytest.fixture(autouse=True)
-    def counts(self, traced):  # noqa: F811
+    def counts(self, traced):
         self.counts = traced
 
     def test_one_graph_for_many_calls(self, model):
@@ -80,7 +79,7 @@ class TestKept:
     """By the same step in the first call's buffers, which is quicker."""
 
     @pytest.fixture(autouse=True)
-    def counts(self, traced, monkeypatch):  # noqa: F811
+    def counts(self, traced, monkeypatch):
         self.counts = traced
 
         class Graph:

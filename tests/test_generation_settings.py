@@ -9,7 +9,7 @@ import re
 import numpy
 import pytest
 import torch
-from test_generation import GREEDY, ids, push, shared_model
+from generation_helpers import GREEDY, ids, push, shared_model
 from tiny_models import lively_unified_model
 from transformers import BatchEncoding, CompileConfig, GenerationConfig, WatermarkingConfig
 

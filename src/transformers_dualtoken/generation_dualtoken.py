@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.utils import ModelOutput, logging
 
@@ -54,17 +55,15 @@ class DualTokenGenerationMixin(GenerationMixin):
             inputs or input_ids (`torch.LongTensor` of shape `(B, L)`): prompts; left-padded in a batch.
             generation_config (`GenerationConfig` or `dict`, *optional*): settings; keywords count before it.
             attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*).
-            pixel_values, or pixel_codes and semantic_codes (*optional*): the prompts' images, flat over the batch in
-                reading order, as in the model's forward.
-            generation_mode, guidance_scale, image_do_sample, image_temperature, image_top_k, image_top_p, ...: how
-                images are drawn, see [`DualTokenImageGenerationConfig`].
+            pixel_values, or pixel_codes and semantic_codes (*optional*): the prompts' images, as in the model's forward.
+            generation_mode, guidance_scale, image_do_sample, image_top_k, ...: how images are drawn, see
+                [`DualTokenImageGenerationConfig`].
             generator, on_image, progress_bar, negative_prompt_ids, ...: of this call, see
                 [`DualTokenImageGenerationInputs`].
-            num_return_sequences (`int`, defaults to 1).
             max_new_tokens (`int`): ignored in image mode, with a warning; in interleaved mode an image counts N + 2.
-            cache_implementation (`str`, *optional*): in image and interleaved mode `"static"`, buffers of fixed shape
-                and on a CUDA device one graph per position (the default where the language model allows it), or
-                `"dynamic"`, a cache that grows. In float32 the codes are the same either way.
+            cache_implementation (`str`, *optional*): where images are drawn `"static"`, buffers of fixed shape and on a
+                CUDA device one graph per position (the default where the language model allows it), or `"dynamic"`, a
+                cache that grows. In float32 the codes are the same either way.
             compile_config (`CompileConfig`, *optional*): compiles the step of an image position, once for every size.
             kwargs: as in transformers. What a mode does not do is refused.
 
@@ -89,9 +88,9 @@ class DualTokenGenerationMixin(GenerationMixin):
 
         # 2. What is left for transformers' own settings, and what this mode cannot do.
         attention_mask = kwargs.pop("attention_mask", None)
-        of_text = [
-            kwargs.pop(name, None) if mode == "interleaved" else None for name in ("logits_processor", "streamer")
-        ]
+        of_text = {}
+        if mode == "interleaved":
+            of_text = {name: kwargs.pop(name, None) for name in ("logits_processor", "streamer")}
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
         num_return_sequences = arguments.value("num_return_sequences", 1)
         kwargs.pop("num_return_sequences", None)
@@ -127,14 +126,13 @@ class DualTokenGenerationMixin(GenerationMixin):
             if mode == "image":
                 output = self._generate_image(prompts, rows, arguments)
                 return output.pixel_codes if plain_codes else output
-            return self._generate_interleaved(prompts, rows, arguments, *of_text)
+            return self._generate_interleaved(prompts, rows, arguments, **of_text)
 
     def release_generation_graphs(self) -> None:
         """
         Free what drawing on a CUDA device keeps for the next call: the captured step of the last size drawn, and the
-        buffers it works in, its key-value cache among them.
-
-        It is also freed by `train()`, by whatever moves the weights (`to`, `cpu`, ...), and by drawing at another size.
+        buffers it works in, its key-value cache among them. So do `train()`, whatever moves the weights (`to`, `cpu`,
+        ...), and drawing at another size.
         """
         kept_steps.take(self)
 
@@ -151,9 +149,9 @@ class DualTokenGenerationMixin(GenerationMixin):
         decoder.sampler.check_scores()
         # Only now: another thread may take what is kept, and the scores are in it.
         decoder.keep()
-        image = torch.full_like(input_ids[:, :1], self.config.image_token_id).expand(-1, num_positions)
-        end = torch.full_like(input_ids[:, :1], self.config.image_end_token_id)
-        output = self._output(torch.cat([input_ids, image, end], dim=1), codes, range(rows))
+        _, image_id, end_id = self.config.special_image_token_ids
+        sequences = F.pad(F.pad(input_ids, (0, num_positions), value=image_id), (0, 1), value=end_id)
+        output = self._output(sequences, codes, range(rows))
         for owner, pair in enumerate(zip(output.pixel_codes, output.semantic_codes)):
             if inputs.on_image is not None:
                 inputs.on_image(pair, owner)
@@ -163,11 +161,8 @@ class DualTokenGenerationMixin(GenerationMixin):
         self, prompts: list[Prompt], rows: int, arguments: GenerationArguments, logits_processor, streamer
     ):
         """Text and images as every row decides; a [`DualTokenGenerateOutput`]."""
-        config, num_positions, prompt_ids = (
-            arguments.generation_config,
-            self.config.num_positions,
-            prompts[0].input_ids,
-        )
+        config, num_positions = arguments.generation_config, self.config.num_positions
+        prompt_ids = prompts[0].input_ids
         budget = arguments.new_tokens(prompt_ids.shape[1], default=2 * (num_positions + 2) + TEXT_ROOM)
         config.max_length = prompt_ids.shape[1] + budget
         # A checkpoint's config keeps image ids out of engines that return text alone; what a keyword says is the caller's.
@@ -229,19 +224,16 @@ class DualTokenGenerationMixin(GenerationMixin):
                 "The prompt ends in `<image_start>`, which asks for an image, but text mode writes none: pass "
                 "`generation_mode='image'` or `'interleaved'`."
             )
-        check, generation_config = ScoreCheck(), arguments.generation_config
+        check, config = ScoreCheck(), arguments.generation_config
         processors = [*(kwargs.get("logits_processor") or []), check]
         if is_served():
-            # The client gets text alone, and text after an image would speak of one that is not there: the answer ends
-            # where the image would begin.
-            start = self.config.image_start_token_id
-            generation_config = copy.deepcopy(generation_config or self.generation_config)
-            generation_config.eos_token_id = self._ends_and_image_start(generation_config)
-            suppressed = set(as_ids(generation_config.suppress_tokens)) - {start}
-            generation_config.suppress_tokens = sorted(suppressed) or None
+            # The client gets text alone: the answer ends where the image would begin, of which text after it would speak.
+            start, config = self.config.image_start_token_id, copy.deepcopy(config or self.generation_config)
+            config.eos_token_id = self._ends_and_image_start(config)
+            config.suppress_tokens = sorted(set(as_ids(config.suppress_tokens)) - {start}) or None
             processors.append(ImageTokenBar([i for i in self.config.special_image_token_ids if i != start]))
         kwargs["logits_processor"] = LogitsProcessorList(processors)
-        output = super().generate(inputs, generation_config=generation_config, **kwargs)
+        output = super().generate(inputs, generation_config=config, **kwargs)
         check.raise_if_empty()
         return output
 
@@ -253,10 +245,8 @@ class DualTokenGenerationMixin(GenerationMixin):
 
     def _get_logits_processor(self, generation_config, *args, logits_processor=None, **kwargs) -> LogitsProcessorList:
         """
-        Transformers' processors with the image tokens barred, for every kind of generation.
-
-        In between lie the caller's; a [`ScoreCheck`] among them comes to the end. Continuous batching asks here for the
-        processors of a generation config as it is.
+        Transformers' processors with the image tokens barred, for every kind of generation. In between lie the caller's;
+        a [`ScoreCheck`] among them comes to the end. Continuous batching asks here with a generation config as it is.
         """
         if generation_config.guidance_scale not in (None, 1):
             generation_config = copy.copy(generation_config)
@@ -311,21 +301,18 @@ class DualTokenGenerationMixin(GenerationMixin):
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
-        # Images go with the whole sequence, also in an assistant's prefill, which is no first iteration; where only
-        # the end of it is fed they are in the cache.
-        if not is_first_iteration and (
-            inputs_embeds is not None or model_inputs["input_ids"].shape[1] < input_ids.shape[1]
-        ):
-            for name in ("pixel_codes", "semantic_codes"):
-                model_inputs.pop(name, None)
-        return model_inputs
+        # Images go with the whole sequence, also in an assistant's prefill, which is no first iteration; where only the
+        # end of it is fed they are in the cache.
+        if is_first_iteration or (inputs_embeds is None and model_inputs["input_ids"].shape[1] == input_ids.shape[1]):
+            return model_inputs
+        return {name: value for name, value in model_inputs.items() if name not in ("pixel_codes", "semantic_codes")}
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Images are flat over the batch: each row's group of images is repeated with its row."""
         codes = {name: model_kwargs.pop(name, None) for name in ("pixel_codes", "semantic_codes")}
         if expand_size > 1 and codes["pixel_codes"] is not None:
             inputs_embeds = model_kwargs.get("inputs_embeds")
-            image_mask = self.model.image_mask(input_ids if inputs_embeds is None else None, inputs_embeds)
+            image_mask = self.model.image_mask(None if inputs_embeds is not None else input_ids, inputs_embeds)
             self.model.check_placeholders(image_mask, len(codes["pixel_codes"]))
             order = repeated_images(image_mask, expand_size, self.config.num_positions)
             codes = {name: None if value is None else value[order] for name, value in codes.items()}
@@ -354,18 +341,17 @@ class DualTokenGenerationMixin(GenerationMixin):
             # As transformers gives ids that are to be written after embeddings alone.
             return inputs
         inputs = self._checked_ids(inputs, "The prompt")
-        attention_mask = kwargs.get("attention_mask")
         # Going on from a cache, a mask may be longer.
-        if attention_mask is not None and kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
-            _check_mask(attention_mask, inputs, "attention_mask")
+        if kwargs.get("past_key_values") is None and kwargs.get("cache") is None:
+            _check_mask(kwargs.get("attention_mask"), inputs, "attention_mask")
         return inputs
 
     def _checked_ids(self, ids, what: str) -> torch.LongTensor:
         """Ids `(B, L)` as int64."""
         if not isinstance(ids, torch.Tensor):
+            given = type(ids).__name__
             raise TypeError(
-                f"{what} must be a tensor of ids, got {type(ids).__name__}: pass what the processor returns as "
-                "`**inputs`."
+                f"{what} must be a tensor of ids, got {given}: pass what the processor returns as `**inputs`."
             )
         if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
             raise TypeError(f"{what} must be ids, whole numbers, got {ids.dtype}.")
@@ -419,15 +405,14 @@ class DualTokenGenerationMixin(GenerationMixin):
                 f"Either all prompts of a batch end in `<image_start>` (id {start}) or none; rows "
                 f"{(~ends).nonzero().flatten().tolist()} do not."
             )
-        added = torch.full_like(prompt.input_ids[:, :1], start)
-        mask = torch.cat([prompt.attention_mask, torch.ones_like(added)], dim=1)
-        return Prompt(torch.cat([prompt.input_ids, added], dim=1), mask, prompt.codes)
+        ids, mask = F.pad(prompt.input_ids, (0, 1), value=start), F.pad(prompt.attention_mask, (0, 1), value=1)
+        return Prompt(ids, mask, prompt.codes)
 
     def _negative_prompt(self, prompt: Prompt, arguments: GenerationArguments) -> Prompt:
         """The unconditional context: one for all prompts, or one for each."""
         num_prompts, start = len(prompt), self.config.image_start_token_id
-        negative = {name: value for name, value in vars(arguments.inputs).items() if name.startswith("negative_")}
-        negative = {name: value for name, value in negative.items() if value is not None}
+        given = vars(arguments.inputs).items()
+        negative = {name: value for name, value in given if name.startswith("negative_") and value is not None}
         ids = negative.pop("negative_prompt_ids", None)
         if ids is None:
             if negative:
@@ -460,9 +445,9 @@ def _advice_on_memory(rows: int):
 
 
 def _check_mask(attention_mask, input_ids: torch.LongTensor, name: str) -> None:
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-        is_tensor = isinstance(attention_mask, torch.Tensor)
-        given = tuple(attention_mask.shape) if is_tensor else type(attention_mask).__name__
+    given = None if attention_mask is None else getattr(attention_mask, "shape", type(attention_mask).__name__)
+    if given is not None and given != input_ids.shape:
+        given = tuple(given) if isinstance(given, torch.Size) else given
         raise ValueError(f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got {given}.")
 
 
