@@ -16,16 +16,11 @@ _MIN_TEMPERATURE = 1e-6
 @dataclass
 class DualTokenCodeSampler:
     """
-    Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic).
+    Draws codes from logits: temperature, then top-k, then top-p, then one draw. Pairs are (pixel, semantic), as
+    [`DualTokenImageGenerationConfig`] has checked them.
 
     The draw adds Gumbel noise and takes the maximum: no host sync, and the whole codebook is sorted only where top-k is
-    off.
-
-    Args:
-        temperature (pair of `float`), top_k (pair of `int`), top_p (pair of `float`), do_sample (`bool`): checked, as
-            [`DualTokenImageGenerationConfig`] says them.
-        generator (`torch.Generator` or a list with one for every row, *optional*): source of the noise; may live on the
-            CPU.
+    off. The noise comes from `generator` (`torch.Generator`, of the CPU too, or a list with one for every row).
     """
 
     temperature: tuple[float, float] = (1.0, 1.0)

@@ -114,7 +114,12 @@ class DualTokenGenerationMixin(GenerationMixin):
         elif (inputs[:, -1] == self.config.image_token_id).any():
             raise ValueError("A prompt must not end within an image: `<image_end>` closes it.")
         rows = len(prompt) * num_return_sequences
-        arguments.inputs.check_rows(rows)
+        generators = arguments.inputs.generator
+        if isinstance(generators, (list, tuple)) and len(generators) != rows:
+            raise ValueError(
+                f"A list as `generator` must have one for every row, {rows} (prompts times `num_return_sequences`), "
+                f"got {len(generators)}."
+            )
         prompts = [prompt, self._negative_prompt(prompt, arguments)]
         if arguments.settings.guidance_scale == 1:
             if arguments.inputs.negative_prompt_ids is not None:

@@ -44,9 +44,6 @@ class ImageDecoder:
         model ([`DualTokenForCausalLM`]).
         prompts (list of [`Prompt`]), rows (`int`), max_new_tokens (`int`): as in [`Context`].
         arguments ([`GenerationArguments`]): how codes are drawn, the kind of cache, and how the step is compiled.
-
-    Raises:
-        ValueError: for kinds of caches, or options of the compiler, that the model cannot have.
     """
 
     def __init__(self, model, prompts: list[Prompt], rows: int, max_new_tokens: int, arguments: GenerationArguments):
@@ -92,16 +89,13 @@ class ImageDecoder:
         on_position: Callable = lambda: None,
     ) -> torch.LongTensor:
         """
-        Draw the next positions of every row, no more than an image has.
+        Codes `(M, B, n, D)` of the next positions of every row, no more than an image has.
 
         Args:
             rows (`list[int]`, *optional*): those whose codes are wanted; the generators of others rest.
             given_embeds (`torch.Tensor` of shape `(B, 1, H)`, *optional*): what the other rows are fed instead.
             feed_last (`bool`): also feed the last position; the context's hidden states are then those after it.
             on_position (callable): called after every position.
-
-        Returns:
-            `torch.LongTensor` of shape `(M, B, n, D)`.
         """
         context = self.context
         self.is_given.fill_(given_embeds is not None)

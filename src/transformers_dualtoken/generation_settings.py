@@ -69,6 +69,12 @@ def _is_generators(value) -> bool:
     return isinstance(value, torch.Generator) or (_is_list_of(_is(torch.Generator))(value) and len(value) > 0)
 
 
+def _are_apart(value) -> bool:
+    """Whether generators are different ones of one device."""
+    values = [value] if isinstance(value, torch.Generator) else value
+    return len(set(map(id, values))) == len(values) and len({generator.device for generator in values}) == 1
+
+
 def _is_watermark(value) -> bool:
     """Of the kinds that transformers' `WatermarkingConfig` compares and computes with; other classes look themselves."""
     if not isinstance(value, (WatermarkingConfig, dict)):
@@ -95,7 +101,10 @@ _SCALE = _Kind("a number from 0 (1.0: no guidance)", _is_number, lambda value: 0
 _SWITCH = _Kind("True or False", _is(bool))
 _TENSOR, _CODES = _Kind("a tensor", _is_tensor), _Kind("a tensor of whole numbers", _is_integers)
 _GENERATORS = _Kind(
-    "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for every image", _is_generators
+    "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for every image, which must be "
+    "different ones of one device",
+    _is_generators,
+    _are_apart,
 )
 
 
@@ -123,8 +132,8 @@ class DualTokenImageGenerationConfig(_Checked):
     How images are drawn: arguments of `generate`, which may also stand in a generation config.
 
     A keyword of the call counts before the generation config that is given, this before the model's own
-    (`generation_config.json` of its checkpoint), and this before the default. At one of these places a setting of one
-    head counts before that of both, and that of both before one head's at a later place.
+    (`generation_config.json` of its checkpoint), and this before the default. At one place a setting of one head counts
+    before that of both, which counts before one head's at a later place.
 
     Args:
         generation_mode (`str`, defaults to `"text"`): `"text"`: everything transformers' `generate` does, without
@@ -178,8 +187,8 @@ class DualTokenImageGenerationInputs(_Checked):
     What one call of `generate` with images takes besides its prompts and settings.
 
     Args:
-        generator (`torch.Generator` or a list of them, *optional*): source of all randomness. A list has one for every
-            row of the result: then a row depends on its own alone, and in float32 comes out the same in any batch.
+        generator (`torch.Generator` or a list of them, *optional*): source of all randomness. With a list, one for every
+            row of the result, a row depends on its own alone, and in float32 comes out the same in any batch.
         on_image (callable, *optional*): called as `on_image((pixel_codes, semantic_codes), owner)` with codes
             `(h, w, D)` and the row of `sequences`, as soon as an image is finished.
         progress_bar (`bool`, defaults to `False`): show one, over the positions of image mode and over the tokens of
@@ -198,22 +207,6 @@ class DualTokenImageGenerationInputs(_Checked):
     negative_pixel_values: torch.Tensor | None = _argument(None, _TENSOR)
     negative_pixel_codes: torch.LongTensor | None = _argument(None, _CODES)
     negative_semantic_codes: torch.LongTensor | None = _argument(None, _CODES)
-
-    def check_rows(self, rows: int) -> None:
-        """Raise a `ValueError` unless a list of generators has one for every row, all of one device."""
-        if not isinstance(self.generator, (list, tuple)):
-            return
-        if len(self.generator) != rows:
-            raise ValueError(
-                f"A list as `generator` must have one for every row, {rows} (prompts times `num_return_sequences`), "
-                f"got {len(self.generator)}."
-            )
-        devices, different = {str(one.device) for one in self.generator}, len(set(map(id, self.generator)))
-        if len(devices) > 1 or different < rows:
-            raise ValueError(
-                f"The generators of a list must be different ones of one device, got {different} of "
-                f"{', '.join(sorted(devices))} for {rows} rows."
-            )
 
 
 # Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
@@ -270,19 +263,12 @@ _WITHOUT_EFFECT |= {"continuous_batching_config", "use_model_defaults"}
 
 class GenerationArguments:
     """
-    What a call of `generate` was given, taken apart and checked, before anything runs.
+    What a call of `generate` was given, taken apart and checked before anything runs: the image `settings` and `inputs`,
+    and the `generation_config` and `kwargs` that are left for transformers.
 
     Args:
         own (`GenerationConfig`): the model's.
         generation_config (`GenerationConfig` or `dict`, *optional*), kwargs (`dict`): of the call.
-
-    Attributes:
-        settings ([`DualTokenImageGenerationConfig`]), inputs ([`DualTokenImageGenerationInputs`]).
-        generation_config (`GenerationConfig`, *optional*), kwargs (`dict`): what is left for transformers.
-
-    Raises:
-        TypeError: for arguments of the wrong kind.
-        ValueError: for arguments out of range or of another mode.
     """
 
     def __init__(self, own: GenerationConfig, generation_config: GenerationConfig | dict | None, kwargs: dict):
@@ -303,7 +289,7 @@ class GenerationArguments:
         inputs = _pop(kwargs, DualTokenImageGenerationInputs.names())
         self.inputs = DualTokenImageGenerationInputs(**inputs)
         if isinstance(generation_config, dict):
-            # As keywords that count less than the others.
+            # Keywords that count less than the others.
             generation_config, kwargs = None, {**given, **kwargs}
         if isinstance(kwargs.get("watermarking_config"), dict):
             # Older transformers take a dict in a config only.
@@ -321,11 +307,7 @@ class GenerationArguments:
         return default if value is None else value
 
     def new_tokens(self, prompt_length: int, default: int) -> int:
-        """
-        New tokens at most, by `max_new_tokens`, or by `max_length` less the prompt, at the place that counts most.
-
-        At one place the new tokens count before the length.
-        """
+        """By `max_new_tokens`, or by `max_length` less the prompt, at the place that counts most; there by the first."""
         for place in self._places:
             for name in ("max_new_tokens", "max_length"):
                 if name in place and self.value(name) is not None:

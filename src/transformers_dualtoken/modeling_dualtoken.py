@@ -55,14 +55,7 @@ def _keep_parts_whole(config):
 
 @dataclass
 class DualTokenModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Args:
-        last_hidden_state (`torch.Tensor` of shape `(B, L, H)`).
-        past_key_values (`Cache`, with `use_cache`): `cache` since transformers 5.24.
-        hidden_states (tuple of `torch.Tensor` of shape `(B, L, H)`, with `output_hidden_states`).
-        attentions (tuple of `torch.Tensor` of shape `(B, heads, L, L)`, with `output_attentions`).
-        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`, when images were given).
-    """
+    """transformers' output, and the codes `(images, h, w, D)` of both kinds, where images were given."""
 
     pixel_codes: torch.LongTensor | None = None
     semantic_codes: torch.LongTensor | None = None
@@ -71,21 +64,21 @@ class DualTokenModelOutputWithPast(BaseModelOutputWithPast):
 @dataclass
 class DualTokenCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
+    transformers' output, and:
+
     Args:
         loss (`torch.Tensor`, scalar, with `labels`): weighted sum of the three losses below.
         text_loss (`torch.Tensor`, scalar): cross-entropy per text target.
         pixel_loss, semantic_loss (`torch.Tensor`, scalars): cross-entropy per visual target, over the depths summed or
             averaged (`config.depth_reduction`).
         logits (`torch.Tensor` of shape `(B, L, vocab_size)`): of the text head; not made in training with `labels`.
-        past_key_values, hidden_states, attentions, pixel_codes, semantic_codes: as in
-            [`DualTokenModelOutputWithPast`].
         last_hidden_state (`torch.Tensor` of shape `(B, L, H)`): input of the text head and the depth heads.
-        text_loss_sum (`torch.Tensor`, scalar, with `labels`): cross-entropy of the text targets, summed, in nats.
-        num_text_correct (`torch.LongTensor`, scalar), num_text_targets (`int`): text targets whose most probable token
-            is the right one, and all of them.
-        depth_loss_sums (`torch.Tensor` of shape `(M, D)`): cross-entropies of the codes at every depth, summed over the
-            visual targets.
-        num_depth_correct (`torch.LongTensor` of shape `(M, D)`), num_visual_targets (`int`): the same of the codes.
+        pixel_codes, semantic_codes (`torch.LongTensor` of shape `(images, h, w, D)`): where images were given.
+        text_loss_sum (`torch.Tensor`, scalar), depth_loss_sums (`torch.Tensor` of shape `(M, D)`): cross-entropies of
+            the text targets, and of the codes of every depth of the visual targets, summed, in nats.
+        num_text_correct (`torch.LongTensor`, scalar), num_depth_correct (`torch.LongTensor` of shape `(M, D)`): how many
+            of these targets are the most probable.
+        num_text_targets, num_visual_targets (`int`).
     """
 
     text_loss: torch.Tensor | None = None
@@ -422,10 +415,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     The unified model with its text head and its two depth heads.
 
     ```python
-    model = AutoModelForCausalLM.from_pretrained(path)
     text = model.generate(**inputs, max_new_tokens=64)
-    out = model.generate(**inputs, generation_mode="image", guidance_scale=3.0)
-    images = model.decode_images(out)                       # (images, 3, S', S')
+    images = model.decode_images(model.generate(**inputs, generation_mode="image"))  # (images, 3, S', S')
     ```
     """
 
@@ -518,8 +509,8 @@ class DualTokenForCausalLM(DualTokenPreTrainedModel, DualTokenGenerationMixin):
     def _complete_generation_config(self) -> GenerationConfig:
         """A copy of the generation config with what a checkpoint's must say."""
         config = copy.deepcopy(self.generation_config)
-        # Out of the text of other engines, which know of generation no more than its config says. Some (vLLM) read of
-        # it only what ends an answer: there it ends where an image would begin, instead of beginning it for ever.
+        # For other engines, which return text alone and know no more than the config says. Some (vLLM) read only what
+        # ends an answer: there it ends where an image would begin, instead of beginning it for ever.
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.special_image_token_ids})
         if config.eos_token_id is not None:
             config.eos_token_id = self._ends_and_image_start(config)

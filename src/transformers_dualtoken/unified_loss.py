@@ -42,15 +42,9 @@ def unified_losses(
     model, outputs, image_mask: torch.BoolTensor, labels: torch.LongTensor, num_items_in_batch
 ) -> dict[str, torch.Tensor | int]:
     """
-    The losses, and the sums and counts they are made of.
+    The losses, and the sums and counts they are made of: fields of [`DualTokenCausalLMOutputWithPast`], by name.
 
-    Args:
-        model ([`DualTokenForCausalLM`]), outputs ([`DualTokenModelOutputWithPast`]).
-        image_mask (`torch.BoolTensor` of shape `(B, L)`): where the images' positions are.
-        labels (`torch.LongTensor` of shape `(B, L)`), num_items_in_batch: as in the model's forward.
-
-    Returns:
-        Fields of [`DualTokenCausalLMOutputWithPast`], by name.
+    From the base model's `outputs`, the placeholders `image_mask` and the `labels` `(B, L)`.
     """
     config, hidden_states = model.config, outputs.last_hidden_state
     if labels.shape != hidden_states.shape[:2]:
