@@ -102,10 +102,10 @@ class ImageDecoder:
         if given_embeds is not None:
             self.given_embeds.copy_(given_embeds)
             self.is_given[rows] = False
-        context.reserve(num_positions)
+        num_fed = num_positions if feed_last else num_positions - 1
+        context.reserve(num_fed)
         self.index.zero_()
         self.hidden_states = context.memory.place("hidden_states", context.hidden_states)
-        num_fed = num_positions if feed_last else num_positions - 1
         with context.attention():
             step = self._prepared_step()
             for _ in range(num_fed):
@@ -140,14 +140,14 @@ class ImageDecoder:
             step = compiled_step(_step, self.compile_options, (*self.constants, self.context.capacity))
         step = functools.partial(step, self)
         if self._is_capturable is None:
-            self._is_capturable = self._can_capture()
+            self._is_capturable = self.is_static and self._can_capture()
         if self._is_capturable and memory.graph is None:
             memory.graph = self._capture(step)
             self._is_capturable = memory.graph is not None
         return memory.graph.replay if self._is_capturable else step
 
     def _can_capture(self) -> bool:
-        return self.is_static and self.codes.device.type == "cuda" and _has_addresses(self.model)
+        return self.codes.device.type == "cuda" and _has_addresses(self.model)
 
     def _capture(self, step):
         """One step as a CUDA graph; `None`, with a warning, where something in it would wait for the device."""
