@@ -157,6 +157,3 @@ def _per_head(pair: tuple[float, float], like: torch.Tensor) -> float | torch.Te
     if pair[0] == pair[1]:
         return pair[0]
     return torch.cat([like.new_full((1, 1, 1), value) for value in pair])
-
-
-__all__ = ["CodeNoise", "DualTokenCodeSampler"]

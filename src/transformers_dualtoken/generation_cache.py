@@ -385,6 +385,3 @@ def has_keys_and_values_only(model, windows: bool = True) -> bool:
     if len(layers) != config.num_hidden_layers:
         return False
     return all(isinstance(layer, DynamicLayer) if windows else type(layer) is DynamicLayer for layer in layers)
-
-
-__all__ = ["Context", "Prompt", "StaticContext", "has_keys_and_values_only", "repeated_images"]

@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput, logging
 
 from .generation_cache import Prompt, has_keys_and_values_only, repeated_images
 from .generation_loop import TEXT_ROOM, ImageDecoder, InterleavedLoop, kept_steps, progress
-from .generation_settings import GENERATION_MODES, GenerationArguments
+from .generation_settings import GenerationArguments
 from .generation_text import ImageTokenBar, ScoreCheck, TextSampler, as_ids, is_served, wants_plain_codes
 from .transformers_compat import CACHE_NAME, given_cache, require_transformers
 
@@ -454,6 +454,3 @@ def _check_mask(attention_mask, input_ids: torch.LongTensor, name: str) -> None:
     if given is not None and given != input_ids.shape:
         given = tuple(given) if isinstance(given, torch.Size) else given
         raise ValueError(f"`{name}` must have the shape of the ids, {tuple(input_ids.shape)}, got {given}.")
-
-
-__all__ = ["GENERATION_MODES", "DualTokenGenerateOutput", "DualTokenGenerationMixin"]

@@ -212,15 +212,3 @@ def _compiler_arguments(options: dict) -> dict:
     elif arguments.get("mode") in _WITHOUT_GRAPHS:
         arguments["mode"] = _WITHOUT_GRAPHS[arguments["mode"]]
     return arguments
-
-
-__all__ = [
-    "HostWait",
-    "KeptSteps",
-    "RefuseHostWaits",
-    "StepMemory",
-    "capture",
-    "compiled_step",
-    "warm_up",
-    "weights_key",
-]

@@ -349,6 +349,3 @@ class InterleavedLoop:
                 images[-1] = [torch.cat(images[-1], dim=1)]
                 if self.on_image is not None:
                     self.on_image(tuple(images[-1][0].unflatten(1, (grid, grid))), index)
-
-
-__all__ = ["ImageDecoder", "InterleavedLoop", "kept_steps", "progress"]

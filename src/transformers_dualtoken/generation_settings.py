@@ -384,11 +384,3 @@ def _is_off(name: str, value) -> bool:
     """Whether one of transformers' settings asks for nothing; 1 return sequence or beam, for instance."""
     off = GenerationConfig._get_default_generation_params().get(name)
     return type(value) in (bool, int, float, str) and value == (False if off is None else off)
-
-
-__all__ = [
-    "GENERATION_MODES",
-    "DualTokenImageGenerationConfig",
-    "DualTokenImageGenerationInputs",
-    "GenerationArguments",
-]

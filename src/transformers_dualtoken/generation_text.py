@@ -152,6 +152,3 @@ def wants_plain_codes(model, mode: str) -> bool:
         f"`pipeline('{task}')` returns {returned}, not what `generation_mode={mode!r}` makes: take {instead}"
         f"`model.generate(..., generation_mode={mode!r})` and `model.decode_images`."
     )
-
-
-__all__ = ["ImageTokenBar", "ScoreCheck", "TextSampler", "as_ids", "is_served", "wants_plain_codes"]

@@ -155,6 +155,3 @@ def _divisors(num_items_in_batch, num_text: int, num_visual: int):
             f"{list(num_items_in_batch)}."
         )
     return tuple(max(number, 1) for number in num_items_in_batch)
-
-
-__all__ = ["DualTokenTextHead", "text_logits", "unified_losses"]

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...chat_dualtoken import image_parts, normalize_chats
-from ...generation_dualtoken import GENERATION_MODES
+from ...generation_settings import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
 from ...sharding import gathered
