@@ -491,11 +491,8 @@ def load_code_source(
         path (`str` or `os.PathLike`): the folder; its name becomes the source's.
         weight (`float`, *optional*): in a mixture.
         streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
-        fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with: the one that
-            made the codes, or the same one rounded to bfloat16.
-
-    Raises:
-        ValueError: if the codes are another tokenizer's, the folder is not finished, or holds no codes.
+        fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with. Codes of
+            another one are a `ValueError`; the same one rounded to bfloat16 will do.
     """
     description = read_description(path)
     found = description["tokenizer_fingerprint"]

@@ -216,5 +216,8 @@ class ChatEncoder:
 
 def _messages(example: dict) -> list[dict]:
     """The messages of an example, normalised; a document is one without a role."""
-    ((messages,), _) = normalize_chats(example.get("messages") or [{"role": "", "content": example["content"]}])
+    is_chat = "messages" in example
+    ((messages,), _) = normalize_chats(
+        example["messages"] if is_chat else [{"role": "", "content": example["content"]}]
+    )
     return messages

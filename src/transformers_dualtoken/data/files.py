@@ -122,14 +122,15 @@ def _load_saved(folder: str, split: str, streaming: bool):
 
 def find_files(source: str) -> dict[str | None, list[str]]:
     """The files at a path or pattern by kind, each sorted, without hidden ones; `None` is the kind of all others."""
-    if os.path.isdir(source):
+    is_folder = os.path.isdir(source)
+    if is_folder:
         paths = list(_walk(source))
     else:
         paths = glob.glob(source, recursive=True) if glob.has_magic(source) else []
         paths = paths or ([source] if os.path.exists(source) else [])
     by_kind: dict[str | None, list[str]] = {}
     for path in sorted(paths):
-        relative = Path(os.path.relpath(path, source) if os.path.isdir(source) else os.path.basename(path))
+        relative = Path(os.path.relpath(path, source) if is_folder else os.path.basename(path))
         if not any(part.startswith(".") for part in relative.parts):
             kind = None if relative.name in _NO_DATA else kind_of(path)
             by_kind.setdefault(kind, []).append(path)

@@ -93,10 +93,7 @@ def undecoded(dataset, image_column: str, keep=()):
     """
     The column of images of a data set as `datasets.Image(decode=False)`, and the columns `keep`; all others are
     dropped before anything of them is decoded. Of a stream without features, and of a data set with a transform, the
-    images stay as they are.
-
-    Raises:
-        ValueError: for a column that is missing, and an image column of another type.
+    images stay as they are. Raises a `ValueError` for a column that is missing or of another type.
     """
     wanted = list(dict.fromkeys((image_column, *keep)))
     columns = dataset.column_names
@@ -152,15 +149,16 @@ def _image_files(source: str, paths: list[str], found: dict, streaming: bool, im
         for path in metadata:
             with files.naming_file(path):
                 table = _METADATA_READERS[Path(path).suffix](path).to_pylist()
-            folder = os.path.dirname(path)
-            rows |= {os.path.normpath(os.path.join(folder, row.get("file_name") or "")): row for row in table}
+            place = os.path.dirname(path)
+            rows |= {os.path.normpath(os.path.join(place, row.get("file_name") or "")): row for row in table}
         for column in keep:
             if any(column in row for row in rows.values()):
                 columns[column] = [rows.get(os.path.normpath(path), {}).get(column) for path in paths]
-        labels = [_class_of(path, source) for path in paths]
+        folder = source if os.path.isdir(source) else None
+        labels = [_class_of(path, folder) for path in paths]
         if "label" in keep and not metadata and None not in labels:
             # Of all splits: the classes have the same numbers in each.
-            names = sorted({_class_of(path, source) for path in found["image"]} - {None})
+            names = sorted({_class_of(path, folder) for path in found["image"]} - {None})
             columns["label"] = [names.index(label) for label in labels]
             features["label"] = datasets.ClassLabel(names=names)
     elif streaming:
@@ -176,19 +174,16 @@ def _is_metadata(path: str) -> bool:
     return Path(path).stem == "metadata" and Path(path).suffix in _METADATA_READERS
 
 
-def _class_of(path: str, source: str) -> str | None:
-    """The subfolder that an image lies in, unless that is the source itself, or a split's."""
-    if not os.path.isdir(source):
+def _class_of(path: str, source: str | None) -> str | None:
+    """The folder that an image lies in, unless that is the source's, if it is one, or a split's."""
+    if source is None:
         return os.path.basename(os.path.dirname(path))
     folders = Path(os.path.relpath(path, source)).parts[:-1]
     return None if not folders or (len(folders) == 1 and folders[0].lower() in files.SPLITS) else folders[-1]
 
 
 def _check_tars(paths: list[str], image_column: str) -> None:
-    """
-    Raise if of the first samples none has an image, or most have several. A single one that is not as it should be is
-    passed over when it is read.
-    """
+    """Raise if of the first samples none has an image, or most have several; a single odd one is passed over later."""
     num_samples = num_whole = num_several = 0
     odd = {}
     samples = ((path, *sample) for path in paths for sample in files.read_tar(path, lambda keys: ()))
@@ -257,13 +252,10 @@ def _parquet_rows(shards: list[tuple[str, int]], image_column: str, keep: tuple[
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, before):
                 value = row[image_column]
-                if isinstance(value, bytes):
-                    value = {"bytes": value}
-                if isinstance(value, dict) and value.get("bytes") is not None:
-                    # Not its own name, which `datasets` would take for a file's if there is one.
-                    value = {"bytes": value["bytes"], "path": f"{path}/{value.get('path') or f'row {number}'}"}
-                elif isinstance(value, dict) and value.get("path") is None:
-                    value = None
+                parts = value if isinstance(value, dict) else {"bytes" if isinstance(value, bytes) else "path": value}
+                data, own_name = parts.get("bytes"), parts.get("path")
+                # Not by its own name, which `datasets` would take for a file's if there is one.
+                value = own_name if data is None else {"bytes": data, "path": f"{path}/{own_name or f'row {number}'}"}
                 yield {**row, image_column: value}
 
 

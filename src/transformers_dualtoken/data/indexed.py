@@ -20,17 +20,14 @@ from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource
 
 logger = logging.get_logger(__name__)
 
-# So many skipped samples are named in the log; the others are counted.
-_NAMED_SAMPLES = 5
-# So many cached faults are looked at again.
-_RECHECKED = 20
+# Skipped samples that are named in the log, and cached faults that are looked at again.
+_NAMED_SAMPLES, _RECHECKED = 5, 20
 # To be raised whenever the ids of an example change: it keeps those of an older version out of use.
 _ENCODING_VERSION = 2
-_TYPES = {"length": "int32", "cut": "bool", "name": "string", "fault": "string"}
-_LISTS = {"input_ids": "int32", "is_target": "bool"}
+_INT, _BOOL, _STRING = (datasets.Value(dtype) for dtype in ("int32", "bool", "string"))
 _ENCODED_FEATURES = datasets.Features(
-    {name: datasets.List(datasets.Value(dtype)) for name, dtype in _LISTS.items()}
-    | {name: datasets.Value(dtype) for name, dtype in _TYPES.items()}
+    {"input_ids": datasets.List(_INT), "is_target": datasets.List(_BOOL)}
+    | {"length": _INT, "cut": _BOOL, "name": _STRING, "fault": _STRING}
 )
 
 

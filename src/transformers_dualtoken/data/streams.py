@@ -36,20 +36,19 @@ class SampleStream(IterableDataset):
 
     Args:
         datasets (`list[datasets.IterableDataset]`): of raw rows.
-        weights (`list[float]`, *optional*): how often each is drawn from, relative to the others. A single one needs
-            none.
+        weights (`list[float]`, *optional*): of several: how often each is drawn from, relative to the others.
         seed (`int`, defaults to 0).
         shuffle_buffer_size (`int`, defaults to 1000): rows of a block.
         rank (`int`, defaults to 0), world_size (`int`, defaults to 1): of this process, among those that train.
         repeat (`bool`, defaults to `True`): begin another epoch after the last row; `False` ends there.
 
     Yields:
-        what `prepare` makes of a row, with `"num_skipped"` (`int`), how many rows that cannot be used were passed over
-        before it, and `"stream_position"` (`dict`), where the stream is after it.
+        what `prepare` makes of a row, with `"num_skipped"` (`int`), how many rows were passed over before it, and
+        `"stream_position"` (`dict`), where the stream is after it.
 
     Raises:
-        ValueError: for settings out of range, a reader without rows, more unusable rows in a row than
-            `MAX_SKIPPED_IN_A_ROW`, and a position of a stream with other settings.
+        ValueError: for settings out of range, a reader without rows, `MAX_SKIPPED_IN_A_ROW` unusable rows in a row, and
+            a position of a stream with other settings.
     """
 
     # What a sample of this stream is called in messages.
@@ -95,15 +94,14 @@ class SampleStream(IterableDataset):
 
     def load_state_dict(self, state: dict) -> None:
         """Go on where the state of a [`StreamProgress`] says. To be called before the `DataLoader` is iterated."""
-        for position in state["positions"].values():
-            self._check(position, self.settings)
+        self._check(state["positions"], self.settings)
         # JSON makes strings of the keys.
         positions = {int(worker): position for worker, position in state["positions"].items()}
         self._resumed = {"positions": positions, "next_worker": state["next_worker"]}
 
     @staticmethod
-    def _check(position: dict, settings: dict) -> None:
-        for name, value in settings.items():
+    def _check(positions: dict, settings: dict) -> None:
+        for position, (name, value) in itertools.product(positions.values(), settings.items()):
             if position[name] != value:
                 raise ValueError(
                     f"The stream was saved with {name} = {position[name]} and cannot go on with {name} = {value}. "
@@ -114,8 +112,7 @@ class SampleStream(IterableDataset):
         info = get_worker_info()
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         settings = {**self.settings, "num_workers": num_workers}
-        for position in self._resumed["positions"].values():
-            self._check(position, settings)
+        self._check(self._resumed["positions"], settings)
         # A `DataLoader` begins with worker 0; this one takes the place of the worker whose turn it was.
         worker = (worker + self._resumed["next_worker"]) % num_workers
         position = self._resumed["positions"].get(worker, {"drawn": 0, "sources": [_BEGINNING] * len(self.datasets)})
