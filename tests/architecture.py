@@ -7,6 +7,7 @@ can be made of), `data`, `evaluation`, `training`; on top the command line.
 
 import ast
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -35,6 +36,11 @@ def modules() -> dict[str, Path]:
     return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def storey(module: str) -> int:
     """Index in `STOREYS`; the package's own `__init__`, which registers classes, is of the flat modules."""
     first = module.partition(".")[0]
@@ -46,11 +52,7 @@ def storey(module: str) -> int:
 def imports() -> list[Import]:
     """All relative imports, those within functions included."""
     files = modules()
-    return [
-        each
-        for module, path in files.items()
-        for each in _imports_below(ast.parse(path.read_text(encoding="utf-8")), module, None, files)
-    ]
+    return [each for module, path in files.items() for each in _imports_below(_tree(path), module, None, files)]
 
 
 def _imports_below(node: ast.AST, module: str, function: str | None, files: dict[str, Path]) -> list[Import]:
@@ -107,7 +109,7 @@ def declarations(name: str) -> list[str]:
     """Where an argument is declared: parameters of functions and annotated fields of classes of that name."""
     places = []
     for module, path in modules().items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(_tree(path)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 places += [f"{module}.{node.name}" for argument in arguments if argument.arg == name]
@@ -119,7 +121,7 @@ def declarations(name: str) -> list[str]:
 
 def image_arguments() -> list[str]:
     """The fields of `DualTokenImageGenerationConfig`, read from its file."""
-    tree = ast.parse((PACKAGE / "generation_settings.py").read_text(encoding="utf-8"))
+    tree = _tree(PACKAGE / "generation_settings.py")
     (config,) = [
         node
         for node in ast.walk(tree)
