@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data import SampleStream, StreamProgress
 from .arguments import use_cpu_threads
-from .checkpoints import SaveOnSigterm, TrainingStopped
+from .checkpoints import SaveOnSigterm, TrainingStopped, checkpoint_file
 
 
 logger = logging.get_logger(__name__)
@@ -259,17 +259,14 @@ class DualTokenBaseTrainer(Trainer):
             return
         self._resumed_from = checkpoint
         path = self._data_state(checkpoint)
+        if self.is_stream:
+            checkpoint_file(checkpoint, path.name, f"by another number of ranks (now {self.args.world_size})")
         if path.is_file():
             state = json.loads(path.read_text())
             self._counts = state["counts"]
             if self.is_stream:
                 self.train_dataset.load_state_dict(state["stream"])
                 self.stream_progress.load_state_dict(state["stream"])
-        elif self.is_stream:
-            raise FileNotFoundError(
-                f"The checkpoint {checkpoint!r} lacks {path.name}, the position of this rank in the stream: it was "
-                f"saved by another number of ranks (now {self.args.world_size}), or with `save_only_model`."
-            )
 
     def _data_state(self, checkpoint: str) -> Path:
         return Path(checkpoint, f"data_state_{self.args.process_index}.json")

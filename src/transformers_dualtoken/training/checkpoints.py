@@ -45,15 +45,24 @@ def find_checkpoint(arguments: TrainingArguments) -> str | None:
     numbers = {folder: folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-") for folder in folders}
     whole = [folder for folder, number in numbers.items() if number.isdigit() and _state(folder) is not None]
     if wanted is True and not whole:
-        raise ValueError(
-            f"`resume_from_checkpoint` asks for the last checkpoint, but {arguments.output_dir!r} holds no whole one."
-        )
+        where = arguments.output_dir
+        raise ValueError(f"`resume_from_checkpoint` asks for the last checkpoint, but {where!r} holds no whole one.")
     return str(max(whole, key=lambda folder: int(numbers[folder]))) if whole else None
 
 
 def step_of(checkpoint: str | None) -> int:
     """The step of a whole checkpoint; 0 of none. To be asked before training, which may delete it."""
     return 0 if checkpoint is None else _state(checkpoint)["global_step"]
+
+
+def checkpoint_file(checkpoint: str | Path, name: str, saved: str) -> Path:
+    """A file of a checkpoint, or an error that tells how one without it was saved."""
+    path = Path(checkpoint, name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"The checkpoint {str(checkpoint)!r} lacks {name}: it was saved {saved}, or with `save_only_model`."
+        )
+    return path
 
 
 def _state(checkpoint: str | Path) -> dict | None:
@@ -88,9 +97,8 @@ class SaveOnSigterm(TrainerCallback):
         """The same loader, whose workers heed no SIGTERM during training: a cluster may signal a whole group."""
         # accelerate's loaders wrap the one that starts the workers.
         started = getattr(loader, "base_dataloader", loader)
-        started.worker_init_fn = functools.partial(
-            _init_worker, is_training=self._is_listening, init=started.worker_init_fn
-        )
+        known = {"is_training": self._is_listening, "init": started.worker_init_fn}
+        started.worker_init_fn = functools.partial(_init_worker, **known)
         return loader
 
     @contextlib.contextmanager
@@ -115,9 +123,7 @@ class SaveOnSigterm(TrainerCallback):
                 self._group = None
         # Nothing was raised, so training was at its end.
         if self.is_asked:
-            logger.warning(
-                "SIGTERM came when no step of training was left: training has ended as usual, and the program goes on."
-            )
+            logger.warning("SIGTERM came when no step of training was left: training has ended as usual.")
             # Not the default, which would end the program before it has saved what was trained.
             if callable(signal.getsignal(signal.SIGTERM)):
                 signal.raise_signal(signal.SIGTERM)
@@ -142,11 +148,8 @@ class SaveOnSigterm(TrainerCallback):
             return
         checkpoint = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if state.is_world_process_zero:
-            print(
-                f"SIGTERM: stopped after step {state.global_step} of {state.max_steps}, saved as {checkpoint}. The same "
-                "command goes on from there.",
-                flush=True,
-            )
+            done = f"SIGTERM: stopped after step {state.global_step} of {state.max_steps}, saved as {checkpoint}."
+            print(f"{done} The same command goes on from there.", flush=True)
         # Not by `should_training_stop`: at its end the Trainer loads the best checkpoint, and with `save_total_limit=1`
         # deletes all others, this one too.
         raise TrainingStopped(checkpoint)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
 
+from ..checkpoints import checkpoint_file
 from .discriminator import PatchDiscriminator, discriminator_loss
 from .recipe import DualTokenVisionTokenizerRecipe
 
@@ -123,18 +124,13 @@ class Adversary:
         torch.save({**state, "restarts": self.restarts}, Path(folder, _STATE_NAME))
 
     def load(self, folder: str | Path) -> None:
-        """Raises `FileNotFoundError` if the folder holds no discriminator."""
-        for name in (_WEIGHTS_NAME, _STATE_NAME):
-            if not Path(folder, name).is_file():
-                raise FileNotFoundError(
-                    f"The checkpoint {str(folder)!r} lacks {name}: it was not saved by an adversarial training, or with "
-                    "`save_only_model`."
-                )
+        names = _WEIGHTS_NAME, _STATE_NAME
+        weights, state = (checkpoint_file(folder, name, "by training without an adversary") for name in names)
         device = next(self.discriminator.parameters()).device
-        state = torch.load(Path(folder, _STATE_NAME), map_location=device, weights_only=True)
+        state = torch.load(state, map_location=device, weights_only=True)
         if state["restarts"] != self.restarts:
             self._draw(state["restarts"])
-        self.discriminator.load_state_dict(load_file(Path(folder, _WEIGHTS_NAME)))
+        self.discriminator.load_state_dict(load_file(weights))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
 

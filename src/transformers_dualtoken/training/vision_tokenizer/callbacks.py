@@ -9,6 +9,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback
 
 from ...evaluation.pictures import reconstruction_grid
+from ..checkpoints import checkpoint_file
 from ..trackers import send_to_trackers
 
 
@@ -51,13 +52,7 @@ class WeightAverage(TrainerCallback):
         torch.save(self.average.state_dict(), Path(folder, _AVERAGE_NAME))
 
     def load(self, folder: str | Path) -> None:
-        """Raises `FileNotFoundError` if the folder holds no average."""
-        path = Path(folder, _AVERAGE_NAME)
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"The checkpoint {str(folder)!r} lacks {_AVERAGE_NAME}: it was saved without `weight_average_decay`, or "
-                "with `save_only_model`."
-            )
+        path = checkpoint_file(folder, _AVERAGE_NAME, "without `weight_average_decay`")
         self.average.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 

@@ -83,8 +83,8 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self._codebook_usage = {}
         for kind in self.recipe.codes:
             config = self.model.quantizer(kind).config
-            usage = CodebookUsage(config.num_depths, config.codebook_size, config.shared_codebook)
-            self._codebook_usage[kind] = usage
+            sizes = config.num_depths, config.codebook_size, config.shared_codebook
+            self._codebook_usage[kind] = CodebookUsage(*sizes)
 
     def _check_engine(self) -> None:
         """Refuse what would train silently wrong, whether `args` or accelerate's own settings ask for it."""
