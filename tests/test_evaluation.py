@@ -4,7 +4,6 @@ import importlib.metadata
 import json
 import math
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.evaluation import (
     CodebookUsage,
     ImageBatches,
+    ReconstructionMetrics,
     RetrievalRecall,
     TokenizerEvaluator,
     fid_metric,
@@ -39,18 +39,66 @@ from transformers_dualtoken.optional_libraries import MissingLibraryError
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_import_needs_the_core_only():
-    heavy = ["torchmetrics", "torch_fidelity", "open_clip", "lpips", "skimage", "matplotlib"]
-    shim = "torchvision_shim, " * ("torchvision_shim" in sys.modules)
-    code = f"import {shim}sys, transformers_dualtoken.evaluation; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
-
-
 def test_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
     with pytest.raises(MissingLibraryError, match=r"rFID needs torchmetrics: .*transformers-dualtoken\[eval\]"):
         fid_metric()
+
+
+# Reconstructions
+
+
+@pytest.fixture
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Reconstructions and their images `(3, 3, 24, 20)` in [0, 1], one half black."""
+    images = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0))
+    images[0, :, :12] = 0
+    return (images * 0.8 + 0.1).clamp(0, 1), images
+
+
+def test_psnr_and_ssim_agree_with_scikit_image(pairs):
+    made, images = pairs
+    arrays = list(zip(images.double().numpy(), made.double().numpy()))
+    psnr = [skimage.metrics.peak_signal_noise_ratio(*pair, data_range=1) for pair in arrays]
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    ssim = [skimage.metrics.structural_similarity(*pair, data_range=1, channel_axis=0, **window) for pair in arrays]
+    assert psnr_per_image(made, images).tolist() == pytest.approx(psnr, abs=1e-5)
+    assert ssim_per_image(made, images).tolist() == pytest.approx(ssim, abs=1e-9)
+    assert psnr_per_image(images, images).isinf().all() and ssim_per_image(images, images).tolist() == [1, 1, 1]
+    metrics = ReconstructionMetrics(("psnr", "ssim"))
+    # Of different sizes of batch, in [-1, 1].
+    for part in (slice(0, 1), slice(1, 3)):
+        metrics.update(made[part] * 2 - 1, images[part] * 2 - 1)
+    assert metrics.compute() == pytest.approx({"psnr": np.mean(psnr), "ssim": np.mean(ssim), "exact_images": 0}, 1e-5)
+
+
+def test_reconstructions_are_clamped_and_exact_ones_counted(pairs):
+    made, images = pairs
+    made[1] = images[1]
+    made[2, 0], made[2, 1] = 1, 0
+    beyond = made * 2 - 1
+    beyond[made == 1] = 7.0
+    beyond[made == 0] = -7.0
+    metrics = ReconstructionMetrics(("psnr", "ssim"))
+    metrics.update(beyond, images * 2 - 1)
+    result = metrics.compute()
+    expected = psnr_per_image(made, images)
+    assert expected[1].isinf() and result["exact_images"] == 1
+    assert result["psnr"] == pytest.approx(float(expected[[0, 2]].mean()))
+
+
+def test_reconstruction_metrics_refuse():
+    with pytest.raises(ValueError, match="Unknown metric 'fvd'; there are psnr, ssim, lpips, rfid"):
+        ReconstructionMetrics(("fvd",))
+    with pytest.raises(ValueError, match="'rfid' needs its network"):
+        ReconstructionMetrics(("rfid",))
+    metrics = ReconstructionMetrics(("ssim",))
+    with pytest.raises(ValueError, match="must have one shape"):
+        metrics.update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="SSIM needs images of at least 11 pixels a side, got 8 x 16"):
+        metrics.update(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
+    with pytest.raises(ValueError, match="A reconstruction holds NaN"):
+        metrics.update(torch.full((1, 3, 16, 16), torch.nan), torch.zeros(1, 3, 16, 16))
 
 
 # Codebooks
@@ -481,19 +529,6 @@ def test_script_measures_what_it_can(script, folder, tmp_path, monkeypatch):
     }
     with pytest.raises(MissingLibraryError, match="rFID needs torchmetrics"):
         script.main([*common, "--metrics", "rfid"])
-
-
-def test_psnr_and_ssim_agree_with_scikit_image():
-    images = torch.rand(3, 3, 24, 20, generator=torch.Generator().manual_seed(0))
-    images[0, :, :12] = 0  # flat
-    made = (images * 0.8 + 0.1).clamp(0, 1)
-    pairs = list(zip(images.double().numpy(), made.double().numpy()))
-    psnr = [skimage.metrics.peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
-    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-    ssim = [skimage.metrics.structural_similarity(*pair, data_range=1, channel_axis=0, **window) for pair in pairs]
-    assert psnr_per_image(made, images).tolist() == pytest.approx(psnr, abs=1e-5)
-    assert ssim_per_image(made, images).tolist() == pytest.approx(ssim, abs=1e-9)
-    assert psnr_per_image(images, images).isinf().all() and ssim_per_image(images, images).tolist() == [1, 1, 1]
 
 
 def test_script_reads_labels_from_any_source(script, folder, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,7 +32,6 @@ try:
     import evaluate
     import lpips
     import open_clip
-    import skimage.metrics
     import torch_fidelity.feature_extractor_inceptionv3 as fidelity_inception
     import torchvision
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -79,63 +77,10 @@ class Features(nn.Module):
 # Reconstructions
 
 
-def test_psnr_and_ssim_agree_with_scikit_image():
-    images, made = pictures(5), disturbed(pictures(5))
-    expected = [
-        (
-            skimage.metrics.peak_signal_noise_ratio(image, other, data_range=1),
-            skimage.metrics.structural_similarity(
-                image,
-                other,
-                data_range=1,
-                channel_axis=0,
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-            ),
-        )
-        for image, other in zip(images.double().numpy(), made.double().numpy())
-    ]
-    psnr, ssim = zip(*expected)
-    np.testing.assert_allclose(psnr_per_image(made, images), psnr, rtol=1e-5)
-    np.testing.assert_allclose(ssim_per_image(made, images), ssim, rtol=1e-5)
-    metrics = ReconstructionMetrics(("psnr", "ssim"))
-    # Of different sizes of batch, in [-1, 1].
-    for part in (slice(0, 1), slice(1, 5)):
-        metrics.update(made[part] * 2 - 1, images[part] * 2 - 1)
-    assert metrics.compute() == pytest.approx({"psnr": np.mean(psnr), "ssim": np.mean(ssim), "exact_images": 0}, 1e-5)
-
-
-def test_reconstructions_are_clamped_and_exact_ones_counted():
-    images = pictures(3)
-    made = disturbed(images)
-    made[1] = images[1]
-    beyond = made * 2 - 1
-    beyond[made == 1] = 7.0
-    beyond[made == 0] = -7.0
-    metrics = ReconstructionMetrics(("psnr", "ssim"))
-    metrics.update(beyond, images * 2 - 1)
-    result = metrics.compute()
-    expected = psnr_per_image(made, images)
-    assert expected[1].isinf() and result["exact_images"] == 1
-    assert result["psnr"] == pytest.approx(float(expected[[0, 2]].mean()))
-
-
-def test_reconstruction_metrics_refuse():
-    with pytest.raises(ValueError, match="Unknown metric 'fvd'; there are psnr, ssim, lpips, rfid"):
-        ReconstructionMetrics(("fvd",))
-    with pytest.raises(ValueError, match="'rfid' needs its network"):
-        ReconstructionMetrics(("rfid",))
-    metrics = ReconstructionMetrics(("ssim",))
-    with pytest.raises(ValueError, match="must have one shape"):
-        metrics.update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 24, 24))
-    with pytest.raises(ValueError, match="SSIM needs images of at least 11 pixels a side, got 8 x 16"):
-        metrics.update(torch.zeros(1, 3, 8, 16), torch.zeros(1, 3, 8, 16))
-    with pytest.raises(ValueError, match="A reconstruction holds NaN"):
-        metrics.update(torch.full((1, 3, 16, 16), torch.nan), torch.zeros(1, 3, 16, 16))
+def test_rfid_of_one_image():
+    metrics = ReconstructionMetrics(("rfid",), fid=fid_metric(Features()))
+    metrics.update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
     with pytest.raises(ValueError, match="rFID cannot be computed: More than one sample"):
-        metrics = ReconstructionMetrics(("rfid",), fid=fid_metric(Features()))
-        metrics.update(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 16, 16))
         metrics.compute()
 
 
