@@ -292,7 +292,12 @@ def test_broken_image_is_named_or_another_sample_stands_in(processor, tmp_path):
     assert dataset.num_skipped == 0
     assert torch.equal(dataset[1]["input_ids"], dataset[0]["input_ids"])
     assert dataset[1]["num_skipped"] == 1 and dataset[0]["num_skipped"] == 0
-    with pytest.raises(ValueError, match="1 samples in a row cannot be read. The last is 0 of the examples"):
+    (tmp_path / "1.png").unlink()  # it is not read again
+    assert dataset[1]["num_skipped"] == 1
+    with pytest.raises(
+        ValueError,
+        match="None of the 1 samples from number 0 on can be read. The last: The sample 0 of the examples is",
+    ):
         dataset_of(examples[1:], processor, on_bad_sample="skip")[0]
 
 

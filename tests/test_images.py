@@ -317,6 +317,13 @@ def test_replacement_is_cropped_by_its_place(image_processor):
         assert torch.equal(images[index]["pixel_values"], reference[index]["pixel_values"])
 
 
+def test_an_index_beyond_the_end_is_none(image_processor):
+    dataset = DualTokenImageDataset(table(noise(0), noise(1)), image_processor)
+    assert len(list(dataset)) == 2
+    with pytest.raises(IndexError, match="There is no image 2 among 2"):
+        dataset[2]
+
+
 def test_nothing_but_unreadable_images(image_processor):
     dataset = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"text", "path": "a.jpg"}] * 3},

@@ -1,5 +1,6 @@
 """Images for tokenizer training: any source as a data set of undecoded images, and one image as `pixel_values`."""
 
+import collections
 import itertools
 import math
 import os
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..image_reading import UnreadableImageError, read_image
+from ..image_reading import read_image
 from . import files
 from .samples import MAX_SKIPPED_IN_A_ROW
 
@@ -184,22 +185,20 @@ def _class_of(path: str, source: str | None) -> str | None:
 
 def _check_tars(paths: list[str], image_column: str) -> None:
     """Raise if of the first samples none has an image, or most have several; a single odd one is passed over later."""
-    num_samples = num_whole = num_several = 0
-    odd = {}
+    counts, first = collections.Counter(), {}  # of none, one and several images
     samples = ((path, *sample) for path in paths for sample in files.read_tar(path, lambda keys: ()))
     try:
         for path, sample, keys, _ in itertools.islice(samples, MAX_SKIPPED_IN_A_ROW):
-            num_images, num_samples = len(_image_keys(keys, image_column)), num_samples + 1
-            num_whole, num_several = num_whole + (num_images == 1), num_several + (num_images > 1)
-            if num_images != 1:
-                odd.setdefault(num_images > 1, (path, sample, keys))
-            if num_samples >= files.ROWS_LOOKED_AT and num_whole + num_several > 0:
+            num_images = min(2, len(_image_keys(keys, image_column)))
+            counts[num_images] += 1
+            first.setdefault(num_images, (path, sample, keys))
+            if counts.total() >= files.ROWS_LOOKED_AT and counts[1] + counts[2] > 0:
                 break
     except ValueError:  # a damaged shard, which is named again where it is read
-        if not num_samples:
+        if not counts:
             raise
-    if num_whole <= num_several:
-        path, sample, keys = odd.get(num_several > 0, (paths[0], "", []))
+    if counts[1] <= counts[2]:
+        path, sample, keys = first.get(2) or first.get(0) or (paths[0], "", [])
         raise ValueError(
             f"The sample {sample!r} of the webdataset shard {path!r} has {len(_image_keys(keys, image_column))} images, "
             f"with the keys {sorted(keys)}. Say which by `image_column`, or give one an ending such as 'jpg' or 'png'."
@@ -257,11 +256,6 @@ def _parquet_rows(shards: list[tuple[str, int]], image_column: str, keep: tuple[
                 # Not by its own name, which `datasets` would take for a file's if there is one.
                 value = own_name if data is None else {"bytes": data, "path": f"{path}/{own_name or f'row {number}'}"}
                 yield {**row, image_column: value}
-
-
-def report_skipped(name: str, reason: UnreadableImageError) -> None:
-    """Log, once in this process, that an image was passed over."""
-    logger.warning_once(f"The image {name} is skipped: {reason}.")
 
 
 class ImagePreparation:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..image_reading import UnreadableImageError, image_name
 from .encoding import ChatEncoder, EncodedExample
-from .images import ImagePreparation, report_skipped, undecoded
+from .images import ImagePreparation, undecoded
 from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource, check_sources, refusal
 
 
@@ -32,10 +32,17 @@ _ENCODED_FEATURES = datasets.Features(
 
 
 class _EpochDataset(Dataset):
-    """A data set whose samples depend on the epoch, which the Trainer sets."""
+    """
+    Samples by index, which depend on the seed and the epoch, too, and on nothing else: a resumed run sees what an
+    uninterrupted one would have seen. In the place of one that cannot be used stands the next that can.
+    """
+
+    noun = "sample"
+    # Errors of `_sample` after which another one stands in.
+    passed_over: tuple[type[Exception], ...] = ()
 
     def __init__(self, seed: int):
-        self.seed = seed
+        self.seed, self._unusable = seed, {}
         # Shared, so that workers which live on from epoch to epoch (`persistent_workers`) see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -46,14 +53,29 @@ class _EpochDataset(Dataset):
     def set_epoch(self, epoch: int) -> None:
         self._epoch.fill_(epoch)
 
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
+        """A sample, with `"num_skipped"` (`int`): 1 if it stands in for another one, else 0."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"There is no {self.noun} {index} among {len(self)}.")
+        tries = min(len(self), MAX_SKIPPED_IN_A_ROW)
+        for step in range(tries):
+            item = self._item((index + step) % len(self))
+            # Known ones are not read again, for many in a row would slow down everyone who falls among them.
+            reason = self._unusable.get(item)
+            if reason is None:
+                try:
+                    # Those in between count where they are asked for.
+                    return {**self._sample(item, f"{self.seed}/{self.epoch}/{index}"), "num_skipped": int(step > 0)}
+                except self.passed_over as error:
+                    self._unusable[item] = reason = f"The {self.noun} {self._name(item)} is skipped: {error}."
+                    if len(self._unusable) <= MAX_NAMED:
+                        logger.warning(reason)
+        raise ValueError(f"None of the {tries:,} {self.noun}s from number {index} on can be read. The last: {reason}")
+
 
 class DualTokenImageDataset(_EpochDataset):
     """
-    Images of a `datasets` table as `pixel_values`, augmented as by [`ImagePreparation`].
-
-    What is drawn for a sample depends on the seed, the epoch and the sample's index only, so that a resumed run sees
-    what an uninterrupted one would have seen. In the place of an image that cannot be read stands the next one that
-    can; each such file is logged once by every process.
+    Images of a `datasets` table as `pixel_values` `(3, S, S)`, float32, augmented as by [`ImagePreparation`].
 
     Args:
         dataset (`datasets.Dataset`): with a column of images, decoded or not.
@@ -66,6 +88,9 @@ class DualTokenImageDataset(_EpochDataset):
             of the next `MAX_SKIPPED_IN_A_ROW` images can be read.
     """
 
+    noun = "image"
+    passed_over = (UnreadableImageError,)
+
     def __init__(
         self, dataset, image_processor, image_column="image", crop_scale=(0.9, 1.0), seed=0, reducing_gap=2.0
     ):
@@ -75,29 +100,18 @@ class DualTokenImageDataset(_EpochDataset):
         self.dataset = undecoded(dataset, image_column)
         self.prepare = ImagePreparation(image_processor, crop_scale, reducing_gap)
         self.image_column = image_column
-        self._unreadable = set()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """`{"pixel_values": (3, S, S) float32, "num_skipped": int}`: 1 if it stands in for one that cannot be read."""
-        tries = min(len(self), MAX_SKIPPED_IN_A_ROW)
-        for step in range(tries):
-            place = (index + step) % len(self)
-            # Known ones are not read again, for many in a row would slow down everyone who falls among them.
-            if place in self._unreadable:
-                continue
-            value = self.dataset[place][self.image_column]
-            try:
-                pixel_values = self.prepare(value, f"{self.seed}/{self.epoch}/{index}")
-            except UnreadableImageError as error:
-                self._unreadable.add(place)
-                report_skipped(image_name(value) or f"number {place} of the data set", error)
-                continue
-            # The others in between count where they are asked for.
-            return {"pixel_values": pixel_values, "num_skipped": int(step > 0)}
-        raise ValueError(f"None of the {tries:,} images from number {index} on can be read; the log says why.")
+    def _item(self, place: int) -> int:
+        return place
+
+    def _sample(self, item: int, key: str) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.prepare(self.dataset[item][self.image_column], key)}
+
+    def _name(self, item: int) -> str:
+        return image_name(self.dataset[item][self.image_column]) or f"number {item} of the data set"
 
 
 class _EncodedSource:
@@ -188,7 +202,7 @@ class DualTokenChatDataset(_EpochDataset):
 
     Without weights every sample comes once in an epoch. With weights an epoch has as many samples as all sources
     together, divided by weight; a source goes on in the next epoch where it stopped, and in another order whenever it
-    begins anew. What is drawn for a sample depends on the seed, the epoch and the sample's index only.
+    begins anew.
 
     Args:
         sources (`list[ChatSource]` or `list[dict]`): of [`load_chat_sources`], or examples themselves.
@@ -222,7 +236,7 @@ class DualTokenChatDataset(_EpochDataset):
         if kinds == {False}:
             sources = [ChatSource("the examples", list(sources), dict)]
         weights = [source.weight for source in sources]
-        self.encoder, self.on_bad_sample, self.is_weighted = encoder, on_bad_sample, weights[0] is not None
+        self.encoder, self.is_weighted = encoder, weights[0] is not None
         self.sources = [_EncodedSource(source, encoder, on_bad_sample, num_workers) for source in sources]
         faults = [fault for source in self.sources for fault in source.faults]
         self.num_skipped, self.num_cut = len(faults), sum(source.num_cut for source in self.sources)
@@ -235,8 +249,8 @@ class DualTokenChatDataset(_EpochDataset):
         if self.is_weighted:
             self.counts = [max(1, round(sum(self.counts) * weight / sum(weights))) for weight in weights]
         self._starts = np.concatenate([[0], np.cumsum(self.counts)])
-        self._num_named = 0
-        self._items_of: dict[tuple[int, int], np.ndarray] = {}
+        self._drawn = (None, [])
+        self.passed_over = (BadSampleError,) if on_bad_sample == "skip" else ()
 
     @property
     def digest(self) -> int:
@@ -252,16 +266,14 @@ class DualTokenChatDataset(_EpochDataset):
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every sample of this epoch, prompts included, `(len(self),)`."""
-        return np.concatenate([source.lengths[self._items(number)] for number, source in enumerate(self.sources)])
+        return np.concatenate([source.lengths[items] for source, items in zip(self.sources, self._items)])
 
-    def _items(self, number: int) -> np.ndarray:
-        """Which items of a source are this epoch's, in their order, `(counts[number],)`."""
-        key = (number, self.epoch)
-        if key not in self._items_of:
-            # Those of the epoch before are no longer asked for.
-            self._items_of.pop((number, self.epoch - 1), None)
-            self._items_of[key] = self._choose_items(number)
-        return self._items_of[key]
+    @property
+    def _items(self) -> list[np.ndarray]:
+        """Of every source, which items are this epoch's, in their order, `(counts[number],)`."""
+        if self._drawn[0] != self.epoch:
+            self._drawn = (self.epoch, [self._choose_items(number) for number in range(len(self.sources))])
+        return self._drawn[1]
 
     def _choose_items(self, number: int) -> np.ndarray:
         count, length = self.counts[number], len(self.sources[number].rows)
@@ -273,24 +285,17 @@ class DualTokenChatDataset(_EpochDataset):
             items[in_cycle] = np.random.default_rng([self.seed, number, cycle]).permutation(length)[items[in_cycle]]
         return items
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """What [`ChatEncoder.sample`] makes, and `"num_skipped"`: 1 if it stands in for a sample that cannot be read."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"There is no sample {index} among {len(self)}.")
-        key, num_skipped = f"{self.seed}/{self.epoch}/{index}", 0
-        while True:
-            place = (index + num_skipped) % len(self)
-            number = int(np.searchsorted(self._starts, place, side="right")) - 1
-            source, item = self.sources[number], int(self._items(number)[place - int(self._starts[number])])
-            try:
-                return {**source.sample(item, key), "num_skipped": int(num_skipped > 0)}
-            except BadSampleError as error:
-                if self.on_bad_sample == "error":
-                    raise refusal(source.name(item), error) from error
-                num_skipped += 1
-                self._num_named += 1
-                if self._num_named <= MAX_NAMED:
-                    logger.warning(f"The sample {source.name(item)} is skipped: {error}.")
-                if num_skipped == min(len(self), MAX_SKIPPED_IN_A_ROW):
-                    last = f"The last is {source.name(item)}: {error}."
-                    raise ValueError(f"{num_skipped:,} samples in a row cannot be read. {last}") from error
+    def _item(self, place: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, place, side="right")) - 1
+        return number, int(self._items[number][place - int(self._starts[number])])
+
+    def _sample(self, item: tuple[int, int], key: str) -> dict[str, torch.Tensor]:
+        try:
+            return self.sources[item[0]].sample(item[1], key)
+        except BadSampleError as error:
+            if self.passed_over:
+                raise
+            raise refusal(self._name(item), error) from error
+
+    def _name(self, item: tuple[int, int]) -> str:
+        return self.sources[item[0]].name(item[1])

@@ -4,10 +4,14 @@ from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Subset
+from transformers.utils import logging
 
 from ..image_reading import UnreadableImageError, image_name
 from ..optional_libraries import needed_libraries
 from .processes import rank_and_number
+
+
+logger = logging.get_logger(__name__)
 
 
 class ImageBatches:
@@ -96,14 +100,12 @@ class ImageBatches:
 
     def prepare(self, row: dict) -> tuple[torch.Tensor, int | None, list[str]] | None:
         """Image `(3, S, S)`, label and captions of a row of the data set; `None` if its image cannot be read."""
-        from ..data.images import report_skipped
-
         value = row[self.image_column]
         name, label, captions = image_name(value) or "(without a name)", None, []
         try:
             pixel_values = self.prepare_image(value, seed="")
         except UnreadableImageError as error:
-            report_skipped(name, error)
+            logger.warning_once(f"The image {name} is skipped: {error}.")
             return None
         if self.label_column is not None:
             label, column = row[self.label_column], self.label_column
