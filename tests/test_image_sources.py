@@ -105,7 +105,8 @@ def test_columns_to_keep(tmp_path):
     for source in ("images", "tars", "tars/*.tar", "parquet", "parquet/0.parquet", "saved"):
         column = "cls" if source.startswith("tars") else "label"
         for streaming in (False, True):
-            dataset = load_image_dataset(f"{tmp_path}/{source}", streaming=streaming, keep_columns=[column])
+            keep = [column, "image", column]
+            dataset = load_image_dataset(f"{tmp_path}/{source}", streaming=streaming, keep_columns=keep)
             assert dataset.column_names == ["image", column] and dataset.features["image"].decode is False
             rows = [(read_image(row["image"]).getpixel((0, 0))[0], int(row[column])) for row in dataset]
             assert rows == [(1, 0), (2, 1)], (source, streaming)

@@ -259,12 +259,16 @@ def test_several_processes_write_the_same(tokenizer, image_processor, images, tm
     assert [json.loads(row["example"]).get("id") for row in read_rows(one)] == [
         *("one", "two", "none", "again", None, None, "last", "more", "and more")
     ]
+    three.mkdir()
+    other = three / "dualtoken_codes.json.0000.tmp"  # which another process is about to rename
+    other.touch()
     summaries = [
         precompute_codes(tokenizer, image_processor, sources(), three, rank=rank, world_size=3, **settings)
         for rank in (2, 0, 1)
     ]
     assert [summary.num_samples for summary in summaries] == [2, 4, 3]
     assert [summary.description is None for summary in summaries] == [True, True, False]
+    other.unlink()
     assert read_bytes(one) == read_bytes(three)
 
 

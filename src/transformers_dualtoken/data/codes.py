@@ -378,7 +378,10 @@ def _write_shard(folder: Path, index: int, samples: list[_Sample], encoded: list
     footer = json.dumps({"settings": settings, "counts": counts, "skipped": skipped[:_MAX_SKIPPED_NAMED]})
     table = pa.table(columns, schema=_features(settings).arrow_schema)
     table = table.replace_schema_metadata({_FOOTER_KEY: footer})
-    _write_atomically(_shard_path(folder, index), lambda file: _write_table(table, file))
+    path = _shard_path(folder, index)
+    _write_atomically(path, lambda file: _write_table(table, file))
+    for stale in folder.glob(f"{path.name}.*.tmp"):  # what a killed process left: a shard has one writer
+        stale.unlink(missing_ok=True)
     return counts
 
 
@@ -406,8 +409,6 @@ def _write_atomically(path: Path, write) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    for stale in path.parent.glob(f"{path.name}.*.tmp"):  # what a killed process left
-        stale.unlink(missing_ok=True)
 
 
 def _finish(folder: Path, settings: dict, num_rows: int) -> dict | None:

@@ -66,7 +66,8 @@ def load_image_dataset(
         ValueError: if there is nothing at `source`, no image in it, no such split or column, or if a shard is
             truncated or damaged, which it names; in a stream that is raised where the shard is read.
     """
-    source, keep = os.path.expanduser(os.fspath(source)), tuple(keep_columns)
+    source = os.path.expanduser(os.fspath(source))
+    keep = tuple(column for column in dict.fromkeys(keep_columns) if column != image_column)
     dataset = files.load_ready(source, split, streaming, name, data_files)
     if dataset is not None:
         return undecoded(_with_image_column(dataset, source, image_column), image_column, keep)
