@@ -256,7 +256,8 @@ def read_image(
     if isinstance(image, Image.Image) and image.mode == "RGB" and "transparency" not in image.info:
         return image
     try:
-        return Image.fromarray(image_to_tensor(image).permute(1, 2, 0).cpu().contiguous().numpy())
+        image = image_to_tensor(image).cpu().numpy()
+        return Image.merge("RGB", [Image.fromarray(plane) for plane in image])
     except ValueError as error:
         raise UnreadableImageError(str(error).rstrip(".")) from error
 
@@ -444,7 +445,7 @@ def pil_to_rgb(image: Image.Image) -> np.ndarray:
     planes = np.empty((3, image.height, image.width), np.uint8)
     rows = max(1, _STRIP_PIXELS // image.width)
     for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip = image if rows >= image.height else image.crop((0, top, image.width, min(top + rows, image.height)))
         if image.mode.startswith("I"):
             array = np.asarray(strip)
             if array.min() < 0 or array.max() > 65535:
@@ -482,22 +483,20 @@ def image_to_tensor(image, input_data_format=None, do_convert_rgb=True, do_resca
     image = _as_tensor(image, input_data_format)
     if do_rescale:
         image = _to_8_bit(image)
-    elif do_normalize:
-        low, high = map(float, image.aminmax())
-        if not image.is_floating_point() or low < -_HALF_LEVEL or high > 1 + _HALF_LEVEL:
+    else:
+        low, high = _value_range(image)
+        if do_normalize and not (image.is_floating_point() and -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL):
             values = f"floating-point with values in [0, 1], got {image.dtype} from {low:g} to {high:g}"
             raise ValueError(f"With `do_rescale=False` an image must be {values}. {_OF_DECODED}")
-        image = image.float().clamp(0, 1)
-    elif image.is_floating_point():
-        image = image.float()
+        image = image.clamp(0, 1) if do_normalize else image
     return (_to_rgb(image) if do_convert_rgb else image).contiguous()
 
 
 def _as_tensor(image, input_data_format) -> torch.Tensor:
     """
     An array or tensor (H, W), (H, W, C) or (C, H, W) as a tensor (C, H, W): `uint8` of levels of 255, `uint16` (scaled
-    from 16 bit) and booleans (0 and 255), `float32` or `float64` of finite floating-point values. Without a format it is
-    inferred: of two sides that may be the channels it is the one of 3, or else the first.
+    from 16 bit) and booleans (0 and 255), or else `float32`. Without a format it is inferred: of two sides that may be
+    the channels it is the one of 3, or else the first.
     """
     if isinstance(image, torch.Tensor):
         is_dense = image.layout == torch.strided and not (image.is_nested or image.is_quantized or image.is_meta)
@@ -518,17 +517,15 @@ def _as_tensor(image, input_data_format) -> torch.Tensor:
     if input_data_format is None:
         is_last = shape[0] not in (1, 3, 4) or (shape[2] == 3 and shape[0] != 3)
     if isinstance(image, torch.Tensor) and (image.is_floating_point() or image.dtype == torch.uint8):
-        image = image if image.dtype in (torch.uint8, torch.float64) else image.float()
+        image = image if image.dtype == torch.uint8 else image.float()
     else:
         image = _from_array(image.cpu().numpy() if isinstance(image, torch.Tensor) else np.asarray(image))
-    if image.is_floating_point() and not all(map(math.isfinite, image.aminmax())):
-        raise ValueError("The image array contains NaN or infinite values.")
     return image.permute(2, 0, 1) if is_last else image
 
 
 def _from_array(array: np.ndarray) -> torch.Tensor:
     if array.dtype.kind == "f":
-        array = array.astype(np.float64 if array.dtype.itemsize > 4 else np.float32, copy=False)
+        array = array.astype(np.float32, copy=False)
     elif array.dtype.kind == "b":
         array = array * np.uint8(255)
     elif array.dtype == np.uint16:
@@ -541,6 +538,13 @@ def _from_array(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
+def _value_range(image: torch.Tensor) -> tuple[float, float]:
+    low, high = float(image.amin()), float(image.amax())  # `min` and `aminmax` are slow where channels come last
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise ValueError("The image array contains NaN or infinite values.")
+    return low, high
+
+
 def _to_8_bit(image: torch.Tensor) -> torch.Tensor:
     """
     An image (C, H, W) as levels of 255, `uint8`. Floating-point values must be such levels or lie in [0, 1]; between 1
@@ -548,14 +552,13 @@ def _to_8_bit(image: torch.Tensor) -> torch.Tensor:
     """
     if not image.is_floating_point():
         return image
-    low, high = map(float, image.aminmax())
+    low, high = _value_range(image)
+    scale = 255 if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL else 1
     below = 0.5 if high > MAX_RECONSTRUCTION else _HALF_LEVEL
-    if -_HALF_LEVEL <= low and high <= 1 + _HALF_LEVEL:
-        image = image * 255
-    elif low < -below or high > 255.5 or (high <= 2 and bool((image != image.round()).any())):
+    if low < -below or high > 255.5 or (scale == 1 and high <= 2 and bool((image != image.round()).any())):
         values = f"from 0 to 255, or from 0 to 1, got {low:g} to {high:g}"
         raise ValueError(f"A floating-point image must have values {values}. {_OF_DECODED}")
-    return image.round().clamp(0, 255).to(torch.uint8)
+    return (image * scale).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _to_rgb(image: torch.Tensor) -> torch.Tensor:
