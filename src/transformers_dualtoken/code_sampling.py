@@ -88,6 +88,7 @@ class DualTokenCodeSampler:
         return (chosen if indices is None else indices.gather(-1, chosen)).squeeze(-1)
 
     def _watch(self, best: torch.Tensor) -> None:
+        """Add up the scores `(M, B)` of drawn codes."""
         # In place and added up: one small kernel a depth, no host sync, and a CUDA graph takes it.
         if self.score_sums is not None:
             self.score_sums += best
@@ -125,7 +126,7 @@ class CodeNoise:
                 self._slots.append((torch.zeros(shape, pin_memory=True), torch.cuda.Event()))
 
     def draw(self, rows: list[int] | None = None) -> torch.Tensor:
-        """New noise, in the same tensor, of the `rows` that are drawn; of a list, the other rows' generators rest."""
+        """New noise `(D, M, B, candidates)` of the `rows` that are drawn; of a list, the others' generators rest."""
         if not self._on_host:
             return self._draw_into(self.values, rows)
         if not self._slots:

@@ -179,6 +179,7 @@ class Context:
             self.next_position[rows] = self.prefix_mask[rows].sum(-1, keepdim=True)
 
     def _forget(self, rows: torch.LongTensor) -> None:
+        """Hide from rows `(n,)` of the cache what came after the prompts."""
         self.attention_mask = self.attention_mask.clone()
         self.attention_mask[rows, self.prefix_length :] = 0
 
@@ -230,6 +231,7 @@ class _SharedColumnLayer(StaticLayer):
         self.keys, self.values, self.column, self.is_initialized = keys, values, column, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """`(R, heads, 1, head_dim)` -> the whole buffers, twice."""
         # Under autocast values are made in another dtype than the cache of a prompt holds them in.
         self.keys.index_copy_(2, self.column, key_states.to(self.keys.dtype))
         self.values.index_copy_(2, self.column, value_states.to(self.values.dtype))

@@ -286,7 +286,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, *args, **kwargs)
 
     def _drop_cached_images(self, inputs: torch.LongTensor | None, kwargs: dict) -> None:
-        """Going on from a cache, only the images after it are fed; the codes may be those of the whole conversation."""
+        """Going on with ids `(B, L)` from a cache: of a whole conversation's codes, those of later images are fed."""
         cache = given_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE_NAME] = cache

@@ -125,6 +125,7 @@ class ImageDecoder:
         return self._sample(self.context.hidden_states)
 
     def _sample(self, hidden_states: torch.Tensor) -> torch.LongTensor:
+        """`(R, H)` -> codes `(M, B, D)`."""
         noise = None if self.noise is None else self.noise.values
         return self.model.depth_heads.sample(hidden_states, self.codebooks, self.sampler, self.guidance, noise)
 
