@@ -20,9 +20,8 @@ class TokenizerEvaluator:
 
     Args:
         model ([`DualTokenVisionTokenizer`]): put into eval mode. Any floating dtype; metrics are made in float32.
-        reconstruction ([`ReconstructionMetrics`], *optional*)
-        zero_shot ([`ZeroShotAccuracy`], *optional*): needs `labels` in `update`.
-        retrieval ([`RetrievalRecall`], *optional*): needs `input_ids` and `captions_per_image` in `update`.
+        zero_shot (*optional*): needs `labels` in `update`.
+        retrieval (*optional*): needs `input_ids` and `captions_per_image` in `update`.
         codebooks (`bool`, defaults to `True`): whether to count the codes of both codebooks.
         num_shown (`int`, defaults to 16): first images kept, with reconstructions, in `shown`.
     """
@@ -111,19 +110,17 @@ class TokenizerEvaluator:
         device = self.model.device
         metrics = {"num_images": int(summed(torch.tensor(self.num_images, device=device)))}
         if not metrics["num_images"]:
-            raise ValueError(
-                "There was no image to evaluate: the data set is empty, or none of its images is readable."
-            )
+            raise ValueError("There was no image to evaluate: the data set holds none, or none that is readable.")
         for part in (self.reconstruction, self.zero_shot):
             metrics |= {} if part is None else part.compute()
         if self.retrieval is not None:
             metrics |= self.retrieval.compute(device)
-        per_depth = {}
         self.total_usage = {kind: usage.reduce(device) for kind, usage in self.usage.items()}
         for kind, usage in self.total_usage.items():
             metrics |= {f"{kind}_codebook_{name}": value for name, value in usage.compute().items()}
-            per_depth |= {f"{kind}_codebook_{name}": value for name, value in usage.compute_per_depth().items()}
-        return metrics | ({"per_depth": per_depth} if per_depth else {})
+            for name, values in usage.compute_per_depth().items():
+                metrics.setdefault("per_depth", {})[f"{kind}_codebook_{name}"] = values
+        return metrics
 
 
 __all__ = ["TokenizerEvaluator"]

@@ -76,10 +76,10 @@ def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | No
 
     Args:
         feature (`nn.Module`, *optional*): another feature network, images `(B, 3, H, W)` in [0, 1] -> `(B, F)`. By
-            default the Inception network of torch-fidelity, with its resizing (torchmetrics' default is another);
-            `weights_sha256` of the metric then says which weights these are.
-        weights (`str` or `Path`, *optional*): file with Inception's weights in torch-fidelity's format. By default
-            torch hub's cache, filled by a download if it is empty.
+            default torch-fidelity's Inception, with its resizing (torchmetrics' default is another); the metric's
+            `weights_sha256` then says with which weights.
+        weights (`str` or `Path`, *optional*): file with these, in torch-fidelity's format. By default torch hub's
+            cache, filled by a download if it is empty.
 
     Raises:
         MissingLibraryError, MetricUnavailableError: if a library is missing, or the download fails.

@@ -135,18 +135,15 @@ def write_report(
     settings: dict | None = None,
 ) -> dict:
     """
-    Write `metrics.json`, `report.md`, `reconstructions.png`, `codebook_usage.png` and `model_card_metadata.yaml`.
+    Write `metrics.json`, `report.md`, `reconstructions.png`, `codebook_usage.png` and `model_card_metadata.yaml`; files
+    of these names are replaced, or removed where there is no such picture now. Pictures come last, when the numbers are
+    safe.
 
     Args:
-        output_dir (`str` or `Path`): made if it does not exist; files of these names in it are replaced, or removed
-            where there is no such picture now. Pictures are drawn last, when the numbers are safe.
-        metrics (`dict`): from `TokenizerEvaluator.compute`.
+        metrics, shown, usages: `compute()`, `shown` and `total_usage` of a [`TokenizerEvaluator`].
         model (`str`): its name or path.
         data (`dict`): at least `source`, and what else describes the images, such as `split`.
-        shown: from `TokenizerEvaluator.shown`.
-        usages (*optional*): codebook name -> counts over all processes, `TokenizerEvaluator.total_usage`.
-        skipped (*optional*): metric -> why it was not measured; `codebook_usage.png` joins them where matplotlib is
-            missing.
+        skipped (*optional*): metric -> why it was not measured; `codebook_usage.png` joins them without matplotlib.
         settings (*optional*): anything else the numbers depend on.
 
     Returns:
