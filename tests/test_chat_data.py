@@ -177,8 +177,9 @@ def test_prompt_drop_depends_on_seed_epoch_and_index_only(processor):
 
 BAD = [
     ({"messages": [say("user", "a")]}, "no assistant message that is learned"),
-    ({"messages": []}, "a list of at least one message"),
-    ({"messages": None}, "a list of at least one message"),
+    ({"messages": []}, "it has no messages"),
+    ({"messages": None}, "it has no messages"),
+    ({"messages": [[say("user", "a")], [say("user", "b")]]}, "a list of conversations; a sample must be one"),
     ({"messages": [say("user", "a"), {**say("assistant", "b"), "weight": 0}]}, "no assistant message that is learned"),
     ({"messages": [say("user", "a"), say("assistant", "b"), say("assistant", "")]}, "says nothing in message 2"),
     ({"messages": [say("user", "a"), {"role": "assistant", "content": None}]}, "says nothing in message 1"),

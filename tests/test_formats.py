@@ -155,6 +155,7 @@ def test_dicts_of_lists_are_lists_of_dicts(tmp_path):
         ({"messages": None}, "it has no messages"),
         ({"messages": "Hi"}, "must be a list"),
         ({"messages": [chat("a", "b")["messages"]]}, "list of conversations"),
+        ({"messages": [chat("a", "b")["messages"]] * 2}, "list of conversations"),
         ({"messages": [{"content": "a"}]}, "must be a dict with a 'role'"),
         ({"messages": [{"role": "user", "content": 3}]}, "content of a message must be"),
         (chat([{"type": "video"}], "x"), "part of type 'video'"),

@@ -13,12 +13,12 @@ from ..chat_dualtoken import (
     image_parts,
     is_learned,
     keys_beside_content,
-    normalize_chats,
     part_image,
     stack_codes,
 )
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..processing_dualtoken import DualTokenProcessor
+from .formats import normalized
 from .samples import BadSampleError
 
 
@@ -216,8 +216,6 @@ class ChatEncoder:
 
 def _messages(example: dict) -> list[dict]:
     """The messages of an example, normalised; a document is one without a role."""
-    is_chat = "messages" in example
-    ((messages,), _) = normalize_chats(
-        example["messages"] if is_chat else [{"role": "", "content": example["content"]}]
-    )
-    return messages
+    if "messages" in example:
+        return normalized(example["messages"])
+    return normalized([{"role": "", "content": example["content"]}])

@@ -103,7 +103,7 @@ def _chat(record: Mapping, messages: Sequence, folder: str | None, placeholder: 
         if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages or []):
             raise BadSampleError("it has a system prompt twice, in its column 'system' and in its messages")
         messages = [{"role": "system", "content": system}, *(messages or [])]
-    messages = _normalized(messages)
+    messages = normalized(messages)
     _fill_images([message["content"] for message in messages], _images_of(record), folder, placeholder)
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
@@ -158,7 +158,7 @@ def convert_interleaved(record: Mapping, folder: str | None) -> dict:
         content = _merged(record.get("texts"), record.get("images"))
     else:
         images = _images_of(record)
-    content = _normalized([{"role": "user", "content": _rows(content)}])[0]["content"]
+    content = normalized([{"role": "user", "content": _rows(content)}])[0]["content"]
     if not content:
         raise BadSampleError("the document is empty")
     _fill_images([content], images, folder, "image part without data")
@@ -217,16 +217,17 @@ def _rows(value):
     return value
 
 
-def _normalized(messages) -> list[dict]:
+def normalized(messages) -> list[dict]:
+    """One conversation as [`normalize_chats`] gives it."""
     if not messages:
         raise BadSampleError("it has no messages")
     try:
-        (chat,), batched = normalize_chats(messages)
+        chats, batched = normalize_chats(messages)
     except ValueError as error:
         raise BadSampleError(str(error).rstrip(".")) from error
     if batched:
         raise BadSampleError("its messages are a list of conversations; a sample must be one")
-    return chat
+    return chats[0]
 
 
 def _text_of(record: Mapping, column: str) -> str:
