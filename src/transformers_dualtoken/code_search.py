@@ -43,6 +43,7 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 
 def _search(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """`(T, C)` and `(K, C)` -> `(T,)`, by the way that the device takes."""
     search = find_fused_search(vectors.device, vectors.shape[1]) if vectors.device.type == "cuda" else None
     return (search or blocked_nearest_codes)(vectors.float(), codebook.float())
 
@@ -59,8 +60,8 @@ def _(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 def blocked_nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """
-    [`nearest_codes`] by products of a few vectors at a time with all codes, on any device. The maximum is taken over
-    blocks of codes first (a vectorised reduction), and its index looked for in the winning block only.
+    [`nearest_codes`], `(T, C)` and `(K, C)` -> `(T,)`, by products of a few vectors at a time with all codes, on any
+    device. The maximum is taken over blocks of codes first, and its index looked for in the winning block only.
     """
     num_vectors, num_codes = len(vectors), len(codebook)
     num_blocks = -(-num_codes // _SEARCH_BLOCK)

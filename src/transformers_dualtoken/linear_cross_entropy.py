@@ -81,6 +81,8 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
+    """(G, T, W), (G, V, W), (G, T) and (G, V) or None -> both (G,)."""
+
     @staticmethod
     def forward(ctx, hidden, weight, targets, bias, chunk_size, matmul_dtype):
         needs_grad = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])

@@ -324,6 +324,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         return getattr(self, f"{kind}_quantizer")
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        """Raise an error for what are no images `(B, 3, S, S)` in [-1, 1]; one host sync."""
         size = self.config.image_size
         expected = f"`pixel_values` must be a float tensor of shape (B, 3, {size}, {size}) in [-1, 1]"
         if not isinstance(pixel_values, torch.Tensor):
@@ -372,6 +373,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     def _encode(
         self, pixel_values: torch.Tensor, codes: tuple[str, ...], features: bool, **recorded
     ) -> DualTokenEncoderOutput:
+        """`encode` of images `(B, 3, S, S)` that were checked."""
         config, vision_model = self.config, self.siglip.vision_model
         wants_pixel, wants_semantic = "pixel" in codes, "semantic" in codes
         # Layers whose output is needed; the loop ends at the deepest.

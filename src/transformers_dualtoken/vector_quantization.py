@@ -137,6 +137,7 @@ class DualTokenResidualQuantizer(nn.Module):
             return self._quantize(hidden_states)
 
     def _quantize(self, hidden_states: torch.Tensor) -> DualTokenQuantizerOutput:
+        """`(..., C)`, as T vectors: residuals and sums are `(T, C)`, the codes of a depth `(T,)`."""
         shape = hidden_states.shape
         vectors = hidden_states.float().reshape(-1, shape[-1])
         residual = vectors.detach()
