@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..modeling_vision_tokenizer import CODE_KINDS
+from ..configuration_dualtoken import CODE_KINDS
 from ..optional_libraries import MissingLibraryError, require
 from .codebook_statistics import CodebookUsage
 from .pictures import reconstruction_grid, usage_figure

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ...configuration_dualtoken import DualTokenConfig
-from ...modeling_vision_tokenizer import CODE_KINDS
+from ...configuration_dualtoken import CODE_KINDS, DualTokenConfig
 
 
 class UnifiedLossSums:

@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import nn
 
+from ...configuration_dualtoken import CODE_KINDS
 from ...depth_heads import NUM_KINDS, DualTokenStackedLinear
-from ...modeling_vision_tokenizer import CODE_KINDS
 
 
 # Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s, from the vendors' data sheets.
