@@ -14,7 +14,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "src" / "transformers_dualtoken"
 STOREYS = ("flat modules", "data", "evaluation", "training", "command line")
-MAX_LINES = 12_500
+GOAL_LINES = 12_500
+MAX_LINES = 15_000  # what is taken out does not come back
 # Of an image argument's name, but transformers' own: its pipelines call this method with it.
 NOT_OURS = ("processing_dualtoken.post_process_multimodal_output",)
 
@@ -137,7 +138,7 @@ def main() -> int:
     several = {name: where for name, where in places.items() if len(where) != 1}
     for name, number in lines.items():
         print(f"{number:6} lines: {name}")
-    print(f"{sum(lines.values()):6} lines in src/ (at most {MAX_LINES})")
+    print(f"{sum(lines.values()):6} lines in src/ (at most {MAX_LINES}, the goal is {GOAL_LINES})")
     print(f"{len(modules()):6} modules, {len(found)} imports between them")
     print(f"{len(up):6} imports up" + "".join(f"\n         {each}" for each in up))
     print(

@@ -1,6 +1,7 @@
 """Codes drawn from logits: their distribution, and the settings of both heads."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -125,3 +126,13 @@ class TestSampler:
     def test_out_of_range(self, model, settings, message):
         with pytest.raises(ValueError, match=message):
             model.generate(ids(5, START), generation_mode="image", **settings)
+
+
+def test_every_setting_of_the_sampler_tells_one_captured_step_from_another():
+    """A graph replays the settings it was captured with."""
+    sampler = DualTokenCodeSampler()
+    changed = {"temperature": (2.0, 1.0), "top_k": (5, 900), "top_p": (0.5, 0.96), "do_sample": False}
+    assert changed.keys() == {field.name for field in fields(sampler)} - {"generator"}
+    constants = {replace(sampler, **{name: value}).constants for name, value in changed.items()}
+    assert len(constants | {sampler.constants}) == len(changed) + 1
+    assert replace(sampler, generator=torch.Generator()).constants == sampler.constants

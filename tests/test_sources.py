@@ -205,7 +205,7 @@ def test_specs_are_checked(tmp_path):
             {"path": path, "task": "draw"},
             "unknown keys task; the keys of the format 'text' are path.*text_column, sample_by",
         ),
-        ({"path": path, "format": "texts"}, "must be one of messages, llava, caption, edit, text, interleaved, codes"),
+        ({"path": path, "format": "texts"}, "must be one of messages, llava, interleaved, edit, caption, text, codes"),
         ({"path": path, "format": "caption", "task": "paint"}, "`task` .* must be one of draw, describe, both"),
         ({"path": path, "format": "caption", "draw_prompt": "Draw."}, "'{caption}'"),
         (

@@ -26,6 +26,7 @@ from transformers_dualtoken.training import (
     DualTokenVisionTokenizerTrainer,
     collate_images,
 )
+from transformers_dualtoken.training.vision_tokenizer import recipe as recipe_module
 from transformers_dualtoken.training.vision_tokenizer.adversary import adaptive_weight
 
 
@@ -195,6 +196,14 @@ def test_a_branch_without_weight_is_not_computed(siglip_folder, tmp_path, weight
     assert any(name.startswith(f"{codes[0]}_down_proj") for name in moved)
     assert not any(name.startswith(other) for name in moved)
     assert f"{other}_codebook_usage" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("branch, error", [("semantic", KeyError), ("pixel", KeyError), ("image", ValueError)])
+def test_a_term_that_is_listed_and_not_computed_is_an_error(siglip_folder, tmp_path, monkeypatch, branch, error):
+    monkeypatch.setitem(recipe_module._TERMS, "new", (branch, 1.0, 1.0, 1.0))
+    monkeypatch.setitem(STAGE_LOSS_WEIGHTS[1], "new", 1.0)
+    with pytest.raises(error, match="new"):
+        tokenizer_trainer(siglip_folder, tmp_path, dataset=pixel_items()).train()
 
 
 def test_vectors_are_not_decayed(siglip_folder, tmp_path):

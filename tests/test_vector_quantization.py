@@ -202,6 +202,13 @@ def test_the_two_rules_are_one_with_a_codebook_per_depth():
     assert all(torch.equal(snapshots[0][name], snapshots[1][name]) for name in BUFFERS)
 
 
+def test_a_rule_that_is_named_and_not_written_is_an_error():
+    quantizer = make_quantizer()
+    object.__setattr__(quantizer.config, "update_rule", "new")
+    with pytest.raises(KeyError, match="new"):
+        quantizer(torch.randn(2, 8))
+
+
 def test_codes_do_not_depend_on_the_batch_in_eval():
     quantizer = make_quantizer(codebook_size=300).eval()
     z = torch.randn(50, 8)

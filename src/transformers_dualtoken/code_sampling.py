@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -32,6 +32,11 @@ class DualTokenCodeSampler:
     def __post_init__(self):
         # Sums of the scores drawn so far, (M, B): where one of them was not finite, neither is the sum.
         self.score_sums: torch.Tensor | None = None
+
+    @property
+    def constants(self) -> tuple:
+        """All that a captured step takes for constant: a graph of other values is another one."""
+        return tuple(getattr(self, field.name) for field in fields(self) if field.name != "generator")
 
     @classmethod
     def from_settings(cls, settings, generator=None) -> "DualTokenCodeSampler":

@@ -56,8 +56,7 @@ class ImageDecoder:
         columns += min(max_new_tokens, config.num_positions + TEXT_ROOM)
         capacity = -(-columns // block) * block
         # What a step takes for constants, besides the model.
-        sampling = (sampler.temperature, sampler.top_k, sampler.top_p, sampler.do_sample)
-        self.constants = (rows, guided, capacity, self.guidance, *sampling)
+        self.constants = (rows, guided, capacity, self.guidance, *sampler.constants)
         self.key = self._step_key()
         # What is kept of another kind is freed before there is new memory.
         memory = kept_steps.take(model, self.key) or StepMemory()

@@ -7,6 +7,7 @@ What transformers' own settings mean where images are drawn is said here too.
 
 import dataclasses
 import difflib
+import itertools
 import math
 import numbers
 from collections.abc import Callable
@@ -168,10 +169,9 @@ class DualTokenImageGenerationConfig(_Checked):
         values = {}
         for place in reversed(places):
             given = {name: place[name] for name in cls.names() if place.get(name) is not None}
-            for name in ("temperature", "top_k", "top_p"):
-                if f"image_{name}" in given:
-                    for kind in ("pixel", "semantic"):
-                        values.pop(f"{kind}_{name}", None)
+            of_both = [name.removeprefix("image_") for name in given if name.startswith("image_")]
+            for name, kind in itertools.product(of_both, ("pixel", "semantic")):
+                values.pop(f"{kind}_{name}", None)
             values |= given
         return cls(**values)
 

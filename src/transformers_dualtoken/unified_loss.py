@@ -14,6 +14,8 @@ from .linear_cross_entropy import is_autocast_on, linear_cross_entropy
 from .sharding import is_sharded
 
 
+# The loss is their sum, each times `<name>_weight` of the config.
+LOSS_TERMS = ("text_loss", "pixel_loss", "semantic_loss")
 # Rows whose logits an adapted text head makes at once.
 _ADAPTED_HEAD_ROWS = 1024
 
@@ -64,11 +66,8 @@ def unified_losses(
     visual_sums = heads.loss_sums.sum(-1) if config.depth_reduction == "sum" else heads.loss_sums.mean(-1)
 
     num_text, num_visual = _divisors(num_items_in_batch, len(text_targets), codes.shape[1])
-    losses = {
-        "text_loss": text_sum / num_text,
-        "pixel_loss": visual_sums[0] / num_visual,
-        "semantic_loss": visual_sums[1] / num_visual,
-    }
+    terms = (text_sum / num_text, visual_sums[0] / num_visual, visual_sums[1] / num_visual)
+    losses = dict(zip(LOSS_TERMS, terms, strict=True))
     return {
         "loss": sum(getattr(config, f"{name}_weight") * value for name, value in losses.items()),
         **losses,

@@ -117,6 +117,10 @@ class DualTokenQuantizerOutput(ModelOutput):
     commitment_loss: torch.Tensor | None = None
 
 
+# By update rule: whether the codebook moves after every depth, or once, after all of them.
+_MOVES_WITHIN = {"rq": True, "rq_ema": False}
+
+
 class DualTokenResidualQuantizer(nn.Module):
     """
     D residual codes per vector. In training mode the forward also moves the codebook, by `config.update_rule`: `"rq"`
@@ -143,7 +147,7 @@ class DualTokenResidualQuantizer(nn.Module):
         residual = vectors.detach()
         running_sum = torch.zeros_like(residual)
         moves = self.training and not self.frozen
-        moves_within = moves and self.config.update_rule == "rq"
+        moves_within = moves and _MOVES_WITHIN[self.config.update_rule]
         codes, residuals, commitment = [], [], 0.0
         for depth in range(self.config.num_depths):
             chosen = nearest_codes(residual, self.codebook[depth])

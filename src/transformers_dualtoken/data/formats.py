@@ -25,12 +25,14 @@ class Format:
     Attributes:
         convert: `(record, folder, **options) -> example`; raises [`BadSampleError`].
         columns (`tuple[str, ...]`): that it reads if they are there, besides those of `roles`.
+        told_by (`tuple[tuple[str, ...], ...]`): columns that tell it, one group of them is enough; else `roles` do.
         roles (`dict`): option that names a column that must be there -> the names it is looked for by.
         options (`dict`): the other options of the format -> their defaults.
     """
 
     convert: Callable[..., dict]
     columns: tuple[str, ...] = ()
+    told_by: tuple[tuple[str, ...], ...] = ()
     roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
 
@@ -42,16 +44,13 @@ class Format:
             found[role] = next((name for name in names if name in columns), None)
         return None if None in found.values() else found
 
+    def is_told_by(self, columns) -> bool:
+        return any(set(group) <= set(columns) for group in self.told_by) or bool(self.find_columns(columns))
+
 
 def detect_format(columns) -> str | None:
-    """The name of the format that rows with these columns have, if it can be told."""
-    if "messages" in columns or {"prompt", "completion"} <= set(columns):
-        return "messages"
-    if "conversations" in columns:
-        return "llava"
-    if "content" in columns or {"images", "texts"} <= set(columns):
-        return "interleaved"
-    return next((name for name in ("edit", "caption", "text") if FORMATS[name].find_columns(columns)), None)
+    """The name of the first of `FORMATS` that these columns tell."""
+    return next((name for name, format in FORMATS.items() if format.is_told_by(columns)), None)
 
 
 def convert_messages(record: Mapping, folder: str | None) -> dict:
@@ -193,20 +192,29 @@ _INPUT_NAMES = _with_file_names("input_image", "source_image", "original_image",
 _EDITED_NAMES = _with_file_names("edited_image", "output_image", "target_image", "edited_img", "target_img")
 _INSTRUCTIONS = ("edit_prompt", "instruction", "edit_instruction", "prompt", "edited_prompt_list")
 
+# In the order in which they are looked for where none is named.
 FORMATS = {
-    "messages": Format(convert_messages, ("messages", "prompt", "completion", "images", "image", "tools", "system")),
-    "llava": Format(convert_llava, ("conversations", "images", "image", "tools", "system")),
-    "caption": Format(
-        convert_caption,
-        roles={"image_column": _IMAGE_NAMES, "caption_column": ("caption", "text", "txt", "prompt")},
-        options={"task": "draw", "draw_prompt": "{caption}", "describe_prompt": "Describe this image."},
+    "messages": Format(
+        convert_messages,
+        ("messages", "prompt", "completion", "images", "image", "tools", "system"),
+        told_by=(("messages",), ("prompt", "completion")),
+    ),
+    "llava": Format(
+        convert_llava, ("conversations", "images", "image", "tools", "system"), told_by=(("conversations",),)
+    ),
+    "interleaved": Format(
+        convert_interleaved, ("content", "texts", "images", "image"), told_by=(("content",), ("images", "texts"))
     ),
     "edit": Format(
         convert_edit,
         roles={"input_column": _INPUT_NAMES, "instruction_column": _INSTRUCTIONS, "edited_column": _EDITED_NAMES},
     ),
+    "caption": Format(
+        convert_caption,
+        roles={"image_column": _IMAGE_NAMES, "caption_column": ("caption", "text", "txt", "prompt")},
+        options={"task": "draw", "draw_prompt": "{caption}", "describe_prompt": "Describe this image."},
+    ),
     "text": Format(convert_text, roles={"text_column": ("text",)}, options={"sample_by": "document"}),
-    "interleaved": Format(convert_interleaved, ("content", "texts", "images", "image")),
 }
 
 

@@ -7,6 +7,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from ...modeling_dualtoken import DualTokenForCausalLM
+from ...unified_loss import LOSS_TERMS
 from ..arguments import DualTokenTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
 from .loss_sums import UnifiedLossSums
@@ -21,7 +22,6 @@ TRAINABLE_PARTS = {
     "language_model": ("model.language_model.", "lm_head."),
     "heads": ("depth_heads.",),
 }
-_LOSS_TERMS = ("text_loss", "pixel_loss", "semantic_loss")
 
 
 def set_trainable(model: DualTokenForCausalLM, parts: list[str]) -> None:
@@ -144,7 +144,7 @@ class DualTokenTrainer(DualTokenBaseTrainer):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if model.training:
             # With a count over the global batch the micro-batches' losses add up to the step's mean.
-            terms = {name: outputs[name] for name in _LOSS_TERMS}
+            terms = {name: outputs[name] for name in LOSS_TERMS}
             self.add_terms(terms, completes=self.accelerator.sync_gradients)
             self._loss_sums.update(outputs)
         return (loss, outputs) if return_outputs else loss
@@ -225,7 +225,7 @@ class DualTokenTrainer(DualTokenBaseTrainer):
             logs.update({name: value for name, value in sums.items() if "_depth_" in name or "accuracy" in name})
             logs.update(self.throughput.compute())
         super().log(logs, *args, **kwargs)
-        self.check_finite({name: logs[name] for name in _LOSS_TERMS if name in logs})
+        self.check_finite({name: logs[name] for name in LOSS_TERMS if name in logs})
 
 
 def _training_flops(model: nn.Module) -> TrainingFlops | None:

@@ -10,26 +10,23 @@ from ..arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
 
 
-SEMANTIC_TERMS = ("semantic_mse", "semantic_cosine", "pooler_mse", "pooler_cosine", "semantic_commitment")
-# Terms of the reconstructed image; their gradients meet at the image.
-IMAGE_TERMS = ("reconstruction_mse", "perceptual", "generator")
-PIXEL_TERMS = (*IMAGE_TERMS, "pixel_commitment")
-
-# By stages (code; lambda_sem = 1 in all of them); keys are the logged names. `discriminator` is the weight of the
-# discriminator's own loss after the first epoch, in which it is 1; that loss is no part of the total.
-_STAGE_WEIGHTS = {
-    "semantic_mse": (0.0, 5.0, 0.0),
-    "semantic_cosine": (0.0, 5.0, 1.0),
-    "pooler_mse": (5.0, 1.0, 5.0),
-    "pooler_cosine": (5.0, 1.0, 5.0),
-    "reconstruction_mse": (5.0, 5.0, 0.0),
-    "perceptual": (1.0, 1.0, 0.0),
-    "generator": (0.0, 0.75, 0.0),
-    "pixel_commitment": (5.0, 5.0, 0.0),
-    "semantic_commitment": (5.0, 5.0, 5.0),
-    "discriminator": (0.75, 0.75, 0.75),
+# The terms of the loss by their logged names: the branch each belongs to, and its weight in the stages 0, 1 and 2 (code;
+# lambda_sem = 1 in all of them). Those of the branch `image` look at the reconstructed image, where their gradients meet.
+# `discriminator` is the weight of the discriminator's own loss after the first epoch, in which it is 1; that loss is no
+# part of the total.
+_TERMS = {
+    "semantic_mse": ("semantic", 0.0, 5.0, 0.0),
+    "semantic_cosine": ("semantic", 0.0, 5.0, 1.0),
+    "pooler_mse": ("semantic", 5.0, 1.0, 5.0),
+    "pooler_cosine": ("semantic", 5.0, 1.0, 5.0),
+    "semantic_commitment": ("semantic", 5.0, 5.0, 5.0),
+    "reconstruction_mse": ("image", 5.0, 5.0, 0.0),
+    "perceptual": ("image", 1.0, 1.0, 0.0),
+    "generator": ("image", 0.0, 0.75, 0.0),
+    "pixel_commitment": ("pixel", 5.0, 5.0, 0.0),
+    "discriminator": ("discriminator", 0.75, 0.75, 0.75),
 }
-STAGE_LOSS_WEIGHTS = {stage: {name: by[stage] for name, by in _STAGE_WEIGHTS.items()} for stage in (0, 1, 2)}
+STAGE_LOSS_WEIGHTS = {stage: {name: weights[stage] for name, (_, *weights) in _TERMS.items()} for stage in (0, 1, 2)}
 
 # What fields must be, where they are not None.
 _RANGES = (
@@ -118,20 +115,25 @@ class DualTokenVisionTokenizerRecipe:
                 if value is not None and not is_right(value):
                     raise ValueError(f"`{name}` must {said}, got {value!r}.")
 
-    def _with_weight(self, names: tuple[str, ...]) -> list[str]:
-        return [name for name in names if self.loss_weights[name]]
+    def _with_weight(self, *branches: str) -> list[str]:
+        return [name for name, (branch, *_) in _TERMS.items() if branch in branches and self.loss_weights[name]]
 
     @property
     def pixel_terms(self) -> list[str]:
-        return self._with_weight(PIXEL_TERMS)
+        return self._with_weight("image", "pixel")
 
     @property
     def semantic_terms(self) -> list[str]:
-        return self._with_weight(SEMANTIC_TERMS)
+        return self._with_weight("semantic")
+
+    @property
+    def feature_terms(self) -> list[str]:
+        """Of those with a weight, the terms that do not look at the reconstructed image."""
+        return self._with_weight("semantic", "pixel")
 
     def image_terms(self, adversarial: bool) -> list[str]:
         """Of those with a weight, the terms that look at the reconstructed image; `generator` if `adversarial`."""
-        return [name for name in self._with_weight(IMAGE_TERMS) if adversarial or name != "generator"]
+        return [name for name in self._with_weight("image") if adversarial or name != "generator"]
 
     @property
     def codes(self) -> tuple[str, ...]:
@@ -165,13 +167,14 @@ class DualTokenVisionTokenizerRecipe:
             still.append(model.pixel_down_proj)
             if config.shortcut_layer is not None:
                 still.append(model.shortcut_down_proj)
-        if self.stage == 2 or not self._with_weight(IMAGE_TERMS):
+        if self.stage == 2 or not self._with_weight("image"):
             still += [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
         if "semantic" not in self.codes:
             still += [model.semantic_down_proj, *layers[pixel_depth:]]
-        if not self._with_weight(("pooler_mse", "pooler_cosine")):
+        weights = self.loss_weights
+        if not (weights["pooler_mse"] or weights["pooler_cosine"]):
             still += [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
-            if not self._with_weight(("semantic_mse", "semantic_cosine")):
+            if not (weights["semantic_mse"] or weights["semantic_cosine"]):
                 still.append(model.semantic_up_proj)
         for part in still:
             part.requires_grad_(False)

@@ -149,16 +149,19 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             }
         if self.recipe.pixel_terms:
             terms["pixel_commitment"] = output.pixel_commitment_loss
-        return {name: term for name, term in terms.items() if self.loss_weights[name]}
+        # A term that has a weight and is not computed is an error, not left out.
+        return {name: terms[name] for name in self.recipe.feature_terms}
 
     def image_term(self, name: str, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """One of `IMAGE_TERMS` of a reconstructed image `(B, 3, S', S')`, before weighting."""
+        """A term of the reconstructed image `(B, 3, S', S')`, before weighting."""
         if name == "reconstruction_mse":
             return F.mse_loss(image, target)
         if name == "perceptual":
             with self.accelerator.autocast():
                 return self.perceptual_loss(image, target).float().mean()
-        return self.adversary.generator_loss(image)
+        if name == "generator":
+            return self.adversary.generator_loss(image)
+        raise ValueError(f"There is no term {name!r} of the image.")
 
     def image_loss(self, reconstruction: torch.Tensor, target: torch.Tensor, adversarial: bool) -> tuple:
         """
