@@ -179,7 +179,7 @@ RGB = Image.fromarray(NOISE[..., :3])
         *(NOISE[..., :3], NOISE[..., :3].transpose(2, 0, 1), NOISE[..., 0]),
         *(torch.from_numpy(NOISE[..., :3].copy()), torch.from_numpy(NOISE[..., :3].copy()).permute(2, 0, 1)),
     ],
-    ids=lambda image: f"{type(image).__name__}-{getattr(image, 'mode', None) or tuple(image.shape)}",
+    ids=lambda image: f"{type(image).__name__}-{image.mode if isinstance(image, Image.Image) else tuple(image.shape)}",
 )
 def test_squash_is_siglips(image):
     """To the bit. Of files that are transparent, 16 bit deep or turned by EXIF it is not: there SigLIP's is wrong."""
