@@ -30,6 +30,7 @@ from transformers_dualtoken.image_reading import (
     IMAGE_SOURCES,
     ImageBounds,
     UnreadableImageError,
+    _read_bounded,
     flatten_images,
     locate_image,
     read_image,
@@ -352,6 +353,40 @@ def test_downloads_end_at_their_limit(serve):
     with pytest.raises(UnreadableImageError, match="too large: 1,000,000,000,000 bytes"):
         processor(f"{announced}/a.png")
     assert processor(f"{serve(lambda handler: send(handler, PNG))}/a.png", max_image_bytes=None)["pixel_values"]
+
+
+def test_no_memory_is_taken_for_bytes_that_only_are_allowed_or_announced(serve, folder):
+    def unannounced(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(PNG)
+
+    (folder / "a.png").write_bytes(PNG)
+    allowed = ImageBounds(sources=IMAGE_SOURCES, max_bytes=2**70)
+    for url in (f"{serve(unannounced)}/a.png", f"local://{folder}/a.png"):
+        assert np.array_equal(np.asarray(read_image(url, bounds=allowed)), PIXELS)
+    announced = serve(lambda handler: send(handler, PNG, Content_Length=10**14))
+    for max_bytes in (None, 10**15):
+        with pytest.raises(urllib.error.URLError, match="sent 1,888 bytes and announced 99,999,999,998,112 more"):
+            read_image(f"{announced}/a.png", bounds=ImageBounds(max_bytes=max_bytes))
+
+
+def test_files_that_give_fewer_bytes_than_asked_for_are_read_to_their_end():
+    class Slow(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 7))
+
+    assert _read_bounded(Slow(PNG), len(PNG)) == PNG
+    with pytest.raises(UnreadableImageError, match="more than 1,887 bytes"):
+        _read_bounded(Slow(PNG), len(PNG) - 1)
+
+
+def test_layouts_that_cannot_be_told_are_refused():
+    processor = DualTokenImageProcessorPil(size=8)
+    with pytest.raises(ValueError, match="`input_data_format` must be 'channels_first', .* got 'channel_last'"):
+        processor(np.zeros((4, 5, 3), np.uint8), input_data_format="channel_last")
+    with pytest.raises(ValueError, match=r"the first or the last side, got shape \(9, 8, 5\)"):
+        processor(np.zeros((9, 8, 5), np.uint8), do_convert_rgb=False, do_normalize=False)
 
 
 @pytest.mark.parametrize("name", ["d41d8cd98f00b204e9800998ecf8427e", "images/" + 57 * "a", "a/b/" + 60 * "Z"])

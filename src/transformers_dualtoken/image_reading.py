@@ -57,6 +57,7 @@ _FSSPEC_SOURCES = {
     **dict.fromkeys(("reference", "generic"), {"local", "url"}),  # they go on to any URL
 }
 _STRIP_PIXELS = 2**22
+_PIECE_BYTES = 2**16
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
 _HALF_LEVEL = 0.5 / 255
 # A decoded image may overshoot [-1, 1], an untrained decoder's by much; levels of 0..255 lie beyond this.
@@ -333,15 +334,16 @@ def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
 
 
 def _read_bounded(file, max_bytes: int | None, announced: int = 0) -> bytes:
-    if max_bytes is None:
-        return file.read()
-    data, size = b"", f"{announced:,}"
-    if announced <= max_bytes:
-        data, size = file.read(max_bytes + 1), f"more than {max_bytes:,}"
-    if max(announced, len(data)) > max_bytes:
+    # Piece by piece: memory for all that is announced, or allowed, would be taken before any of it is there.
+    data, size, limit = bytearray(), f"{announced:,}", math.inf if max_bytes is None else max_bytes
+    if announced <= limit:
+        size = f"more than {limit:,}"
+        while len(data) <= limit and (piece := file.read(_PIECE_BYTES)):
+            data += piece
+    if max(announced, len(data)) > limit:
         sizes = f"{size} bytes, where {max_bytes:,} are read (`max_image_bytes`)"
         raise UnreadableImageError(f"its file is too large: {sizes}")
-    return data
+    return bytes(data)
 
 
 class _TimedHandler(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
@@ -516,6 +518,13 @@ def _as_tensor(image, input_data_format) -> torch.Tensor:
     is_last = input_data_format == "channels_last"
     if input_data_format is None:
         is_last = shape[0] not in (1, 3, 4) or (shape[2] == 3 and shape[0] != 3)
+        if is_last and shape[2] not in (1, 3, 4):
+            raise ValueError(
+                f"An image array must have 1, 3 or 4 channels, the first or the last side, got shape {shape}."
+            )
+    elif input_data_format not in ("channels_first", "channels_last"):
+        formats = "'channels_first', 'channels_last' or None"
+        raise ValueError(f"`input_data_format` must be {formats}, got {input_data_format!r}.")
     if isinstance(image, torch.Tensor) and (image.is_floating_point() or image.dtype == torch.uint8):
         image = image if image.dtype == torch.uint8 else image.float()
     else:
