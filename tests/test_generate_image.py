@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 from generation_helpers import (
@@ -211,6 +212,14 @@ class TestImage:
         assert torch.equal(out.pixel_codes, once.pixel_codes.repeat_interleave(2, 0))
         assert torch.equal(out.semantic_codes, once.semantic_codes.repeat_interleave(2, 0))
         assert torch.equal(out.sequences, once.sequences.repeat_interleave(2, 0))
+
+    def test_a_number_of_numpys_is_one(self, model):
+        """As `num_return_sequences`, of a configuration file's array for instance."""
+        repeats = np.int64(2)
+        assert same_images(
+            model.generate(ids(5), num_return_sequences=repeats, **GREEDY),
+            model.generate(ids(5), num_return_sequences=2, **GREEDY),
+        )
 
     def test_seeds(self, model):
         def draw(seed, **kwargs):

@@ -92,7 +92,7 @@ class DualTokenGenerationMixin(GenerationMixin):
         if mode == "interleaved":
             of_text = {name: kwargs.pop(name, None) for name in ("logits_processor", "streamer")}
         # Not left to transformers, which refuses copies of a greedy row: here the images differ even so.
-        num_return_sequences = arguments.value("num_return_sequences", 1)
+        num_return_sequences = int(arguments.value("num_return_sequences", 1))
         kwargs.pop("num_return_sequences", None)
         config, left = self._prepare_generation_config(arguments.generation_config, **kwargs)
         arguments.generation_config = config
