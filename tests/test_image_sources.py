@@ -161,6 +161,17 @@ def test_columns_of_the_metadata_of_a_folder(tmp_path, ending):
         load_image_dataset(tmp_path, keep_columns=["caption"])
 
 
+@pytest.mark.parametrize("row", [{"text": "a"}, {"file_name": 1, "text": "a"}, {"file_name": "a.png", "text": "a"}])
+def test_metadata_that_names_no_image(tmp_path, row):
+    """Columns of nothing but None would be learned from, or evaluated, without a word."""
+    (tmp_path / "0.png").write_bytes(flat(0))
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(
+        ValueError, match="None of the 1 images is named in the column `file_name` of .*metadata.jsonl"
+    ):
+        load_image_dataset(tmp_path, keep_columns=["text"])
+
+
 @pytest.mark.parametrize("values", [[1, 2], [[1, 2], [3]], [{"a": 1}], [{"bytes": 1}], [{"path": {"bytes": b""}}]])
 def test_parquet_column_of_another_type(tmp_path, values):
     pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
@@ -244,6 +255,17 @@ def test_hard_links_of_a_shard_are_images(tmp_path):
         tar.addfile(link("4.png", "gone.png"))
     with pytest.raises(ValueError, match="a.tar' cannot be read, .*'4.png' is a link to 'gone.png', which is not in"):
         load_image_dataset(path)
+
+
+def test_file_appended_to_a_shard_takes_the_place_of_the_first(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.png": flat(1), "1.png": flat(2)})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("1.png")
+        member.size = len(flat(3))
+        tar.addfile(member, io.BytesIO(flat(3)))
+    assert (
+        loaded_numbers(load_image_dataset(path)) == loaded_numbers(load_image_dataset(path, streaming=True)) == [1, 3]
+    )
 
 
 def test_streamed_folder_does_not_begin_with_one_class(tmp_path):

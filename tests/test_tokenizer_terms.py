@@ -358,6 +358,19 @@ def test_stages_on_one_model(siglip_folder, tmp_path):
     assert not second.model.decoder.conv_out._forward_pre_hooks and second._last_input is None
 
 
+def test_step_that_fails_leaves_nothing_behind(siglip_folder, tmp_path, monkeypatch):
+    """Neither a hook nor an activation, whose memory a smaller batch may need."""
+    trainer = adversarial_trainer(siglip_folder, tmp_path, dataset=pixel_items())
+
+    def out_of_memory(name, image, target):
+        raise torch.OutOfMemoryError(name)
+
+    monkeypatch.setattr(trainer, "image_term", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert not trainer.model.decoder.conv_out._forward_pre_hooks and trainer._last_input is None
+
+
 @pytest.mark.parametrize(
     ("off", "still"),
     [

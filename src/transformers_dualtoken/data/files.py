@@ -240,7 +240,7 @@ def read_tar(path: str, choose: Callable[[list[str]], Iterable[str]]) -> Iterato
         visible = (member for member in members if not os.path.basename(member.name).startswith("."))
         for sample, group in itertools.groupby(visible, key=lambda member: _sample_and_key(member.name)[0]):
             files = [(_sample_and_key(member.name)[1], member) for member in group]
-            keys = [key for key, _ in files]
+            keys = list(dict.fromkeys(key for key, _ in files))  # a file that was appended anew stands twice
             chosen = set(choose(keys))
             yield sample, keys, [(key, _read_member(tar, member, path)) for key, member in files if key in chosen]
         # `tarfile` also stops at a damaged header, and where a file was cut off between two members.

@@ -152,7 +152,10 @@ def _image_files(source: str, paths: list[str], found: dict, streaming: bool, im
             with files.naming_file(path):
                 table = _METADATA_READERS[Path(path).suffix](path).to_pylist()
             place = os.path.dirname(path)
-            rows |= {os.path.normpath(os.path.join(place, row.get("file_name") or "")): row for row in table}
+            names = [str(row.get("file_name") or "") for row in table]
+            rows |= {os.path.normpath(os.path.join(place, name)): row for name, row in zip(names, table)}
+        if metadata and not any(os.path.normpath(path) in rows for path in paths):
+            raise ValueError(f"None of the {len(paths)} images is named in the column `file_name` of {metadata}.")
         for column in keep:
             if any(column in row for row in rows.values()):
                 columns[column] = [rows.get(os.path.normpath(path), {}).get(column) for path in paths]

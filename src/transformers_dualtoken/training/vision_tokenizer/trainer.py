@@ -110,9 +110,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
 
         # Not for longer: a hook makes the model hold the trainer, and with it teacher, discriminator and optimizers.
         hook = self.model.decoder.conv_out.register_forward_pre_hook(keep) if self.recipe.is_adversarial else None
-        with contextlib.nullcontext() if hook is None else hook:
-            yield
-        self._last_input = None
+        try:
+            with contextlib.nullcontext() if hook is None else hook:
+                yield
+        finally:
+            self._last_input = None
 
     # The step
 
