@@ -12,11 +12,11 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_dualtoken import DualTokenDepthHeadConfig
+from .configuration_dualtoken import CODE_KINDS, DualTokenDepthHeadConfig
 from .linear_cross_entropy import LinearCrossEntropyOutput, is_autocast_on, linear_cross_entropy, without_autocast
 
 
-NUM_KINDS = 2  # pixel, semantic
+NUM_KINDS = len(CODE_KINDS)
 
 
 class DualTokenStackedLinear(nn.Module):
@@ -122,14 +122,14 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         """All depths at once, `(M, D, T, W)` -> the same, or one of them, `(M, T, W)` -> the same, as `step`."""
         if depth is not None:
             return self.step(hidden_states, depth, cache)
-        models, depths, length, width = hidden_states.shape
+        kinds, depths, length, width = hidden_states.shape
         qkv = self.qkv_proj(self.input_layernorm(hidden_states).flatten(1, 2))
-        qkv = qkv.view(models, depths, length, 3, self.num_heads, self.head_dim)
+        qkv = qkv.view(kinds, depths, length, 3, self.num_heads, self.head_dim)
         # Positions are the batch of this attention, depths its sequence: (3, M, T, heads, D, head_dim).
         query, key, value = qkv.permute(3, 0, 2, 4, 1, 5).flatten(1, 3)
         context = _CausalAttention.apply(query, key, value)
-        context = context.view(models, length, self.num_heads, depths, self.head_dim).permute(0, 3, 1, 2, 4)
-        attention = self.o_proj(context.reshape(models, depths * length, width))
+        context = context.view(kinds, length, self.num_heads, depths, self.head_dim).permute(0, 3, 1, 2, 4)
+        attention = self.o_proj(context.reshape(kinds, depths * length, width))
         hidden_states = hidden_states + attention.view_as(hidden_states)
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.down_proj(self.act_fn(self.up_proj(normed)))
@@ -139,7 +139,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
         One depth of every position: `(M, T, W)` -> `(M, T, W)`. `cache` `(2, M, T, heads, D, head_dim)` holds the keys
         and values of the depths before, and takes this one's.
         """
-        models, length, width = hidden_states.shape
+        kinds, length, width = hidden_states.shape
         qkv = self.qkv_proj(self.input_layernorm(hidden_states)).unflatten(-1, (3, self.num_heads, self.head_dim))
         cache[:, :, :, :, depth] = qkv[:, :, 1:].permute(2, 0, 1, 3, 4)
         if depth == 0:
@@ -150,7 +150,7 @@ class DualTokenDepthLayer(GradientCheckpointingLayer):
             key, value = cache[:, :, :, :, : depth + 1].flatten(1, 2)
             query = qkv[:, :, 0].flatten(0, 1).unsqueeze(2)
             context = F.scaled_dot_product_attention(query, key, value)
-        hidden_states = self.o_proj(context.reshape(models, length, width), residual=hidden_states)
+        hidden_states = self.o_proj(context.reshape(kinds, length, width), residual=hidden_states)
         normed = self.post_attention_layernorm(hidden_states)
         return self.down_proj(self.act_fn(self.up_proj(normed, depth)), depth, residual=hidden_states)
 
@@ -259,11 +259,11 @@ class DualTokenDepthHeads(nn.Module):
             self.config.head_dim,
         )
         caches = [features.new_empty(shape) for _ in self.layers]
-        models = torch.arange(NUM_KINDS, device=features.device)[:, None]
+        kinds = torch.arange(NUM_KINDS, device=features.device)[:, None]
         running, codes = None, []
         for depth in range(self.num_depths):
             if depth > 0:
-                vectors = codebooks[models, depth - 1 if codebooks.shape[1] > 1 else 0, codes[-1]]
+                vectors = codebooks[kinds, depth - 1 if codebooks.shape[1] > 1 else 0, codes[-1]]
                 running = vectors if running is None else running + vectors
                 features = self.code_proj(running.to(features.dtype))
                 if guidance is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from .code_sampling import DualTokenCodeSampler
+from .configuration_dualtoken import CODE_KINDS
 from .generation_cache import Context, Prompt, StaticContext
 from .generation_graph import HostWait, KeptSteps, StepMemory, capture, compiled_step, weights_key
 from .generation_settings import GenerationArguments
@@ -166,7 +167,7 @@ class ImageDecoder:
         if not self.is_static or not _has_addresses(model):
             return None
         parts = [model.model.language_model, model.depth_heads, model.model.visual_projector]
-        parts += [model.vision_tokenizer.quantizer(kind) for kind in ("pixel", "semantic")]
+        parts += [model.vision_tokenizer.quantizer(kind) for kind in CODE_KINDS]
         weights = weights_key(parts)
         if weights is None:
             return None

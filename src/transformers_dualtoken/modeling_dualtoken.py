@@ -29,11 +29,11 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import can_return_tuple
 
 from .checkpoints import StrictLoadingMixin, checkpoint_errors
-from .configuration_dualtoken import DualTokenConfig, config_fields
+from .configuration_dualtoken import CODE_KINDS, DualTokenConfig, config_fields
 from .depth_heads import DualTokenDepthHeads, DualTokenStackedLinear, DualTokenStackedRMSNorm
 from .generation_dualtoken import DualTokenGenerationMixin
 from .linear_cross_entropy import is_autocast_on
-from .modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
+from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 from .sharding import any_rank, copy_weights, gathered, is_sharded
 from .transformers_compat import CACHE_NAME, given_cache
 from .unified_loss import DualTokenTextHead, text_logits, unified_losses
