@@ -28,7 +28,6 @@ from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
 from transformers_dualtoken.data import load_chat_sources, precompute_codes, tokenizer_fingerprint
-from transformers_dualtoken.data.codes import PrecomputeSummary
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training.arguments import json_object
@@ -96,24 +95,7 @@ def load_sources(arguments: PrecomputeArguments, fingerprint: str) -> list:
     return load_chat_sources(spec, split=arguments.split, streaming=arguments.streaming, fingerprint=fingerprint)
 
 
-def report(arguments: PrecomputeArguments, summary: PrecomputeSummary, rank: int) -> None:
-    rate = summary.num_images / summary.seconds if summary.seconds else 0.0
-    print(
-        f"Process {rank}: {summary.num_samples:,} samples with {summary.num_images:,} images ({summary.num_encoded:,} of "
-        f"them encoded), {summary.num_skipped:,} samples skipped, {rate:.1f} images/s."
-    )
-    total = summary.description
-    if total is None:
-        return
-    print(
-        f"{arguments.output_dir} is finished: {total['num_samples']:,} samples with {total['num_images']:,} images in "
-        f"{total['num_shards']:,} shards; {total['num_skipped']:,} samples skipped."
-    )
-    for skipped in total["skipped"]:
-        print(f"  {skipped['sample']}: {skipped['reason']}")
-
-
-def main(argv: list[str] | None = None) -> PrecomputeSummary:
+def main(argv: list[str] | None = None) -> None:
     (arguments,) = parse_settings((PrecomputeArguments,), argv)
 
     # Without `cpu` accelerate takes several processes on a CPU for one.
@@ -123,7 +105,7 @@ def main(argv: list[str] | None = None) -> PrecomputeSummary:
     # One process of a machine copies the data set to the cache, the others find it.
     with state.local_main_process_first():
         sources = load_sources(arguments, fingerprint)
-    summary = precompute_codes(
+    description = precompute_codes(
         model.to(state.device),
         image_processor,
         sources,
@@ -138,9 +120,13 @@ def main(argv: list[str] | None = None) -> PrecomputeSummary:
         world_size=state.num_processes,
         show_progress=state.is_local_main_process,
     )
-    report(arguments, summary, state.process_index)
+    if description is not None:  # of the process that was the last one
+        print(
+            f"{arguments.output_dir} is finished: {description['num_samples']:,} samples with "
+            f"{description['num_images']:,} images in {description['num_shards']:,} shards; "
+            f"{description['num_skipped']:,} samples skipped."
+        )
     state.destroy_process_group()
-    return summary
 
 
 if __name__ == "__main__":

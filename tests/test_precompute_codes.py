@@ -34,7 +34,7 @@ from transformers_dualtoken.data import (
     tokenizer_fingerprint,
 )
 from transformers_dualtoken.data import codes as codes_module
-from transformers_dualtoken.data.codes import is_code_folder, read_description
+from transformers_dualtoken.data.codes import is_code_folder
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -118,10 +118,7 @@ def image_parts(example: dict) -> list[dict]:
 def test_codes_and_examples_come_back(tokenizer, image_processor, sources, tmp_path, streaming):
     model = DualTokenForCausalLM(tiny_unified_config())
     model.vision_tokenizer.load_state_dict(tokenizer.state_dict())
-    summary = precompute_codes(
-        tokenizer, image_processor, sources, tmp_path / "codes", batch_size=3, samples_per_shard=4
-    )
-    assert (summary.num_samples, summary.num_images, summary.num_skipped) == (9, 11, 0)
+    precompute_codes(tokenizer, image_processor, sources, tmp_path / "codes", batch_size=3, samples_per_shard=4)
     assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == [
         "dualtoken_codes.json",
         *(f"shard-0000{index}.parquet" for index in range(3)),
@@ -149,22 +146,18 @@ def test_codes_and_examples_come_back(tokenizer, image_processor, sources, tmp_p
 
 
 def test_description(tokenizer, image_processor, sources, tmp_path):
-    summary = precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
-    description = json.loads((tmp_path / "dualtoken_codes.json").read_text())
-    assert summary.description == description == read_description(tmp_path)
+    description = precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
+    assert description == json.loads((tmp_path / "dualtoken_codes.json").read_text())
     assert description["tokenizer_fingerprint"] == tokenizer_fingerprint(tokenizer, image_processor)
     assert description["grid"] == [3, 3] and description["num_shards"] == 3
     assert description["num_depths"] == {"pixel": 3, "semantic": 3}
     assert description["codebook_size"] == {"pixel": 24, "semantic": 24}
-    counted = [{key: source[key] for key in source if key != "digest"} for source in description["sources"]]
-    assert counted == [
-        {"name": "chats", "num_rows": 7, "num_samples": 7, "num_images": 9, "num_skipped": 0},
-        {"name": "others", "num_rows": 2, "num_samples": 2, "num_images": 2, "num_skipped": 0},
-    ]
+    assert [(source["name"], source["num_rows"]) for source in description["sources"]] == [("chats", 7), ("others", 2)]
     assert (description["num_samples"], description["num_images"], description["num_skipped"]) == (9, 11, 0)
 
 
-def test_equal_images_are_encoded_once_in_a_shard(tokenizer, image_processor, sources, tmp_path, monkeypatch):
+def record_batches(tokenizer, monkeypatch) -> list[int]:
+    """Sizes of the batches that the tokenizer encodes from now on."""
     sizes, encode = [], tokenizer.encode
 
     def counting(pixel_values, **kwargs):
@@ -173,22 +166,28 @@ def test_equal_images_are_encoded_once_in_a_shard(tokenizer, image_processor, so
         return encode(pixel_values, **kwargs)
 
     monkeypatch.setattr(tokenizer, "encode", counting)
+    return sizes
+
+
+def test_images_are_encoded_in_batches_of_a_shard(tokenizer, image_processor, sources, tmp_path, monkeypatch):
+    sizes = record_batches(tokenizer, monkeypatch)
     tokenizer.train()
     embeddings = tokenizer.pixel_quantizer.codebook.embeddings.clone()
-    summary = precompute_codes(tokenizer, image_processor, sources, tmp_path, batch_size=3, samples_per_shard=5)
-    # a, b, c, d, e; then c, d, a.
-    assert sizes == [3, 2, 3] and summary.num_encoded == 8
+    settings = {"batch_size": 3, "samples_per_shard": 5}
+    description = precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
+    assert sizes == [3, 3, 2, 3]
     assert tokenizer.training and torch.equal(tokenizer.pixel_quantizer.codebook.embeddings, embeddings)
     # The folder is whole: nothing is left to do.
-    assert precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=5).num_encoded == 0
-    assert len(sizes) == 3
+    assert precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings) == description
+    assert len(sizes) == 4
 
 
-def test_samples_that_have_codes_already_keep_them(tokenizer, image_processor, sources, tmp_path):
+def test_samples_that_have_codes_already_keep_them(tokenizer, image_processor, sources, tmp_path, monkeypatch):
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "first")
     first = load_code_source(tmp_path / "first")
-    summary = precompute_codes(tokenizer, image_processor, [first, sources[1]], tmp_path / "second")
-    assert (summary.num_images, summary.num_encoded) == (13, 2)
+    sizes = record_batches(tokenizer, monkeypatch)
+    description = precompute_codes(tokenizer, image_processor, [first, sources[1]], tmp_path / "second")
+    assert description["num_images"] == 13 and sizes == [2]
     before, after = load_examples(tmp_path / "first"), load_examples(tmp_path / "second")
     np.testing.assert_equal(after[:9], before)
     np.testing.assert_equal(after[9:], before[7:])
@@ -198,7 +197,7 @@ def test_codes_of_another_grid_are_refused(make_tokenizer, image_processor, sour
     precompute_codes(make_tokenizer(), image_processor, sources, tmp_path / "first")
     deeper = make_tokenizer(**{f"{kind}_quantizer_config": tiny_quantizer_fields(num_depths=4) for kind in KINDS})
     with pytest.raises(
-        ValueError, match=r"0 of first \(id one\) cannot be used: the pixel codes of its image 1 do not"
+        ValueError, match=r"0 of first \(id one\) cannot be trained on: the pixel codes of its image 1 do not"
     ):
         precompute_codes(deeper, image_processor, [load_code_source(tmp_path / "first")], tmp_path / "second")
 
@@ -223,17 +222,16 @@ def test_integers_are_as_narrow_as_the_codebook_allows(
 def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monkeypatch):
     settings = {"batch_size": 2, "samples_per_shard": 2}
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "whole", **settings)
-    stopped, write = tmp_path / "stopped", codes_module._write_table
+    stopped, write = tmp_path / "stopped", pq.ParquetWriter.write_table
     num_written = []
 
-    def failing(table, file):
+    def failing(writer, *args):
         if len(num_written) == 2:
-            file.write(b"PAR1 half a shard")
             raise KeyboardInterrupt
         num_written.append(1)
-        write(table, file)
+        write(writer, *args)
 
-    monkeypatch.setattr(codes_module, "_write_table", failing)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", failing)
     with pytest.raises(KeyboardInterrupt):
         precompute_codes(tokenizer, image_processor, sources, stopped, **settings)
     monkeypatch.undo()
@@ -242,8 +240,9 @@ def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monk
     with pytest.raises(ValueError, match="are not finished: 2 shards are there"):
         load_code_source(stopped)
     times = {path: path.stat().st_mtime_ns for path in stopped.glob("*.parquet")}
-    summary = precompute_codes(tokenizer, image_processor, sources, stopped, **settings)
-    assert summary.num_samples == 5  # of nine; four were there
+    sizes = record_batches(tokenizer, monkeypatch)
+    precompute_codes(tokenizer, image_processor, sources, stopped, **settings)
+    assert sum(sizes) == 5  # of eleven; six were there
     assert read_bytes(stopped) == read_bytes(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in times.items())
 
@@ -262,12 +261,11 @@ def test_several_processes_write_the_same(tokenizer, image_processor, images, tm
     three.mkdir()
     other = three / "dualtoken_codes.json.0000.tmp"  # which another process is about to rename
     other.touch()
-    summaries = [
+    descriptions = [
         precompute_codes(tokenizer, image_processor, sources(), three, rank=rank, world_size=3, **settings)
         for rank in (2, 0, 1)
     ]
-    assert [summary.num_samples for summary in summaries] == [2, 4, 3]
-    assert [summary.description is None for summary in summaries] == [True, True, False]
+    assert [description is None for description in descriptions] == [True, True, False]
     other.unlink()
     assert read_bytes(one) == read_bytes(three)
 
@@ -299,12 +297,12 @@ def test_bad_samples_are_named(tokenizer, image_processor, images, tmp_path, num
     for rows, message in (
         (
             BAD[:2],
-            r"The sample 1 of chats \(id torn\) cannot be used: its image .*broken.png cannot be used: it is tru",
+            r"The sample 1 of chats \(id torn\) cannot be trained on: its image .*broken.png cannot be used: it is tru",
         ),
-        (BAD[2:3], r"The sample 0 of chats cannot be used: it is faulty\. Mend it"),
+        (BAD[2:3], r"The sample 0 of chats cannot be trained on: it is faulty\. Mend it"),
         (
             BAD[3:],
-            r"The sample 0 of chats \(id gone\) cannot be used: its image .*missing.png cannot be used: the file ",
+            r"The sample 0 of chats \(id gone\) cannot be trained on: its image .*missing.png cannot be used: the file ",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -312,24 +310,21 @@ def test_bad_samples_are_named(tokenizer, image_processor, images, tmp_path, num
             precompute_codes(tokenizer, image_processor, [source], tmp_path / rows[0][0], num_workers=num_workers)
 
 
-def test_bad_samples_are_skipped_and_counted(tokenizer, image_processor, images, tmp_path):
+def test_bad_samples_are_skipped_and_counted(tokenizer, image_processor, images, tmp_path, caplog):
     settings = {"samples_per_shard": 1}
     with pytest.raises(ValueError, match="torn"):
         precompute_codes(tokenizer, image_processor, [make_source(images, BAD)], tmp_path, **settings)
     # The whole shards of the run that was refused are kept.
     (first,) = tmp_path.glob("*.parquet")
     time_of_first = first.stat().st_mtime_ns
-    summary = precompute_codes(
+    description = precompute_codes(
         tokenizer, image_processor, [make_source(images, BAD)], tmp_path, **settings, on_bad_sample="skip"
     )
-    assert (summary.num_samples, summary.num_skipped) == (1, 3) and first.stat().st_mtime_ns == time_of_first
-    description = read_description(tmp_path)
+    assert first.stat().st_mtime_ns == time_of_first
     assert (description["num_samples"], description["num_images"], description["num_skipped"]) == (2, 2, 3)
-    assert description["sources"][0]["num_skipped"] == 3
-    assert [skipped["sample"] for skipped in description["skipped"]] == [
-        *("1 of chats (id torn)", "2 of chats", "3 of chats (id gone)")
-    ]
-    assert description["skipped"][1]["reason"] == "it is faulty"
+    names = ("1 of chats (id torn)", "2 of chats", "3 of chats (id gone)")
+    for message, name in zip(caplog.messages, names, strict=True):
+        assert f"The sample {name} cannot be trained on" in message
     # Shards without a sample are read like others.
     for streaming in (False, True):
         assert [example["id"] for example in load_examples(tmp_path, streaming=streaming)] == ["one", "two"]
@@ -338,7 +333,9 @@ def test_bad_samples_are_skipped_and_counted(tokenizer, image_processor, images,
 def test_nothing_but_bad_samples_is_refused(tokenizer, image_processor, images, tmp_path, monkeypatch):
     monkeypatch.setattr(codes_module, "MAX_SKIPPED_IN_A_ROW", 3)
     source = make_source(images, [("faulty", [])] * 4)
-    with pytest.raises(ValueError, match="3 samples in a row cannot be used. The last is 2 of chats: it is faulty"):
+    with pytest.raises(
+        ValueError, match="3 samples in a row cannot be used. The last: The sample 2 of chats .* it is faulty"
+    ):
         precompute_codes(tokenizer, image_processor, [source], tmp_path, on_bad_sample="skip")
     source.dataset = source.dataset.select([])
     with pytest.raises(ValueError, match=r"\['chats'\] hold no rows"):
@@ -379,39 +376,40 @@ def test_stream_that_has_changed_is_refused(tokenizer, image_processor, images, 
     settings = {"samples_per_shard": 2, "world_size": 2}
     longer, shorter = (make_source(images, rows, streaming=True) for rows in (ROWS, ROWS[:5]))
     precompute_codes(tokenizer, image_processor, [longer], tmp_path, rank=1, **settings)
-    with pytest.raises(ValueError, match="shard-00003.parquet' holds 1 rows of the sources, which now have 0 there"):
+    with pytest.raises(ValueError, match="shard-00003.parquet' has no rows in the sources, which have changed"):
         precompute_codes(tokenizer, image_processor, [shorter], tmp_path, rank=0, **settings)
 
 
 def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_path):
-    with pytest.raises(ValueError, match="There is no folder of precomputed codes at"):
-        load_code_source(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no precomputed codes: it has no dualtoken_codes.json"):
+    settings = {"samples_per_shard": 4}
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match="is no folder of precomputed codes: it has no dualtoken_codes.json"):
+            load_code_source(folder)
+        assert not is_code_folder(folder)
+    precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
+    whole, shard = read_bytes(tmp_path), tmp_path / "shard-00001.parquet"
+    shard.unlink()
+    with pytest.raises(ValueError, match="are not finished: shard-00001.parquet is missing. Start precompute_codes"):
         load_code_source(tmp_path)
-    assert not is_code_folder(tmp_path) and not is_code_folder(tmp_path / "none")
-    precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
-    (tmp_path / "shard-00001.parquet").rename(tmp_path / "kept")
-    with pytest.raises(ValueError, match="Of the 3 shards .* 1 are missing; the first is shard-00001.parquet"):
-        load_code_source(tmp_path)
-    (tmp_path / "shard-00001.parquet").write_bytes((tmp_path / "kept").read_bytes()[:-50])
-    with pytest.raises(ValueError, match="shard-00001.parquet' is damaged"):
-        precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
-    pq.write_table(pq.read_table(tmp_path / "kept").replace_schema_metadata(), tmp_path / "shard-00001.parquet")
-    with pytest.raises(ValueError, match="shard-00001.parquet' is no shard of precomputed codes"):
-        precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
-    # What another shard holds is not judged by a damaged first one.
-    (tmp_path / "shard-00000.parquet").rename(tmp_path / "first")
-    (tmp_path / "shard-00000.parquet").write_bytes(b"PAR1")
-    description = json.loads((tmp_path / "dualtoken_codes.json").read_text())
-    (tmp_path / "dualtoken_codes.json").unlink()
-    assert is_code_folder(tmp_path)
+    precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
+    assert read_bytes(tmp_path) == whole
+    # A shard that was damaged while another one was missing.
+    (tmp_path / "shard-00000.parquet").unlink()
+    shard.write_bytes(whole[shard.name][:-50])
+    with pytest.raises(ValueError, match="cannot be read, it is truncated or damaged .*shard-00001.parquet"):
+        precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
+    description = tmp_path / "dualtoken_codes.json"
     for text in ("{", "[]", "3", "{}"):
-        (tmp_path / "dualtoken_codes.json").write_text(text)
-        with pytest.raises(ValueError, match="dualtoken_codes.json' is damaged"):
-            load_code_source(tmp_path)
-    (tmp_path / "dualtoken_codes.json").write_text(json.dumps({**description, "format_version": 2}))
-    with pytest.raises(ValueError, match="are of format 2; this version of transformers-dualtoken reads format 1"):
+        description.write_text(text)
+        for call in (load_code_source, lambda path: precompute_codes(tokenizer, image_processor, sources, path)):
+            with pytest.raises(ValueError, match="dualtoken_codes.json in .* is damaged"):
+                call(tmp_path)
+    description.write_text(json.dumps({**json.loads(whole[description.name]), "format_version": 1}))
+    with pytest.raises(ValueError, match="are of format 1; this version of transformers-dualtoken reads format 2"):
         load_code_source(tmp_path)
+    description.unlink()
+    with pytest.raises(ValueError, match="is no folder of precomputed codes: it has no dualtoken_codes.json"):
+        precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
 
 
 @pytest.mark.parametrize(
@@ -591,12 +589,11 @@ def test_example(main, checkpoint, tmp_path, capsys):
     chats = write_chats(tmp_path, 20)
     (tmp_path / "images" / "3.png").write_bytes(b"")
     arguments = ["--model_name_or_path", str(checkpoint), "--dataset", str(chats), *SMALL]
-    with pytest.raises(ValueError, match=r"The sample 3 of .* \(id 3\) cannot be used: .*the file is empty"):
+    with pytest.raises(ValueError, match=r"The sample 3 of .* \(id 3\) cannot be trained on: .*the file is empty"):
         main([*arguments, "--output_dir", str(tmp_path / "codes")])
     main([*arguments, "--output_dir", str(tmp_path / "codes"), "--on_bad_sample", "skip"])
     shown = capsys.readouterr().out
-    assert "Process 0: 19 samples with 19 images (19 of them encoded), 1 samples skipped," in shown
-    assert "codes is finished: 19 samples with 19 images in 3 shards; 1 samples skipped.\n  3 of " in shown
+    assert "codes is finished: 19 samples with 19 images in 3 shards; 1 samples skipped." in shown
     # The same by a file of settings, from a stream.
     settings = dict(zip([name[2:] for name in SMALL[::2]], map(int, SMALL[1::2])))
     settings |= {"model_name_or_path": str(checkpoint), "dataset": str(chats), "output_dir": str(tmp_path / "other")}
