@@ -197,7 +197,7 @@ def test_codes_of_another_grid_are_refused(make_tokenizer, image_processor, sour
     precompute_codes(make_tokenizer(), image_processor, sources, tmp_path / "first")
     deeper = make_tokenizer(**{f"{kind}_quantizer_config": tiny_quantizer_fields(num_depths=4) for kind in KINDS})
     with pytest.raises(
-        ValueError, match=r"0 of first \(id one\) cannot be trained on: the pixel codes of its image 1 do not"
+        ValueError, match=r"0 of first \(id one\) cannot be trained on: its pixel codes must be integers of shape"
     ):
         precompute_codes(deeper, image_processor, [load_code_source(tmp_path / "first")], tmp_path / "second")
 
@@ -415,14 +415,22 @@ def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_
 @pytest.mark.parametrize(
     ("column", "spoil", "match"),
     [
-        ("pixel_codes", lambda codes: [image[:-1] for image in codes], "row of codes is damaged .*cannot reshape"),
+        (
+            "pixel_codes",
+            lambda codes: [image[:-1] for image in codes],
+            "row of codes is damaged .*pixel codes must be integers of shape .* of shape",
+        ),
         ("pixel_codes", lambda codes: codes[:-1], "row of codes is damaged"),
         (
             "semantic_codes",
             lambda codes: [[99, *image[1:]] for image in codes],
-            "semantic codes go from .* to 99, of 24",
+            "semantic codes must be integers .* from 0 to 23, got .* to 99",
         ),
-        ("semantic_codes", lambda codes: [[-1, *image[1:]] for image in codes], "semantic codes go from -1 to"),
+        (
+            "semantic_codes",
+            lambda codes: [[-1, *image[1:]] for image in codes],
+            "semantic codes must be integers .* got .* -1 to",
+        ),
         ("semantic_codes", lambda codes: None, "row of codes is damaged"),
         ("example", lambda example: "{", "row of codes is damaged"),
     ],

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -66,9 +67,9 @@ def precompute_codes(
 
     The folder holds `dualtoken_codes.json` and `shard-00000.parquet`, ... with the columns `id`, `source`, `example`
     (JSON, images as `{"type": "image"}`), `pixel_codes` and `semantic_codes` (of every image h * w * D codes, int16, or
-    int32 where the codebook has more than 32768), `num_images`. Killed at any moment and started again with the same
-    arguments, it goes on after the shards that are there; the result is the same, with any number of processes. Every
-    process reads all rows of a stream, undecoded, and keeps those of its shards.
+    int32 where the codebook has more than 32768), `num_images`. Killed and started again with the same arguments, it
+    goes on after the shards that are there; the result is the same, with any number of processes. Every process reads
+    all rows of a stream, undecoded, and keeps those of its shards.
 
     Args:
         vision_tokenizer ([`DualTokenVisionTokenizer`]): on the device, and in the dtype, that it is to run in.
@@ -76,23 +77,19 @@ def precompute_codes(
         sources (`list[ChatSource]`): in an order of rows that is always the same. Images that come as codes, which must
             be this tokenizer's, are kept. The folder becomes one source, without weights.
         output_dir (`str` or `os.PathLike`): a new folder, or one that the same arguments began.
-        batch_size (`int`, defaults to 64): images that are encoded at once.
-        samples_per_shard (`int`, defaults to 2048): rows of a shard; what a killed process loses at most.
+        batch_size (`int`): images that are encoded at once.
+        samples_per_shard (`int`): rows of a shard; what a killed process loses at most.
         max_samples (`int`, *optional*): take only the first so many rows of every source.
-        bf16 (`bool`, defaults to `False`): encode under bfloat16 autocast, as training with `bf16` does.
-        on_bad_sample (`str`, defaults to `"error"`): `"skip"` counts samples that cannot be used, and logs the first.
-        num_workers (`int`, defaults to 0): processes that read images.
+        bf16 (`bool`): encode under bfloat16 autocast, as training with `bf16` does.
+        on_bad_sample (`str`): `"error"`, or `"skip"`, which counts samples that cannot be used and logs the first ones.
+        num_workers (`int`): processes that read images.
         rank (`int`), world_size (`int`): which of how many processes this is; it writes every `world_size`-th shard.
-        show_progress (`bool`, defaults to `False`): a bar of samples.
+        show_progress (`bool`): a bar of samples.
 
-    Returns:
-        What `dualtoken_codes.json` says, with `num_samples`, `num_images` and `num_skipped`; `None` while other
-        processes have shards to write.
-
-    Raises:
-        ValueError: for a sample that cannot be used, unless it is to be skipped, and for 1000 such in a row; for a
-            folder begun with other settings; for sources without a row, and arguments out of range.
-        RuntimeError: for a sample that fails otherwise, by a fault of the network for instance.
+    Returns what `dualtoken_codes.json` says, with `num_samples`, `num_images` and `num_skipped`, or `None` while other
+    processes have shards to write. Raises a `ValueError` for a sample that cannot be used, unless it is to be skipped,
+    and for 1000 such in a row; for a folder begun with other settings, sources without a row and arguments out of
+    range. A sample that fails otherwise, by a fault of the network for instance, is a `RuntimeError`.
     """
     check_bad_sample_rule(on_bad_sample)
     at_least_1 = {"batch_size": batch_size, "samples_per_shard": samples_per_shard, "max_samples": max_samples}
@@ -111,8 +108,9 @@ def precompute_codes(
         "bfloat16_fingerprint": tokenizer_fingerprint(vision_tokenizer, image_processor, torch.bfloat16),
         "autocast": "bfloat16" if bf16 else None,
         "grid": [vision_tokenizer.config.grid_size] * 2,
-        "num_depths": {kind: config.num_depths for kind, config in quantizers.items()},
-        "codebook_size": {kind: config.codebook_size for kind, config in quantizers.items()},
+        "num_depths": {kind: q.num_depths for kind, q in quantizers.items()},
+        "codebook_size": {kind: q.codebook_size for kind, q in quantizers.items()},
+        "code_dtype": {kind: "int16" if q.codebook_size <= 2**15 else "int32" for kind, q in quantizers.items()},
         "samples_per_shard": samples_per_shard,
         "max_samples": max_samples,
         "sources": [_describe(source, max_samples) for source in sources],
@@ -181,21 +179,13 @@ class _Reader(Dataset):
     def _read(self, part: dict, position: int) -> torch.Tensor | list[np.ndarray]:
         """Pixel values (3, S, S) of an image, or the codes of each kind that it comes as."""
         if part.get("pixel_codes") is not None:
-            return [self._check_codes(part, kind, position) for kind in CODE_KINDS]
+            return [_as_codes(part[f"{kind}_codes"], kind, self.settings).ravel() for kind in CODE_KINDS]
         try:
             image = read_image(part["image"])
         except (TypeError, UnreadableImageError) as error:
             name = image_name(part["image"]) or position
             raise BadSampleError(f"its image {name} cannot be used: {error}") from error
         return self.image_processor(images=image, return_tensors="pt").pixel_values[0]
-
-    def _check_codes(self, part: dict, kind: str, position: int) -> np.ndarray:
-        codes, size = np.asarray(part[f"{kind}_codes"]), self.settings["codebook_size"][kind]
-        shape = (*self.settings["grid"], self.settings["num_depths"][kind])
-        if codes.shape != shape or codes.dtype.kind not in "iu" or not 0 <= codes.min() <= codes.max() < size:
-            wanted = f"integers of shape {shape} below {size}, got {codes.dtype} of shape {codes.shape}"
-            raise BadSampleError(f"the {kind} codes of its image {position} do not fit the tokenizer: wanted {wanted}")
-        return codes.ravel()
 
     def usable(self, samples: Iterable, on_bad_sample: str) -> Iterator[dict]:
         """The samples that can be used; raises for one that is refused and for too many in a row."""
@@ -275,13 +265,9 @@ def _find_shards(folder) -> set[Path]:
 
 def _features(settings: dict) -> datasets.Features:
     texts = {name: datasets.Value("string") for name in ("id", "source", "example")}
-    codes = {kind: datasets.Value(_code_dtype(size)) for kind, size in settings["codebook_size"].items()}
-    lists = {f"{kind}_codes": datasets.List(datasets.List(value)) for kind, value in codes.items()}
-    return datasets.Features({**texts, **lists, "num_images": datasets.Value("int32")})
-
-
-def _code_dtype(codebook_size: int) -> str:
-    return "int16" if codebook_size <= 2**15 else "int32"
+    dtypes = {kind: datasets.Value(dtype) for kind, dtype in settings["code_dtype"].items()}
+    codes = {f"{kind}_codes": datasets.List(datasets.List(dtype)) for kind, dtype in dtypes.items()}
+    return datasets.Features({**texts, **codes, "num_images": datasets.Value("int32")})
 
 
 def _write_shard(path: Path, rows: list[dict], settings: dict) -> None:
@@ -351,14 +337,9 @@ def load_code_source(
 ) -> ChatSource:
     """
     The samples of a folder of [`precompute_codes`], their images as `pixel_codes` and `semantic_codes`, each
-    `(h, w, D)` of int16 or int32.
-
-    Args:
-        path (`str` or `os.PathLike`): the folder; its name becomes the source's.
-        weight (`float`, *optional*): in a mixture.
-        streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
-        fingerprint (`str`, *optional*): [`tokenizer_fingerprint`] of the tokenizer that is trained with. Codes of
-            another one are a `ValueError`; the same one rounded to bfloat16 will do.
+    `(h, w, D)` of int16 or int32. The source has the folder's name, and `weight` in a mixture. With `streaming` it is
+    read while training, else mapped from the cache of `datasets`. Codes of another tokenizer than the one of
+    `fingerprint` ([`tokenizer_fingerprint`]) are a `ValueError`; the same one rounded to bfloat16 will do.
     """
     description = _read_description(path)
     shards = [_shard_path(path, index) for index in range(description["num_shards"] or 0)]
@@ -374,25 +355,30 @@ def load_code_source(
             f"model's tokenizer is {fingerprint}. Make them again with this tokenizer, its image processor and dtype."
         )
     dataset = load_parquet(shards, _features(description), streaming)
-    shapes = {kind: (*description["grid"], depths) for kind, depths in description["num_depths"].items()}
-    to_example = functools.partial(_with_codes, shapes=shapes, sizes=description["codebook_size"])
-    return ChatSource(Path(path).resolve().name, dataset, to_example, weight)
+    return ChatSource(Path(path).resolve().name, dataset, functools.partial(_with_codes, settings=description), weight)
 
 
-def _with_codes(row: dict, shapes: dict[str, tuple], sizes: dict[str, int]) -> dict:
+def _with_codes(row: dict, settings: dict) -> dict:
     """An example from a row of a shard. Raises [`BadSampleError`] for codes that do not fit it."""
     try:
         example = json.loads(row["example"])
-        parts = _image_parts(example)
-        for kind, shape in shapes.items():
-            codes = np.asarray(row[f"{kind}_codes"], np.int64).reshape(len(parts), *shape)
-            if codes.size and not 0 <= codes.min() <= codes.max() < sizes[kind]:
-                raise ValueError(f"{kind} codes go from {codes.min()} to {codes.max()}, of {sizes[kind]}")
-            for part, image in zip(parts, codes.astype(_code_dtype(sizes[kind]))):
-                part[f"{kind}_codes"] = image
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        for kind in CODE_KINDS:
+            for part, codes in zip(_image_parts(example), row[f"{kind}_codes"], strict=True):
+                part[f"{kind}_codes"] = _as_codes(codes, kind, settings)
+    except (ValueError, TypeError, KeyError) as error:
         raise BadSampleError(f"its row of codes is damaged ({error})") from error
     return example
+
+
+def _as_codes(codes, kind: str, settings: dict) -> np.ndarray:
+    """Codes (h, w, D) of an image, from such or from (h * w * D,), which must fit the tokenizer."""
+    codes, size = np.asarray(codes), settings["codebook_size"][kind]
+    shape = (*settings["grid"], settings["num_depths"][kind])
+    is_shape = codes.shape in (shape, (math.prod(shape),)) and codes.dtype.kind in "iu"
+    if not is_shape or not 0 <= codes.min() <= codes.max() < size:
+        found = f"{codes.dtype} of shape {codes.shape}" + (f", {codes.min()} to {codes.max()}" if is_shape else "")
+        raise BadSampleError(f"its {kind} codes must be integers of shape {shape} from 0 to {size - 1}, got {found}")
+    return codes.reshape(shape).astype(settings["code_dtype"][kind])
 
 
 def tokenizer_fingerprint(
@@ -402,12 +388,8 @@ def tokenizer_fingerprint(
     SHA-256, in hexadecimal digits, of what decides the codes of an image: the encoder up to the semantic layer, the
     down-projections, both codebooks, the layers and sizes of the config, and the settings of the image processor (its
     two backends count as one). It is kept by saving and within a unified model; rounded to bfloat16 a tokenizer has
-    another one. Under ZeRO-3 every rank must call, since parts are gathered.
-
-    Args:
-        vision_tokenizer ([`DualTokenVisionTokenizer`])
-        image_processor ([`DualTokenImageProcessor`] or [`DualTokenImageProcessorPil`])
-        dtype (`torch.dtype`, *optional*): the fingerprint that it has when its weights are loaded in this dtype.
+    another one. `dtype`: the one that it has when its weights are loaded so. Under ZeRO-3 every rank must call, since
+    parts are gathered.
     """
     config, encoder = vision_tokenizer.config, "siglip.vision_model."
     image_settings = (*_IMAGE_SETTINGS, *(["fill_color"] if image_processor.resize_mode == "pad" else []))
