@@ -39,6 +39,7 @@ logger = logging.get_logger(__name__)
 FORMAT_VERSION = 2
 DESCRIPTION_FILE = "dualtoken_codes.json"
 _ROWS_PER_GROUP = 512  # What a stream reads at once: about 12 MB of codes at full size.
+_NEEDED = ("tokenizer_fingerprint", "bfloat16_fingerprint", "grid", "num_depths", "codebook_size", "num_shards")
 # Settings that decide codes, of the tokenizer, its encoder and the image processor.
 _TOKENIZER_SETTINGS = ("pixel_layer", "semantic_layer", "shortcut_layer", "shortcut_weight")
 _ENCODER_SETTINGS = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
@@ -125,12 +126,13 @@ def precompute_codes(
     loader = DataLoader(reader, sampler=rows, batch_size=None, num_workers=num_workers, collate_fn=tuple)
     # Of an iterator, for tqdm iterates twice.
     samples = tqdm(iter(loader), unit=" samples", disable=not show_progress)
-    was_training = vision_tokenizer.training
+    schema, was_training = _features(settings).arrow_schema, vision_tokenizer.training
     vision_tokenizer.eval()  # in training mode the codebooks would move
     try:
         for shard, group in itertools.groupby(samples, key=lambda sample: sample[0]):
             encoded = _encode(reader.usable(group, on_bad_sample), vision_tokenizer, batch_size, bf16)
-            _write_shard(_shard_path(folder, shard), encoded, settings)
+            with _atomically(_shard_path(folder, shard)) as file:
+                _write_table(file, encoded, schema)
     finally:
         vision_tokenizer.train(was_training)
     if not reader.num_rows:
@@ -270,10 +272,9 @@ def _features(settings: dict) -> datasets.Features:
     return datasets.Features({**texts, **codes, "num_images": datasets.Value("int32")})
 
 
-def _write_shard(path: Path, rows: list[dict], settings: dict) -> None:
-    schema = _features(settings).arrow_schema
+def _write_table(file, rows: list[dict], schema: pa.Schema) -> None:
     # Dictionaries, which parquet makes by itself, pack codes of 14 bits into 14 bits.
-    with _atomically(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         if rows:  # `datasets` cannot read an empty row group
             writer.write_table(pa.Table.from_pylist(rows, schema), _ROWS_PER_GROUP)
 
@@ -321,11 +322,9 @@ def _read_description(path) -> dict:
         raise ValueError(f"{str(path)!r} is no folder of precomputed codes: it has no {DESCRIPTION_FILE}.")
     try:
         description = json.loads(Path(path, DESCRIPTION_FILE).read_text(encoding="utf-8"))
-        version, _ = description["format_version"], description["num_shards"]
+        version, *_ = [description[name] for name in ("format_version", *_NEEDED)]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{DESCRIPTION_FILE} in {str(path)!r} is damaged ({error!r}). Make the codes again."
-        ) from error
+        raise ValueError(f"{DESCRIPTION_FILE} in {str(path)!r} is damaged ({error!r}). Make it again.") from error
     if version != FORMAT_VERSION:
         readable = f"this version of transformers-dualtoken reads format {FORMAT_VERSION}"
         raise ValueError(f"The precomputed codes in {str(path)!r} are of format {version}; {readable}.")
