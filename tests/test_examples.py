@@ -155,6 +155,10 @@ def test_settings_that_are_json_objects(tmp_path):
     assert json_object(None, "config_overrides") == {}
     for value in ('{"semantic_layer": 3}', str(tmp_path / "fields.json")):
         assert json_object(value, "config_overrides") == {"semantic_layer": 3}
+    (tmp_path / "folder.json").mkdir()
+    for name in ("gone.json", "folder.json"):  # in a sentence, by `run_script`
+        with pytest.raises(FileNotFoundError, match=f"`config_overrides` names the file .*{name}', which"):
+            json_object(str(tmp_path / name), "config_overrides")
 
 
 @pytest.mark.parametrize(

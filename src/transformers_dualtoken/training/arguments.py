@@ -70,8 +70,8 @@ def json_object(value: dict | str | None, name: str) -> dict:
     if isinstance(value, str):
         try:
             value = json.loads(Path(value).read_text() if value.endswith(".json") else value)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"`{name}` names the file {value!r}, which does not exist.") from error
+        except OSError as error:
+            raise FileNotFoundError(f"`{name}` names the file {value!r}, which cannot be read: {error}.") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"`{name}` must be a JSON object or the path of one, got {given!r}: {error}.") from error
     if not isinstance(value, dict):
