@@ -381,12 +381,20 @@ def test_files_that_give_fewer_bytes_than_asked_for_are_read_to_their_end():
         _read_bounded(Slow(PNG), len(PNG) - 1)
 
 
-def test_layouts_that_cannot_be_told_are_refused():
+def test_layouts_and_channels_that_do_not_fit_are_refused():
     processor = DualTokenImageProcessorPil(size=8)
     with pytest.raises(ValueError, match="`input_data_format` must be 'channels_first', .* got 'channel_last'"):
         processor(np.zeros((4, 5, 3), np.uint8), input_data_format="channel_last")
     with pytest.raises(ValueError, match=r"the first or the last side, got shape \(9, 8, 5\)"):
         processor(np.zeros((9, 8, 5), np.uint8), do_convert_rgb=False, do_normalize=False)
+    for channels, settings, message in (
+        (1, {}, r"the channels that `image_mean` has \(3\), got 1"),
+        (4, {"do_normalize": False, "resize_mode": "pad"}, "padded needs 1 or 3 channels, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(np.zeros((5, 6, channels), np.uint8), do_convert_rgb=False, **settings)
+    grey = processor(np.zeros((5, 6), np.uint8), do_convert_rgb=False, image_mean=[0.5], image_std=[0.5])
+    assert grey["pixel_values"][0].shape == (1, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["d41d8cd98f00b204e9800998ecf8427e", "images/" + 57 * "a", "a/b/" + 60 * "Z"])

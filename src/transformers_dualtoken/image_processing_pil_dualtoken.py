@@ -221,10 +221,11 @@ class DualTokenImageProcessingMixin:
         flags = {name: settings.get(name) for name in ("do_convert_rgb", "do_rescale", "do_normalize")}
         image = image_to_tensor(image, input_data_format, **flags)
         if not flags["do_convert_rgb"]:
-            accepted = {1, len(settings["image_mean"])} if flags["do_normalize"] else {len(image)}
-            if len(image) not in (accepted & {1, 3} if settings.get("resize_mode") == "pad" else accepted):
-                channels = f"the channels of `image_mean`, got {len(image)}"
+            if flags["do_normalize"] and len(image) != (means := len(settings["image_mean"])):
+                channels = f"the channels that `image_mean` has ({means}), got {len(image)}"
                 raise ValueError(f"Without `do_convert_rgb` an image needs {channels}.")
+            if settings.get("resize_mode") == "pad" and len(image) not in (1, 3):
+                raise ValueError(f"An image to be padded needs 1 or 3 channels, got {len(image)}.")
         return image
 
     def _fit(self, image, size: SizeDict, resample, resize_mode: str, fill_color: tuple[int, ...], **kwargs):
