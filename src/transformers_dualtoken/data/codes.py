@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -170,10 +169,8 @@ class _Reader(Dataset):
             return shard, refusal(source.sample_name(index, row), error)
         except Exception as error:
             raise RuntimeError(f"The sample {index} of {source.name} cannot be read ({error!r}).") from error
-        if "messages" in example:
-            plain = {**example, "messages": [without_image_data(message) for message in example["messages"]]}
-        else:
-            plain = without_image_data(example)
+        plain = {"messages": [without_image_data(message) for message in example.get("messages", ())]}
+        plain = {**example, **plain} if "messages" in example else without_image_data(example)
         columns = {"id": example.get("id"), "source": source.name, "example": json.dumps(plain)}
         columns["codes"] = [None if torch.is_tensor(image) else image for image in images]
         return shard, {**columns, "pixel_values": list(filter(torch.is_tensor, images))}
@@ -198,10 +195,9 @@ class _Reader(Dataset):
                 continue
             if on_bad_sample == "error":
                 raise sample
-            self.num_bad += 1
-            self.num_bad_in_a_row += 1
+            self.num_bad, self.num_bad_in_a_row = self.num_bad + 1, self.num_bad_in_a_row + 1
             if self.num_bad_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise ValueError(f"{self.num_bad_in_a_row:,} samples in a row cannot be used. The last: {sample}")
+                raise ValueError(f"{MAX_SKIPPED_IN_A_ROW:,} samples in a row cannot be used. The last: {sample}")
             if self.num_bad <= MAX_NAMED:
                 logger.warning(f"Skipped: {sample}")
 
@@ -373,7 +369,7 @@ def _as_codes(codes, kind: str, settings: dict) -> np.ndarray:
     """Codes (h, w, D) of an image, from such or from (h * w * D,), which must fit the tokenizer."""
     codes, size = np.asarray(codes), settings["codebook_size"][kind]
     shape = (*settings["grid"], settings["num_depths"][kind])
-    is_shape = codes.shape in (shape, (math.prod(shape),)) and codes.dtype.kind in "iu"
+    is_shape = codes.shape in (shape, (np.prod(shape),)) and codes.dtype.kind in "iu"
     if not is_shape or not 0 <= codes.min() <= codes.max() < size:
         found = f"{codes.dtype} of shape {codes.shape}" + (f", {codes.min()} to {codes.max()}" if is_shape else "")
         raise BadSampleError(f"its {kind} codes must be integers of shape {shape} from 0 to {size - 1}, got {found}")
@@ -391,14 +387,11 @@ def tokenizer_fingerprint(
     parts are gathered.
     """
     config, encoder = vision_tokenizer.config, "siglip.vision_model."
-    image_settings = (*_IMAGE_SETTINGS, *(["fill_color"] if image_processor.resize_mode == "pad" else []))
-    named = (
-        (config, _TOKENIZER_SETTINGS),
-        (config.vision_config, _ENCODER_SETTINGS),
-        (image_processor, image_settings),
-    )
-    settings = [{name: getattr(owner, name) for name in names} for owner, names in named]
-    settings.append([vision_tokenizer.quantizer(kind).config.num_depths for kind in CODE_KINDS])
+    settings = [vision_tokenizer.quantizer(kind).config.num_depths for kind in CODE_KINDS]
+    settings += [getattr(config, name) for name in _TOKENIZER_SETTINGS]
+    settings += [getattr(config.vision_config, name) for name in _ENCODER_SETTINGS]
+    settings += [getattr(image_processor, name) for name in _IMAGE_SETTINGS]
+    settings += [image_processor.fill_color] if image_processor.resize_mode == "pad" else []
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode())  # `size` is no plain dict
 
     deciding = [f"{encoder}embeddings.", *(f"{kind}_down_proj." for kind in (*CODE_KINDS, "shortcut"))]
