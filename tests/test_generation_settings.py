@@ -309,7 +309,7 @@ class TestWhereSettingsStand:
     def test_every_field_of_transformers_is_known(self, monkeypatch):
         """A new one is refused until somebody has looked at it; these are what is known not to be refused."""
         # By what they are, not by the kind of value.
-        monkeypatch.setattr(generation_settings, "_KINDS", {})
+        monkeypatch.setattr(generation_settings, "_RULES", {})
         own = GenerationConfig()
         taken = {"interleaved": set(), "image": set()}
         for name in own.to_dict():

@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple, get_origin
+from typing import Annotated, get_origin
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, Qwen2Config, SiglipConfig
@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto import modeling_auto
 
 from .checkpoints import check_model_type
+from .field_rules import FLAG, list_of, one_of, shown, within
 from .remote_code import copy_code
 
 
@@ -37,64 +38,11 @@ _SO400M_384 = {
 _GEMMA_VOCAB_SIZE, _GEMMA_PAD_TOKEN_ID = 256000, 0
 
 
-class Within(NamedTuple):
-    """A number: an integer or any finite number, `low` included, `high` as well unless `below`."""
-
-    kind: type
-    low: float
-    high: float
-    optional: bool = False
-    below: bool = False
-
-    def check(self, name: str, value) -> None:
-        if self.optional and value is None:
-            return
-        what = "an integer" if self.kind is int else "a number"
-        limits = f"of at least {self.low} and below {self.high}" if self.below else f"from {self.low} to {self.high}"
-        wanted = f"`{name}` must be {what} {limits}{' or None' if self.optional else ''}, got {shown(value)}."
-        if isinstance(value, bool) or not isinstance(value, int if self.kind is int else (int, float)):
-            raise TypeError(wanted)
-        if not self.low <= value <= self.high or self.below and value == self.high:
-            raise ValueError(wanted)
-
-
-class OneOf(NamedTuple):
-    """A choice, by type too: 1 is no `True`."""
-
-    choices: tuple
-
-    def check(self, name: str, value) -> None:
-        same_type = [choice for choice in self.choices if type(value) is type(choice)]
-        if value not in same_type:
-            *others, last = map(repr, self.choices)
-            error = ValueError if same_type else TypeError
-            raise error(f"`{name}` must be {', '.join(others)} or {last}, got {shown(value)}.")
-
-
-class Numbers(NamedTuple):
-    """A list of `shortest` to `longest` numbers."""
-
-    item: Within
-    shortest: int
-    longest: int
-    optional: bool = False
-
-    def check(self, name: str, value) -> None:
-        if self.optional and value is None:
-            return
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"`{name}` must be a list of integers, got {shown(value)}.")
-        if not self.shortest <= len(value) <= self.longest:
-            raise ValueError(f"`{name}` must have {self.shortest} to {self.longest} items, got {len(value)}.")
-        for index, item in enumerate(value):
-            self.item.check(f"{name}[{index}]", item)
-
-
-SIZE, SIDE, COUNT = Within(int, 1, 2**31 - 1), Within(int, 1, 2**16), Within(int, 1, 1024)
-TOKEN_ID = Within(int, 0, 2**31 - 1)
-EPSILON, FRACTION = Within(float, 1e-30, 1), Within(float, 0, 1)
-WEIGHT, STD = Within(float, 0, 1e6), Within(float, 0, 100)
-BOOL, ACTIVATION = OneOf((True, False)), OneOf(tuple(ACT2FN))
+SIZE, SIDE, COUNT = within(int, 1, 2**31 - 1), within(int, 1, 2**16), within(int, 1, 1024)
+TOKEN_ID = within(int, 0, 2**31 - 1)
+EPSILON, FRACTION = within(float, 1e-30, 1), within(float, 0, 1)
+WEIGHT, STD = within(float, 0, 1e6), within(float, 0, 100)
+ACTIVATION = one_of(*ACT2FN)
 # Fields of other projects' configs that sizes here are computed from, or whose odd values would go unnoticed.
 _TRANSFORMER_RULES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), SIZE),
@@ -105,13 +53,7 @@ _TRANSFORMER_RULES = {
     "hidden_act": ACTIVATION,
     "initializer_range": STD,
 }
-_VISION_RULES = {**_TRANSFORMER_RULES, "image_size": SIDE, "patch_size": SIDE, "num_channels": Within(int, 3, 3)}
-
-
-def shown(value) -> str:
-    """A value in a message, however long it is."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:80]}..."
+_VISION_RULES = {**_TRANSFORMER_RULES, "image_size": SIDE, "patch_size": SIDE, "num_channels": within(int, 3, 3)}
 
 
 def _plain_error(error: Exception, what: str) -> Exception:
@@ -254,16 +196,16 @@ class DualTokenQuantizerConfig(_CheckedConfig):
     codebook_size: Annotated[int, SIZE] = 16384  # number of codes K
     code_dim: Annotated[int, SIZE] = 32  # width C of a code vector
     num_depths: Annotated[int, COUNT] = 8  # residual codes D per position
-    shared_codebook: Annotated[bool, BOOL] = True  # one codebook for all depths, or one per depth
+    shared_codebook: Annotated[bool, FLAG] = True  # one codebook for all depths, or one per depth
     # "rq" moves the codebook after every depth, within the forward; "rq_ema" once per forward.
-    update_rule: Annotated[str, OneOf(("rq", "rq_ema"))] = "rq"
+    update_rule: Annotated[str, one_of("rq", "rq_ema")] = "rq"
     # Which vector a depth's code is averaged with under "rq_ema": "own" the residual that was looked up, "final" what is
     # left after all depths, as the authors' published code does; their checkpoints are converted with it.
-    ema_vectors: Annotated[str, OneOf(("own", "final"))] = "own"
-    ema_decay: Annotated[float | int, FRACTION._replace(below=True)] = 0.99  # of the counts and sums
+    ema_vectors: Annotated[str, one_of("own", "final")] = "own"
+    ema_decay: Annotated[float | int, within(float, 0, 1, below=True)] = 0.99  # of the counts and sums
     ema_eps: Annotated[float, EPSILON] = 1e-5  # additive smoothing of the counts
     # Codes whose EMA count falls below 1 restart at a random vector of the batch.
-    restart_unused_codes: Annotated[bool, BOOL] = True
+    restart_unused_codes: Annotated[bool, FLAG] = True
 
     def _faults(self):
         if self.update_rule == "rq" and self.ema_vectors == "final":
@@ -291,16 +233,16 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
     pixel_layer: Annotated[int, COUNT] = 6  # that the pixel codes are made from
     semantic_layer: Annotated[int, COUNT] = 26
     # Shallower layer added to the pixel branch, with a weight; None: no shortcut.
-    shortcut_layer: Annotated[int | None, COUNT._replace(optional=True)] = 4
-    shortcut_weight: Annotated[float | int, Within(float, -1000, 1000)] = 0.6
+    shortcut_layer: Annotated[int | None, COUNT.or_none()] = 4
+    shortcut_weight: Annotated[float | int, within(float, -1000, 1000)] = 0.6
     pixel_quantizer_config: dict | PreTrainedConfig | None = None
     semantic_quantizer_config: dict | PreTrainedConfig | None = None
     # Side of the decoder's latent, to which a grid of another side is resized bilinearly. By default the image's side
     # divided by the decoder's upsampling factor.
-    decoder_latent_size: Annotated[int | None, SIDE._replace(optional=True)] = None
+    decoder_latent_size: Annotated[int | None, SIDE.or_none()] = None
     decoder_in_channels: Annotated[int, SIZE] = 1024  # between the residual block and the decoder
     # Of the decoder's levels, from the image's resolution down to the latent's; all but the last double the side.
-    decoder_block_out_channels: Annotated[list[int] | tuple[int, ...], Numbers(SIZE, 1, 16)] = (
+    decoder_block_out_channels: Annotated[list[int] | tuple[int, ...], list_of(SIZE, 1, 16)] = (
         128,
         128,
         512,
@@ -308,8 +250,8 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         1024,
     )
     # Indices into the above of the levels with attention; by default the last, the lowest resolution.
-    decoder_attention_levels: Annotated[list[int] | None, Numbers(Within(int, 0, 15), 0, 16, optional=True)] = None
-    decoder_num_res_blocks: Annotated[int, Within(int, 0, 1024)] = 2  # a level has one more
+    decoder_attention_levels: Annotated[list[int] | None, list_of(within(int, 0, 15), 0, 16).or_none()] = None
+    decoder_num_res_blocks: Annotated[int, within(int, 0, 1024)] = 2  # a level has one more
     decoder_norm_num_groups: Annotated[int, SIZE] = 32
     initializer_range: Annotated[float, STD] = 0.02  # of new projections and codebooks
 
@@ -422,7 +364,7 @@ class DualTokenDepthHeadConfig(_CheckedConfig):
     input_hidden_size: Annotated[int, SIZE] = 2048
     hidden_act: Annotated[str, ACTIVATION] = "gelu"  # of the perceptron and the feed-forwards
     rms_norm_eps: Annotated[float, EPSILON] = 1e-6
-    bias: Annotated[bool, BOOL] = False  # in all linear layers, the classifiers included
+    bias: Annotated[bool, FLAG] = False  # in all linear layers, the classifiers included
     initializer_range: Annotated[float, STD] = 0.02
 
     @property
@@ -453,12 +395,12 @@ class DualTokenConfig(_CheckedConfig):
     image_token_id: Annotated[int, TOKEN_ID] = 151655
     image_end_token_id: Annotated[int, TOKEN_ID] = 151653
     # How a position's cross-entropies over the depths are joined; the paper's is "sum".
-    depth_reduction: Annotated[str, OneOf(("sum", "mean"))] = "sum"
+    depth_reduction: Annotated[str, one_of("sum", "mean")] = "sum"
     text_loss_weight: Annotated[float | int, WEIGHT] = 1.0
     pixel_loss_weight: Annotated[float | int, WEIGHT] = 1.0
     semantic_loss_weight: Annotated[float | int, WEIGHT] = 1.0
     # The text head and the input embeddings are one; by default what the language model does.
-    tie_word_embeddings: Annotated[bool | None, OneOf((True, False, None))] = None
+    tie_word_embeddings: Annotated[bool | None, one_of(True, False, None)] = None
     initializer_range: Annotated[float, STD] = 0.02
 
     def __post_init__(self, **kwargs):
@@ -498,7 +440,7 @@ class DualTokenConfig(_CheckedConfig):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(language_model, name, None)
             for token_id in value if isinstance(value, list) else [value]:
-                Within(int, 0, language_model.vocab_size - 1, optional=True).check(f"text_config.{name}", token_id)
+                within(int, 0, language_model.vocab_size - 1).or_none().check(f"text_config.{name}", token_id)
         for name in ("codebook_size", "code_dim", "num_depths"):
             pixel, semantic = (getattr(getattr(tokenizer, f"{kind}_quantizer_config"), name) for kind in CODE_KINDS)
             if pixel != semantic:

@@ -22,10 +22,9 @@ from .configuration_dualtoken import (
     SIZE,
     DualTokenQuantizerConfig,
     DualTokenVisionTokenizerConfig,
-    Numbers,
     as_config,
-    shown,
 )
+from .field_rules import list_of, shown
 from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 
 
@@ -47,12 +46,12 @@ def _rules(config_class, keys: dict) -> dict:
 _MODEL_RULES = _rules(DualTokenVisionTokenizerConfig, _MODEL_KEYS)
 _OPTIONAL_RULES = {
     **_rules(DualTokenVisionTokenizerConfig, _OPTIONAL_KEYS),
-    "decoder_latent_shape": Numbers(SIDE, 2, 2),
+    "decoder_latent_shape": list_of(SIDE, 2, 2),
 }
-_QUANTIZER_RULES = {**_rules(DualTokenQuantizerConfig, _QUANTIZER_KEYS), "code_shape": Numbers(COUNT, 3, 3)}
+_QUANTIZER_RULES = {**_rules(DualTokenQuantizerConfig, _QUANTIZER_KEYS), "code_shape": list_of(COUNT, 3, 3)}
 _DECODER_RULES = {
     **_rules(DualTokenVisionTokenizerConfig, _DECODER_KEYS),
-    **{"resolution": SIDE, "attn_resolutions": Numbers(SIDE, 0, 1024), "ch": SIZE, "ch_mult": Numbers(SIZE, 1, 16)},
+    **{"resolution": SIDE, "attn_resolutions": list_of(SIDE, 0, 1024), "ch": SIZE, "ch_mult": list_of(SIZE, 1, 16)},
 }
 _PARTS = {"ddconfig": _DECODER_RULES, "vq_sem": _QUANTIZER_RULES, "vq_pix": _QUANTIZER_RULES}
 # What can be wrong with another value only, in the authors' names.

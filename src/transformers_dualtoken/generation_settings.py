@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import itertools
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,41 +16,15 @@ import torch
 from transformers.generation import GenerationConfig, WatermarkingConfig
 from transformers.utils import logging
 
+from .field_rules import FLAG, WHOLE_FROM_0, WHOLE_FROM_1, Rule, is_a, is_list_of, is_number, is_whole, one_of
+
 
 logger = logging.get_logger(__name__)
 
 GENERATION_MODES = ("text", "image", "interleaved")
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What an argument may be: of the wrong kind it is a `TypeError`, out of range a `ValueError`."""
-
-    what: str
-    is_kind: Callable[[object], bool]
-    in_range: Callable[[object], bool] = lambda value: True
-
-    def check(self, name: str, value) -> None:
-        if not self.is_kind(value) or not self.in_range(value):
-            error = ValueError if self.is_kind(value) else TypeError
-            raise error(f"`{name}` must be {self.what}, got {value!r:.200}.")
-
-
-def _is(*types: type) -> Callable[[object], bool]:
-    """A check of the type, to which True is no number."""
-    return lambda value: isinstance(value, types) and (bool in types or not isinstance(value, bool))
-
-
-def _is_list_of(is_kind: Callable, *lengths: int) -> Callable[[object], bool]:
-    def check(value) -> bool:
-        return (
-            isinstance(value, (list, tuple)) and len(value) in (lengths or (len(value),)) and all(map(is_kind, value))
-        )
-
-    return check
-
-
-_is_number, _is_whole, _is_tensor = _is(numbers.Real), _is(numbers.Integral), _is(torch.Tensor)
+_is_tensor = is_a(torch.Tensor)
 
 
 def _is_integers(value) -> bool:
@@ -59,15 +32,15 @@ def _is_integers(value) -> bool:
 
 
 def _is_id(value) -> bool:
-    return _is_whole(value) or (_is_integers(value) and value.numel() == 1)
+    return is_whole(value) or (_is_integers(value) and value.numel() == 1)
 
 
 def _is_ids(value) -> bool:
-    return _is_whole(value) or _is_integers(value) or _is_list_of(_is_whole)(value)
+    return is_whole(value) or _is_integers(value) or is_list_of(is_whole)(value)
 
 
 def _is_generators(value) -> bool:
-    return isinstance(value, torch.Generator) or (_is_list_of(_is(torch.Generator))(value) and len(value) > 0)
+    return isinstance(value, torch.Generator) or (is_list_of(is_a(torch.Generator))(value) and len(value) > 0)
 
 
 def _are_apart(value) -> bool:
@@ -80,28 +53,24 @@ def _is_watermark(value) -> bool:
     """Of the kinds that transformers' `WatermarkingConfig` compares and computes with; other classes look themselves."""
     if not isinstance(value, (WatermarkingConfig, dict)):
         return hasattr(value, "validate")
-    kinds = {"greenlist_ratio": _is_number, "bias": _is_number, "hashing_key": _is_whole, "context_width": _is_whole}
-    kinds["seeding_scheme"] = _is(str)
+    kinds = {"greenlist_ratio": is_number, "bias": is_number, "hashing_key": is_whole, "context_width": is_whole}
+    kinds["seeding_scheme"] = is_a(str)
     fields = value if isinstance(value, dict) else value.to_dict()
     return all(name in kinds and kinds[name](part) for name, part in fields.items())
 
 
 def _is_sequence_bias(value) -> bool:
-    return isinstance(value, dict) or (
-        isinstance(value, list) and all(_is_list_of(_is(object, bool), 2)(pair) for pair in value)
-    )
+    return isinstance(value, dict) or (isinstance(value, list) and all(map(is_list_of(is_a(object, bool), 2), value)))
 
 
-_MODE = _Kind(f"one of {', '.join(map(repr, GENERATION_MODES))}", _is(str), GENERATION_MODES.__contains__)
 # By comparison: a whole number may be too large for a float.
-_FINITE = _Kind("a finite number", _is_number, lambda value: abs(value) < math.inf)
-_POSITIVE = _Kind("a finite number above 0", _is_number, lambda value: 0 < value < math.inf)
-_TOP_K = _Kind("a whole number from 0 (0 keeps all codes)", _is_number, lambda value: value >= 0 and value % 1 == 0)
-_TOP_P = _Kind("a number above 0 and up to 1 (1 keeps all codes)", _is_number, lambda value: 0 < value <= 1)
-_SCALE = _Kind("a number from 0 (1.0: no guidance)", _is_number, lambda value: 0 <= value < math.inf)
-_SWITCH = _Kind("True or False", _is(bool))
-_TENSOR, _CODES = _Kind("a tensor", _is_tensor), _Kind("a tensor of whole numbers", _is_integers)
-_GENERATORS = _Kind(
+_FINITE = Rule("a finite number", is_number, lambda value: abs(value) < math.inf)
+_POSITIVE = Rule("a finite number above 0", is_number, lambda value: 0 < value < math.inf)
+_TOP_K = Rule("a whole number from 0 (0 keeps all codes)", is_number, lambda value: value >= 0 and value % 1 == 0)
+_TOP_P = Rule("a number above 0 and up to 1 (1 keeps all codes)", is_number, lambda value: 0 < value <= 1)
+_SCALE = Rule("a number from 0 (1.0: no guidance)", is_number, lambda value: 0 <= value < math.inf)
+_TENSOR, _CODES = Rule("a tensor", _is_tensor), Rule("a tensor of whole numbers", _is_integers)
+_GENERATORS = Rule(
     "a torch.Generator, such as torch.Generator().manual_seed(0), or a list with one for every image, which must be "
     "different ones of one device",
     _is_generators,
@@ -109,8 +78,8 @@ _GENERATORS = _Kind(
 )
 
 
-def _argument(default, kind: _Kind):
-    return dataclasses.field(default=default, metadata={"kind": kind})
+def _argument(default, rule: Rule):
+    return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 class _Checked:
@@ -118,9 +87,7 @@ class _Checked:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                field.metadata["kind"].check(field.name, value)
+            field.metadata["rule"].check_given(**{field.name: getattr(self, field.name)})
 
     @classmethod
     def names(cls) -> list[str]:
@@ -150,9 +117,9 @@ class DualTokenImageGenerationConfig(_Checked):
             the same for one head.
     """
 
-    generation_mode: str = _argument("text", _MODE)
+    generation_mode: str = _argument("text", one_of(*GENERATION_MODES))
     guidance_scale: float = _argument(3.0, _SCALE)
-    image_do_sample: bool = _argument(True, _SWITCH)
+    image_do_sample: bool = _argument(True, FLAG)
     image_temperature: float = _argument(1.0, _POSITIVE)
     image_top_k: int = _argument(900, _TOP_K)
     image_top_p: float = _argument(0.96, _TOP_P)
@@ -200,9 +167,9 @@ class DualTokenImageGenerationInputs(_Checked):
     """
 
     generator: torch.Generator | list | None = _argument(None, _GENERATORS)
-    on_image: Callable | None = _argument(None, _Kind("callable as on_image(codes, owner)", callable))
-    progress_bar: bool = _argument(False, _SWITCH)
-    negative_prompt_ids: torch.LongTensor | None = _argument(None, _Kind("a tensor of ids", _is_integers))
+    on_image: Callable | None = _argument(None, Rule("callable as on_image(codes, owner)", callable))
+    progress_bar: bool = _argument(False, FLAG)
+    negative_prompt_ids: torch.LongTensor | None = _argument(None, Rule("a tensor of ids", _is_integers))
     negative_prompt_attention_mask: torch.Tensor | None = _argument(None, _TENSOR)
     negative_pixel_values: torch.Tensor | None = _argument(None, _TENSOR)
     negative_pixel_codes: torch.LongTensor | None = _argument(None, _CODES)
@@ -210,39 +177,39 @@ class DualTokenImageGenerationInputs(_Checked):
 
 
 # Inputs, and settings of transformers, whose wrong kinds or ranges would end in other words, late, or not at all.
-_NAMES_BY_KIND = {
-    _Kind("a whole number from 1", _is_whole, lambda value: value >= 1): """max_new_tokens max_length
+_NAMES_BY_RULE = {
+    WHOLE_FROM_1: """max_new_tokens max_length
             num_return_sequences num_beams prefill_chunk_size num_assistant_tokens""",
-    _Kind("a whole number from 0", _is_whole, lambda value: value >= 0): """min_new_tokens min_length top_k
+    WHOLE_FROM_0: """min_new_tokens min_length top_k
             no_repeat_ngram_size encoder_no_repeat_ngram_size prompt_lookup_num_tokens max_matching_ngram_size
             assistant_lookbehind target_lookbehind""",
     _FINITE: """temperature top_p min_p top_h typical_p repetition_penalty encoder_repetition_penalty length_penalty
             epsilon_cutoff eta_cutoff penalty_alpha diversity_penalty max_time assistant_confidence_threshold
             assistant_ensemble_weight""",
-    _SWITCH: """do_sample renormalize_logits remove_invalid_values use_cache disable_compile return_dict_in_generate
+    FLAG: """do_sample renormalize_logits remove_invalid_values use_cache disable_compile return_dict_in_generate
             synced_gpus output_scores output_logits output_attentions output_hidden_states token_healing is_assistant
             low_memory use_mtp""",
-    _Kind("an id or a list of ids", _is_ids): "eos_token_id forced_eos_token_id decoder_start_token_id",
-    _Kind("an id", _is_id): "pad_token_id bos_token_id forced_bos_token_id",
-    _Kind("a list of ids", lambda v: _is_ids(v) and not _is_whole(v)): "suppress_tokens begin_suppress_tokens",
+    Rule("an id or a list of ids", _is_ids): "eos_token_id forced_eos_token_id decoder_start_token_id",
+    Rule("an id", _is_id): "pad_token_id bos_token_id forced_bos_token_id",
+    Rule("a list of ids", lambda v: _is_ids(v) and not is_whole(v)): "suppress_tokens begin_suppress_tokens",
     _TENSOR: "attention_mask pixel_values inputs_embeds position_ids",
     _CODES: "pixel_codes semantic_codes",
-    _Kind("a cache", lambda value: hasattr(value, "get_seq_length")): "past_key_values cache",
-    _Kind("the name of a kind of cache", _is(str)): "cache_implementation",
-    _Kind("True, False or 'never'", _is(bool, str)): "early_stopping",
-    _Kind("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable): "prefix_allowed_tokens_fn",
-    _Kind(
+    Rule("a cache", lambda value: hasattr(value, "get_seq_length")): "past_key_values cache",
+    Rule("the name of a kind of cache", is_a(str)): "cache_implementation",
+    Rule("True, False or 'never'", is_a(bool, str)): "early_stopping",
+    Rule("callable as prefix_allowed_tokens_fn(batch_id, input_ids)", callable): "prefix_allowed_tokens_fn",
+    Rule(
         "a watermarking config, or a dict of its `greenlist_ratio`, `bias`, `hashing_key`, `seeding_scheme` and "
         "`context_width`",
         _is_watermark,
     ): "watermarking_config",
-    _Kind("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias): "sequence_bias",
-    _Kind("a pair of a number of tokens and a factor", _is_list_of(_is_number, 2)): "exponential_decay_length_penalty",
-    _Kind("a list of stopping criteria", _is_list_of(callable)): "stopping_criteria",
-    _Kind("a list of logits processors", _is_list_of(callable)): "logits_processor",
-    _Kind("an object with the methods `put` and `end`", lambda v: hasattr(v, "put") and hasattr(v, "end")): "streamer",
+    Rule("a dict of tuples of ids and numbers, or a list of such pairs", _is_sequence_bias): "sequence_bias",
+    Rule("a pair of a number of tokens and a factor", is_list_of(is_number, 2)): "exponential_decay_length_penalty",
+    Rule("a list of stopping criteria", is_list_of(callable)): "stopping_criteria",
+    Rule("a list of logits processors", is_list_of(callable)): "logits_processor",
+    Rule("an object with the methods `put` and `end`", lambda v: hasattr(v, "put") and hasattr(v, "end")): "streamer",
 }
-_KINDS = {name: kind for kind, names in _NAMES_BY_KIND.items() for name in names.split()}
+_RULES = {name: rule for rule, names in _NAMES_BY_RULE.items() for name in names.split()}
 
 # What transformers' settings do where images are drawn; all others are refused where they are on. Those of the text of
 # an interleaved answer are passed over in image mode, which writes none, with a warning that names what is meant instead.
@@ -284,8 +251,8 @@ class GenerationArguments:
         _pop(given, DualTokenImageGenerationConfig.names())
         self._given = {**given, **kwargs}
         for name, value in self._given.items():
-            if name in _KINDS and value is not None:
-                _KINDS[name].check(name, value)
+            if name in _RULES and value is not None:
+                _RULES[name].check(name, value)
         inputs = _pop(kwargs, DualTokenImageGenerationInputs.names())
         self.inputs = DualTokenImageGenerationInputs(**inputs)
         if isinstance(generation_config, dict):

@@ -8,6 +8,7 @@
 
 import contextlib
 import math
+import operator
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import auto_docstring
 
+from .field_rules import Rule, is_list_of
 from .image_reading import (
     MAX_DECODED_PIXELS,
     MAX_RECONSTRUCTION,
@@ -63,9 +65,38 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
     max_image_bytes: int | None
 
 
-def _are_numbers(values) -> bool:
-    is_tuple = isinstance(values, tuple) and len(values) in (1, 3, 4)
-    return is_tuple and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+def _is_finite(value) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _is_size(size) -> bool:
+    sides = [(size or {}).get(side) for side in ("height", "width")]
+    return all(type(side) is int and side > 0 for side in sides) and math.prod(sides) <= MAX_DECODED_PIXELS
+
+
+# What settings must be, and those that count only where a step is done. Whatever is wrong is a `ValueError`.
+_FLAG = Rule("True or False", in_range=lambda value: value is None or isinstance(value, bool))
+_RULES = {
+    **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), _FLAG),
+    "do_center_crop": Rule("left out: use `resize_mode='center_crop'`", in_range=operator.not_),
+    "do_pad": Rule("left out: use `resize_mode='pad'`", in_range=operator.not_),
+    "resize_mode": Rule(f"one of {', '.join(map(repr, RESIZE_MODES))}", in_range=RESIZE_MODES.__contains__),
+    "size": Rule(_SIZE, in_range=_is_size),
+    "resample": Rule(f"one of {', '.join(map(str, PILImageResampling))}", in_range=[*PILImageResampling].__contains__),
+    "fill_color": Rule(
+        "one or three integers from 0 to 255", in_range=is_list_of(lambda n: type(n) is int and 0 <= n < 256, 3)
+    ),
+    "rescale_factor": Rule("a finite number other than 0", in_range=lambda n: _is_finite(n) and n != 0),
+    "image_mean": Rule("one number or three finite numbers", in_range=is_list_of(_is_finite, 1, 3, 4)),
+    "image_std": Rule(
+        "one number or three positive numbers", in_range=is_list_of(lambda n: _is_finite(n) and n > 0, 1, 3, 4)
+    ),
+}
+_OF_STEPS = {
+    **dict.fromkeys(("resize_mode", "size", "resample"), "do_resize"),
+    "rescale_factor": "do_rescale",
+    **dict.fromkeys(("image_mean", "image_std"), "do_normalize"),
+}
 
 
 @contextlib.contextmanager
@@ -168,30 +199,11 @@ class DualTokenImageProcessingMixin:
         return {**kwargs, "fill_color": tuple(fill_color) if isinstance(fill_color, list) else fill_color}
 
     def _validate_preprocess_kwargs(self, **kwargs):
-        size, color, factor, std = map(kwargs.get, ("size", "fill_color", "rescale_factor", "image_std"))
-        resizes, rescales, normalizes = map(kwargs.get, ("do_resize", "do_rescale", "do_normalize"))
-        sides = (size.height, size.width) if size is not None else (None, None)
-        is_size = all(type(side) is int and side > 0 for side in sides) and math.prod(sides) <= MAX_DECODED_PIXELS
-        is_color = isinstance(color, tuple) and [type(level) for level in color] == [int] * 3
-        is_mode, is_resample = kwargs["resize_mode"] in RESIZE_MODES, kwargs["resample"] in list(PILImageResampling)
-        is_factor, is_std = _are_numbers((factor,)) and factor != 0, _are_numbers(std) and min(std) > 0
-        flags = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
-        rules = [
-            *((name, isinstance(kwargs[name], (bool, type(None))), "True or False") for name in flags),
-            ("do_center_crop", not kwargs["do_center_crop"], "left out: use `resize_mode='center_crop'`"),
-            ("do_pad", not kwargs["do_pad"], "left out: use `resize_mode='pad'`"),
-            ("resize_mode", is_mode or not resizes, f"one of {', '.join(map(repr, RESIZE_MODES))}"),
-            ("size", is_size or not resizes, _SIZE),
-            ("resample", is_resample or not resizes, f"one of {', '.join(map(str, PILImageResampling))}"),
-            ("fill_color", is_color and set(color) <= set(range(256)), "one or three integers from 0 to 255"),
-            ("rescale_factor", is_factor or not rescales, "a finite number other than 0"),
-            ("image_mean", _are_numbers(kwargs["image_mean"]) or not normalizes, "one number or three finite numbers"),
-            ("image_std", is_std or not normalizes, "one number or three positive numbers"),
-        ]
-        for name, is_right, accepted in rules:
-            if not is_right:
-                value = dict(size) if name == "size" and size is not None else kwargs[name]
-                raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
+        size = kwargs["size"]
+        settings = {**kwargs, "size": size if size is None else dict(size)}
+        for name, rule in _RULES.items():
+            if name not in _OF_STEPS or kwargs[_OF_STEPS[name]]:
+                rule.check(name, settings[name])
         self._bounds(**kwargs)
 
     @staticmethod

@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .field_rules import Rule, is_list_of
+
 
 MAX_DECODED_PIXELS = 2**26  # told by the header; as RGB, with the image processor's array of it, 520 MB at most
 MAX_DOWNLOADED_BYTES = 2**26
@@ -64,6 +66,14 @@ _HALF_LEVEL = 0.5 / 255
 MAX_RECONSTRUCTION = 16.0
 _OF_DECODED = "Of decoded images, which lie in [-1, 1], `post_process_images` makes images."
 
+_is_sources = is_list_of(IMAGE_SOURCES.__contains__)
+_SOURCES = Rule(
+    f"one or a list of {', '.join(IMAGE_SOURCES)}", in_range=lambda v: v in IMAGE_SOURCES or _is_sources(v)
+)
+_LIMIT = Rule(
+    "a whole number from 1 on, or None for no limit", in_range=lambda n: n is None or type(n) is int and n > 0
+)
+
 
 class UnreadableImageError(ValueError):
     """An image that cannot be read, and that training passes over; the message is the reason."""
@@ -78,14 +88,10 @@ class ImageBounds:
     max_bytes: int | None = MAX_DOWNLOADED_BYTES  # of a download; `None`: any number
 
     def __post_init__(self):
-        sources = (self.sources,) if isinstance(self.sources, str) else self.sources
-        if not isinstance(sources, (list, tuple)) or not all(source in IMAGE_SOURCES for source in sources):
-            known = ", ".join(IMAGE_SOURCES)
-            raise ValueError(f"`image_sources` must be one or a list of {known}, got {self.sources!r}.")
-        object.__setattr__(self, "sources", tuple(sources))
-        for name, limit in (("max_image_pixels", self.max_pixels), ("max_image_bytes", self.max_bytes)):
-            if limit is not None and (type(limit) is not int or limit < 1):
-                raise ValueError(f"`{name}` must be a whole number from 1 on, or None for no limit, got {limit!r}.")
+        _SOURCES.check("image_sources", self.sources)
+        object.__setattr__(self, "sources", (self.sources,) if isinstance(self.sources, str) else tuple(self.sources))
+        _LIMIT.check("max_image_pixels", self.max_pixels)
+        _LIMIT.check("max_image_bytes", self.max_bytes)
 
     def check_source(self, source: str) -> None:
         if source not in self.sources:

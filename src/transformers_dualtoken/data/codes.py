@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..chat_dualtoken import image_parts, without_image_data
+from ..field_rules import AT_LEAST_1
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from ..sharding import gathered
@@ -92,10 +93,7 @@ def precompute_codes(
     range. A sample that fails otherwise, by a fault of the network for instance, is a `RuntimeError`.
     """
     check_bad_sample_rule(on_bad_sample)
-    at_least_1 = {"batch_size": batch_size, "samples_per_shard": samples_per_shard, "max_samples": max_samples}
-    for name, value in at_least_1.items():
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    AT_LEAST_1.check_given(batch_size=batch_size, samples_per_shard=samples_per_shard, max_samples=max_samples)
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must lie between 0 and {world_size - 1}, one less than `world_size`, got {rank}.")
     if len(sources) > 1 and any(source.weight is not None for source in sources):

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..field_rules import AT_LEAST_1
+
 
 def collate_images(samples: list[dict]) -> dict:
     """
@@ -39,8 +41,7 @@ class DualTokenDataCollator:
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, packed_length: int | None = None):
         if pad_token_id is None:
             raise ValueError("`pad_token_id` is None: the tokenizer has no padding token. Set its `pad_token`.")
-        if packed_length is not None and packed_length < 1:
-            raise ValueError(f"`packed_length` must be at least 1 token, got {packed_length}.")
+        AT_LEAST_1.check_given(packed_length=packed_length)
         self.pad_token_id, self.packed_length = pad_token_id, packed_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 

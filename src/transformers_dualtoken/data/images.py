@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
+from ..field_rules import AT_LEAST_1
 from ..image_reading import read_image
 from . import files
 from .samples import MAX_SKIPPED_IN_A_ROW
@@ -279,8 +280,7 @@ class ImagePreparation:
     def __init__(self, image_processor, crop_scale=(0.9, 1.0), reducing_gap: float | None = 2.0):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be a range within (0, 1], got {crop_scale}.")
-        if reducing_gap is not None and reducing_gap < 1:
-            raise ValueError(f"`reducing_gap` must be at least 1, or None for none, got {reducing_gap}.")
+        AT_LEAST_1.check_given(reducing_gap=reducing_gap)
         self.image_processor, self.crop_scale, self.reducing_gap = image_processor, crop_scale, reducing_gap
         self.size = None
         if image_processor.do_resize:

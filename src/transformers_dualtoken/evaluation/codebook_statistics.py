@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..field_rules import AT_LEAST_1
 from .processes import summed
 
 
@@ -15,9 +16,7 @@ class CodebookUsage:
     """
 
     def __init__(self, num_depths: int, codebook_size: int, shared_codebook: bool = True):
-        for name, value in (("num_depths", num_depths), ("codebook_size", codebook_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        AT_LEAST_1.check_given(num_depths=num_depths, codebook_size=codebook_size)
         self.num_depths, self.codebook_size, self.shared_codebook = num_depths, codebook_size, shared_codebook
         self.counts = torch.zeros(num_depths, codebook_size, dtype=torch.int64)
 

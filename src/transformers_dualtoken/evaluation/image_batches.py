@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers.utils import logging
 
+from ..field_rules import AT_LEAST_1
 from ..image_reading import UnreadableImageError, image_name
 from ..optional_libraries import needed_libraries
 from .processes import rank_and_number
@@ -47,8 +48,7 @@ class ImageBatches:
         with needed_libraries("`ImageBatches`"):
             from ..data.images import ImagePreparation, undecoded
 
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
+        AT_LEAST_1.check_given(num_samples=num_samples)
         if caption_column is not None and tokenize is None:
             raise ValueError("`caption_column` needs `tokenize`, and none was given.")
         # Undecoded: a damaged image is then one row's matter, and other columns of images nobody's.

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from ..field_rules import AT_LEAST_1
+
 
 def use_cpu_threads(number: int) -> str:
     """
@@ -19,8 +21,7 @@ def use_cpu_threads(number: int) -> str:
     Returns:
         `str`: a sentence that says how many there are, and why.
     """
-    if number < 1:
-        raise ValueError(f"`cpu_threads` must be at least 1, got {number}.")
+    AT_LEAST_1.check("cpu_threads", number)
     set_by_user = os.environ.get("OMP_NUM_THREADS")
     if not set_by_user:
         torch.set_num_threads(number)

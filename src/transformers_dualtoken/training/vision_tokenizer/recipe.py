@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ...field_rules import AT_LEAST_0, AT_LEAST_1, Rule, is_number, one_of
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
 from ..arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
@@ -29,18 +30,14 @@ _TERMS = {
 STAGE_LOSS_WEIGHTS = {stage: {name: weights[stage] for name, (_, *weights) in _TERMS.items()} for stage in (0, 1, 2)}
 
 # What fields must be, where they are not None.
-_RANGES = (
-    (
-        ("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"),
-        lambda n: n >= 1,
-        "be at least 1",
-    ),
-    (("discriminator_start_step", "discriminator_warmup_steps"), lambda n: n >= 0, "be at least 0"),
-    (("discriminator_end_learning_rate",), lambda rate: rate >= 0, "be at least 0"),
-    (("discriminator_learning_rate",), lambda rate: rate > 0, "be above 0"),
-    (("weight_average_decay",), lambda decay: 0 < decay < 1, "lie between 0 and 1"),
-    (("discriminator_loss",), DISCRIMINATOR_LOSSES.__contains__, f"be one of {', '.join(DISCRIMINATOR_LOSSES)}"),
-)
+_RULES = {
+    **dict.fromkeys(("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"), AT_LEAST_1),
+    **dict.fromkeys(("discriminator_start_step", "discriminator_warmup_steps"), AT_LEAST_0),
+    "discriminator_end_learning_rate": AT_LEAST_0,
+    "discriminator_learning_rate": Rule("above 0", is_number, lambda rate: rate > 0),
+    "weight_average_decay": Rule("above 0 and below 1", is_number, lambda decay: 0 < decay < 1),
+    "discriminator_loss": one_of(*DISCRIMINATOR_LOSSES),
+}
 
 
 def _option(default, text: str):
@@ -91,8 +88,9 @@ class DualTokenVisionTokenizerRecipe:
     grid_images: int = _option(8, "how many images those pictures show")
 
     def __post_init__(self):
-        if self.stage not in STAGE_LOSS_WEIGHTS:
-            raise ValueError(f"`stage` must be one of {', '.join(map(str, STAGE_LOSS_WEIGHTS))}, got {self.stage!r}.")
+        one_of(*STAGE_LOSS_WEIGHTS).check("stage", self.stage)
+        for name, rule in _RULES.items():
+            rule.check_given(**{name: getattr(self, name)})
         given = json_object(self.loss_weights, "loss_weights")
         weights = STAGE_LOSS_WEIGHTS[self.stage]
         unknown = ", ".join(sorted(set(given) - set(weights)))
@@ -109,11 +107,6 @@ class DualTokenVisionTokenizerRecipe:
                 "The adaptive weight of `generator` compares it with `reconstruction_mse` and `perceptual`, which both "
                 "have weight 0: give one of them a weight, or set `generator` to 0 too."
             )
-        for names, is_right, said in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not is_right(value):
-                    raise ValueError(f"`{name}` must {said}, got {value!r}.")
 
     def _with_weight(self, *branches: str) -> list[str]:
         return [name for name, (branch, *_) in _TERMS.items() if branch in branches and self.loss_weights[name]]
