@@ -221,7 +221,7 @@ def test_default_chunk_size():
         ({"targets": torch.full((2, 4), 6)}, ValueError, r"must lie in \[0, 6\)"),
         ({"targets": torch.full((2, 4), -100)}, ValueError, "taken out"),
         ({"bias": torch.zeros(6)}, ValueError, r"must have the shape \(2, 6\)"),
-        ({"chunk_size": 0}, ValueError, "1 or more, got 0"),
+        ({"chunk_size": 0}, ValueError, "at least 1, got 0"),
     ],
 )
 def test_errors(change, error, message):

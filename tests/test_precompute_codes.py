@@ -469,7 +469,7 @@ def test_codes_of_another_tokenizer_are_refused(make_tokenizer, image_processor,
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"samples_per_shard": 0}, "`samples_per_shard` must be at least 1"),
         ({"max_samples": 0}, "`max_samples` must be at least 1"),
-        ({"on_bad_sample": "ignore"}, "`on_bad_sample` must be one of"),
+        ({"on_bad_sample": "ignore"}, "`on_bad_sample` must be 'error' or 'skip', got 'ignore'"),
         ({"rank": 2, "world_size": 2}, "`rank` must lie between 0 and 1"),
     ],
 )

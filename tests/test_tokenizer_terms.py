@@ -224,8 +224,11 @@ def test_vectors_are_not_decayed(siglip_folder, tmp_path):
     [
         ({"stage": 3}, "`stage` must be one of 0, 1, 2, got 3"),
         ({"loss_weights": {"perceptul": 1}}, "No such loss terms: perceptul; there are semantic_mse"),
-        ({"loss_weights": {"generator": -1}}, "at least 0, got generator = -1"),
-        ({"loss_weights": {"generator": math.nan}}, "at least 0, got generator = nan"),
+        (
+            {"loss_weights": {"generator": -1}},
+            r"`loss_weights\['generator'\]` must be a number of at least 0 .*, got -1",
+        ),
+        ({"loss_weights": {"generator": math.nan}}, "must be a number of at least 0 .*, got nan"),
         ({"loss_weights": "{generator: 0}"}, "`loss_weights` must be a JSON object or the path of one"),
         ({"loss_weights": "[1]"}, "`loss_weights` must be a JSON object or the path of one"),
         ({"loss_weights": dict.fromkeys(STAGE_LOSS_WEIGHTS[1], 0)}, "so there is nothing to train"),

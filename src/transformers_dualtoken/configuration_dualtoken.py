@@ -86,19 +86,16 @@ def _check_names(config_class, names, where: str) -> None:
                 raise ValueError(f"{where} has no field `{name}`; did you mean `{close[0]}`?")
 
 
-def _check_transformer(name: str, fields: dict, rules: dict) -> None:
+def _check_transformer(name: str, config: dict | PreTrainedConfig, rules: dict) -> None:
     """The fields of a transformer of another project, by `rules`."""
+    if isinstance(config, PreTrainedConfig):
+        config = {field: getattr(config, field) for field in (*rules, "head_dim") if hasattr(config, field)}
     for field, rule in rules.items():
-        if field in fields and (fields[field] is not None or field in ("hidden_size", "vocab_size")):
-            rule.check(f"{name}.{field}", fields[field])
-    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
-    if width and heads and fields.get("head_dim") is None and width % heads:
+        if field in config and (config[field] is not None or field in ("hidden_size", "vocab_size")):
+            rule.check(f"{name}.{field}", config[field])
+    width, heads = config.get("hidden_size"), config.get("num_attention_heads")
+    if width and heads and config.get("head_dim") is None and width % heads:
         raise ValueError(f"`{name}.hidden_size` ({width}) must be a multiple of its num_attention_heads ({heads}).")
-
-
-def _transformer_fields(config) -> dict:
-    names = (*_VISION_RULES, "head_dim")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def as_config(value, config_class, name: str, defaults: dict | None = None):
@@ -303,8 +300,8 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         size, patch_size = self.vision_config.image_size, self.vision_config.patch_size
         if isinstance(size, (list, tuple)) or isinstance(patch_size, (list, tuple)):
             raise ValueError(f"The encoder must have one square resolution, got {size} in patches of {patch_size}.")
-        _check_transformer("vision_config", _transformer_fields(self.vision_config), _VISION_RULES)
-        _check_transformer("text_config", _transformer_fields(self.text_config), _TRANSFORMER_RULES)
+        _check_transformer("vision_config", self.vision_config, _VISION_RULES)
+        _check_transformer("text_config", self.text_config, _TRANSFORMER_RULES)
 
     def _faults(self):
         self._check_towers()
@@ -429,7 +426,7 @@ class DualTokenConfig(_CheckedConfig):
             if not hasattr(language_model, name):
                 kind = type(language_model).__name__
                 yield f"`text_config` must be of a causal language model: {kind} has no {name}."
-        _check_transformer("text_config", _transformer_fields(language_model), _TRANSFORMER_RULES)
+        _check_transformer("text_config", language_model, _TRANSFORMER_RULES)
         if len(set(ids)) != 3:
             yield f"The three image token ids must differ, got {ids}."
         if max(ids) >= language_model.vocab_size:

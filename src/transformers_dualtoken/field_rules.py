@@ -80,6 +80,10 @@ def one_of(*choices) -> Rule:
     )
 
 
+def at_least(low: float) -> Rule:
+    return Rule(f"at least {low}", is_number, lambda value: value >= low)
+
+
 def list_of(item: Rule, shortest: int, longest: int) -> Rule:
     count = shortest if shortest == longest else f"{shortest} to {longest}"
     return Rule(f"a list of {count} items", is_a(list, tuple), lambda value: shortest <= len(value) <= longest, item)
@@ -87,7 +91,5 @@ def list_of(item: Rule, shortest: int, longest: int) -> Rule:
 
 is_number, is_whole = is_a(numbers.Real), is_a(numbers.Integral)
 FLAG = one_of(True, False)
-AT_LEAST_0 = Rule("at least 0", is_number, lambda value: value >= 0)
-AT_LEAST_1 = Rule("at least 1", is_number, lambda value: value >= 1)
 WHOLE_FROM_0 = Rule("a whole number from 0", is_whole, lambda value: value >= 0)
 WHOLE_FROM_1 = Rule("a whole number from 1", is_whole, lambda value: value >= 1)

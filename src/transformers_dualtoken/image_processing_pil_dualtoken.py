@@ -66,7 +66,7 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 def _is_finite(value) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) in (int, float) and abs(value) < 1e38  # as float32 holds
 
 
 def _is_size(size) -> bool:

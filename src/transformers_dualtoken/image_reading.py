@@ -66,9 +66,9 @@ _HALF_LEVEL = 0.5 / 255
 MAX_RECONSTRUCTION = 16.0
 _OF_DECODED = "Of decoded images, which lie in [-1, 1], `post_process_images` makes images."
 
-_is_sources = is_list_of(IMAGE_SOURCES.__contains__)
 _SOURCES = Rule(
-    f"one or a list of {', '.join(IMAGE_SOURCES)}", in_range=lambda v: v in IMAGE_SOURCES or _is_sources(v)
+    f"one or a list of {', '.join(IMAGE_SOURCES)}",
+    in_range=lambda v: is_list_of(IMAGE_SOURCES.__contains__)((v,) if isinstance(v, str) else v),
 )
 _LIMIT = Rule(
     "a whole number from 1 on, or None for no limit", in_range=lambda n: n is None or type(n) is int and n > 0

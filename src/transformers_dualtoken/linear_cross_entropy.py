@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .field_rules import AT_LEAST_1
+from .field_rules import at_least
 
 
 # A chunk's float32 logits: 512 rows of 16384 classes. As fast as all rows at once, and small beside the gradients.
@@ -263,7 +263,7 @@ def _check(hidden, weight, targets, bias, chunk_size, single):
         raise TypeError(f"`hidden` must have a floating-point dtype, got {hidden.dtype}.")
     if targets.dtype != torch.int64:
         raise TypeError(f"`targets` must be classes of dtype torch.int64, got {targets.dtype}.")
-    AT_LEAST_1.check_given(chunk_size=chunk_size)
+    at_least(1).check_given(chunk_size=chunk_size)
     if classifiers != groups:
         raise ValueError(
             f"`hidden` has {groups} groups and `weight` has {classifiers}: every group needs a classifier."

@@ -26,7 +26,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .checkpoints import StrictLoadingMixin, checkpoint_errors
 from .configuration_dualtoken import CODE_KINDS, DualTokenVisionTokenizerConfig, config_fields
-from .field_rules import AT_LEAST_1
+from .field_rules import at_least
 from .vector_quantization import DualTokenCodebook, DualTokenResidualQuantizer
 
 
@@ -430,7 +430,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         Raises:
             ValueError: for both or neither, another grid or number of depths, or codes out of range.
         """
-        AT_LEAST_1.check_given(slice_size=slice_size)
+        at_least(1).check_given(slice_size=slice_size)
         if (pixel_codes is None) == (pixel_quantized is None):
             raise ValueError("`decode` takes exactly one of `pixel_codes` and `pixel_quantized`.")
         grid, code_dim = self.config.grid_size, self.config.pixel_quantizer_config.code_dim

@@ -32,7 +32,7 @@ from .chat_dualtoken import (
     without_image_data,
     writes,
 )
-from .field_rules import AT_LEAST_1
+from .field_rules import at_least
 from .image_processing_pil_dualtoken import DualTokenImageProcessorKwargs, post_process_images
 from .image_reading import flatten_images
 
@@ -173,7 +173,7 @@ class DualTokenProcessor(_DualTokenProcessorMixin, ProcessorMixin):
             `image_end_token_id` is its id.
         """
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        AT_LEAST_1.check("num_image_tokens", num_image_tokens)
+        at_least(1).check("num_image_tokens", num_image_tokens)
         self.num_image_tokens = num_image_tokens
         vocabulary = tokenizer.get_vocab()
         for name, token in zip(_IMAGE_TOKENS, (image_start_token, image_token, image_end_token)):
@@ -466,7 +466,7 @@ class DualTokenVisionTokenizerProcessor(_DualTokenProcessorMixin, ProcessorMixin
             Tokens every caption is padded or cut to, as SigLIP was trained.
         """
         super().__init__(image_processor, as_trained(tokenizer))
-        AT_LEAST_1.check("text_length", text_length)
+        at_least(1).check("text_length", text_length)
         self.text_length = text_length
 
     @property

@@ -26,12 +26,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..chat_dualtoken import image_parts, without_image_data
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from ..sharding import gathered
 from .files import load_parquet, naming_file
-from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, BadSampleError, ChatSource, check_bad_sample_rule, refusal
+from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, ON_BAD_SAMPLE, BadSampleError, ChatSource, refusal
 
 
 logger = logging.get_logger(__name__)
@@ -92,8 +92,8 @@ def precompute_codes(
     and for 1000 such in a row; for a folder begun with other settings, sources without a row and arguments out of
     range. A sample that fails otherwise, by a fault of the network for instance, is a `RuntimeError`.
     """
-    check_bad_sample_rule(on_bad_sample)
-    AT_LEAST_1.check_given(batch_size=batch_size, samples_per_shard=samples_per_shard, max_samples=max_samples)
+    ON_BAD_SAMPLE.check("on_bad_sample", on_bad_sample)
+    at_least(1).check_given(batch_size=batch_size, samples_per_shard=samples_per_shard, max_samples=max_samples)
     if not 0 <= rank < world_size:
         raise ValueError(f"`rank` must lie between 0 and {world_size - 1}, one less than `world_size`, got {rank}.")
     if len(sources) > 1 and any(source.weight is not None for source in sources):

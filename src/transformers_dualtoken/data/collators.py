@@ -2,7 +2,7 @@
 
 import torch
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 
 
 def collate_images(samples: list[dict]) -> dict:
@@ -41,7 +41,7 @@ class DualTokenDataCollator:
     def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, packed_length: int | None = None):
         if pad_token_id is None:
             raise ValueError("`pad_token_id` is None: the tokenizer has no padding token. Set its `pad_token`.")
-        AT_LEAST_1.check_given(packed_length=packed_length)
+        at_least(1).check_given(packed_length=packed_length)
         self.pad_token_id, self.packed_length = pad_token_id, packed_length
         self.pad_to_multiple_of = pad_to_multiple_of or 1
 

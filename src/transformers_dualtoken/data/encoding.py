@@ -16,6 +16,7 @@ from ..chat_dualtoken import (
     part_image,
     stack_codes,
 )
+from ..field_rules import at_least, within
 from ..image_reading import UnreadableImageError, image_name, read_image
 from ..processing_dualtoken import DualTokenProcessor
 from .formats import normalized
@@ -64,12 +65,10 @@ class ChatEncoder:
         cut_long_samples: bool = False,
         prompt_drop_probability: float = 0.1,
     ):
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"`max_length` must be at least 2 tokens, got {max_length}.")
+        at_least(2).check_given(max_length=max_length)
         if cut_long_samples and max_length is None:
             raise ValueError("`cut_long_samples` needs a `max_length` to cut at.")
-        if not 0 <= prompt_drop_probability <= 1:
-            raise ValueError(f"`prompt_drop_probability` must lie in [0, 1], got {prompt_drop_probability}.")
+        within(float, 0, 1).check("prompt_drop_probability", prompt_drop_probability)
         if processor.tokenizer.eos_token_id is None:
             raise ValueError("The tokenizer has no `eos_token`, which closes every document.")
         self.processor, self.max_length, self.cut_long_samples = processor, max_length, cut_long_samples

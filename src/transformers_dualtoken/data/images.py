@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers.utils import logging
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 from ..image_reading import read_image
 from . import files
 from .samples import MAX_SKIPPED_IN_A_ROW
@@ -280,7 +280,7 @@ class ImagePreparation:
     def __init__(self, image_processor, crop_scale=(0.9, 1.0), reducing_gap: float | None = 2.0):
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise ValueError(f"`crop_scale` must be a range within (0, 1], got {crop_scale}.")
-        AT_LEAST_1.check_given(reducing_gap=reducing_gap)
+        at_least(1).check_given(reducing_gap=reducing_gap)
         self.image_processor, self.crop_scale, self.reducing_gap = image_processor, crop_scale, reducing_gap
         self.size = None
         if image_processor.do_resize:

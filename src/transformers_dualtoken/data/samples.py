@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 import datasets
 
+from ..field_rules import one_of
+
 
 # More unusable samples than this in a row are a broken data set, not a few broken files.
 MAX_SKIPPED_IN_A_ROW = 1000
+ON_BAD_SAMPLE = one_of("error", "skip")
 # So many of them are named in a process's log; all are counted.
 MAX_NAMED = 20
 
@@ -50,14 +53,9 @@ class ChatSource:
         return f"{number} of {self.name}" + (f" (id {identity})" if identity is not None else "")
 
 
-def check_bad_sample_rule(rule: str) -> None:
-    if rule not in ("error", "skip"):
-        raise ValueError(f"`on_bad_sample` must be one of error, skip, got {rule!r}.")
-
-
 def check_sources(sources: Sequence, on_bad_sample: str) -> None:
     """Raise for a rule that is unknown, for no sources, and for weights that do not fit each other."""
-    check_bad_sample_rule(on_bad_sample)
+    ON_BAD_SAMPLE.check("on_bad_sample", on_bad_sample)
     if not sources:
         raise ValueError("There are no sources to train on.")
     if all(isinstance(source, ChatSource) for source in sources):

@@ -7,7 +7,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers.utils import logging
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 from ..image_reading import UnreadableImageError, image_name
 from .encoding import ChatEncoder
 from .images import ImagePreparation, undecoded
@@ -67,7 +67,7 @@ class SampleStream(IterableDataset):
         world_size: int = 1,
         repeat: bool = True,
     ):
-        AT_LEAST_1.check("shuffle_buffer_size", shuffle_buffer_size)
+        at_least(1).check("shuffle_buffer_size", shuffle_buffer_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be from 0 to `world_size` - 1, got {rank} of {world_size}.")
         if weights is None and len(datasets) > 1:

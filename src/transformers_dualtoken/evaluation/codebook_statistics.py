@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 from .processes import summed
 
 
@@ -16,7 +16,7 @@ class CodebookUsage:
     """
 
     def __init__(self, num_depths: int, codebook_size: int, shared_codebook: bool = True):
-        AT_LEAST_1.check_given(num_depths=num_depths, codebook_size=codebook_size)
+        at_least(1).check_given(num_depths=num_depths, codebook_size=codebook_size)
         self.num_depths, self.codebook_size, self.shared_codebook = num_depths, codebook_size, shared_codebook
         self.counts = torch.zeros(num_depths, codebook_size, dtype=torch.int64)
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from transformers.utils import logging
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 from ..image_reading import UnreadableImageError, image_name
 from ..optional_libraries import needed_libraries
 from .processes import rank_and_number
@@ -48,7 +48,7 @@ class ImageBatches:
         with needed_libraries("`ImageBatches`"):
             from ..data.images import ImagePreparation, undecoded
 
-        AT_LEAST_1.check_given(num_samples=num_samples)
+        at_least(1).check_given(num_samples=num_samples)
         if caption_column is not None and tokenize is None:
             raise ValueError("`caption_column` needs `tokenize`, and none was given.")
         # Undecoded: a damaged image is then one row's matter, and other columns of images nobody's.

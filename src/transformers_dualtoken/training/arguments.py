@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from ..field_rules import AT_LEAST_1
+from ..field_rules import at_least
 
 
 def use_cpu_threads(number: int) -> str:
@@ -21,7 +21,7 @@ def use_cpu_threads(number: int) -> str:
     Returns:
         `str`: a sentence that says how many there are, and why.
     """
-    AT_LEAST_1.check("cpu_threads", number)
+    at_least(1).check("cpu_threads", number)
     set_by_user = os.environ.get("OMP_NUM_THREADS")
     if not set_by_user:
         torch.set_num_threads(number)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ...chat_dualtoken import image_parts, normalize_chats
-from ...field_rules import AT_LEAST_1
+from ...field_rules import at_least
 from ...generation_settings import GENERATION_MODES
 from ...image_reading import IMAGE_SOURCES, image_name
 from ...processing_dualtoken import DualTokenProcessor
@@ -104,7 +104,7 @@ class SampleGenerationCallback(TrainerCallback):
             raise ValueError(f"Samples need a DualTokenProcessor as `processor`, got {type(processor).__name__}.")
         if not prompts:
             raise ValueError("There must be at least one sample prompt.")
-        AT_LEAST_1.check_given(steps=steps)
+        at_least(1).check_given(steps=steps)
         self.trainer, self.processor, self.steps, self.seed = trainer, processor, steps, seed
         self.prompts = [SamplePrompt(prompt, processor, number) for number, prompt in enumerate(prompts, start=1)]
         self._last_step: int | None = None

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ...field_rules import AT_LEAST_0, AT_LEAST_1, Rule, is_number, one_of
+from ...field_rules import Rule, at_least, is_number, one_of, within
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
 from ..arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
@@ -31,9 +31,9 @@ STAGE_LOSS_WEIGHTS = {stage: {name: weights[stage] for name, (_, *weights) in _T
 
 # What fields must be, where they are not None.
 _RULES = {
-    **dict.fromkeys(("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"), AT_LEAST_1),
-    **dict.fromkeys(("discriminator_start_step", "discriminator_warmup_steps"), AT_LEAST_0),
-    "discriminator_end_learning_rate": AT_LEAST_0,
+    **dict.fromkeys(("steps_per_epoch", "discriminator_restart_steps", "grid_steps", "grid_images"), at_least(1)),
+    **dict.fromkeys(("discriminator_start_step", "discriminator_warmup_steps"), at_least(0)),
+    "discriminator_end_learning_rate": at_least(0),
     "discriminator_learning_rate": Rule("above 0", is_number, lambda rate: rate > 0),
     "weight_average_decay": Rule("above 0 and below 1", is_number, lambda decay: 0 < decay < 1),
     "discriminator_loss": one_of(*DISCRIMINATOR_LOSSES),
@@ -97,8 +97,7 @@ class DualTokenVisionTokenizerRecipe:
         if unknown:
             raise ValueError(f"No such loss terms: {unknown}; there are {', '.join(weights)}.")
         for name, weight in given.items():
-            if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-                raise ValueError(f"The weight of a loss term must be a number of at least 0, got {name} = {weight!r}.")
+            within(float, 0, math.inf, below=True).check(f"loss_weights[{name!r}]", weight)
         self.loss_weights = {**weights, **given}
         if not self.pixel_terms and not self.semantic_terms:
             raise ValueError("All terms of the loss have weight 0, so there is nothing to train.")
