@@ -352,7 +352,7 @@ def test_long_samples_are_cut_before_an_image(processor):
         ({"max_length": 1}, "`max_length` must be at least 2"),
         ({"cut_long_samples": True}, "needs a `max_length`"),
         ({"prompt_drop_probability": 1.1}, "must be a number from 0 to 1, got 1.1"),
-        ({"on_bad_sample": "warn"}, "must be one of error, skip, got 'warn'"),
+        ({"on_bad_sample": "warn"}, "must be 'error' or 'skip', got 'warn'"),
     ],
 )
 def test_settings_out_of_range(processor, options, message):
