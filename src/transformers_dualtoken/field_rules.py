@@ -14,12 +14,8 @@ def shown(value) -> str:
 @dataclass(frozen=True)
 class Rule:
     """
-    What a value may be: of the wrong kind it is a `TypeError`, out of range a `ValueError`.
-
-    Args:
-        what (`str`): what is accepted, as the sentence "`name` must be ..., got ..." goes on.
-        is_kind, in_range (callable): whether a value is; `in_range` sees values of the right kind only.
-        item ([`Rule`], *optional*): of every item of a list.
+    "`name` must be {what}, got ...": a `TypeError` of the wrong kind, a `ValueError` out of range, which only values of
+    the right kind are asked for. `item` is the rule of every item of a list.
     """
 
     what: str
