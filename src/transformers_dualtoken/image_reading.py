@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from .field_rules import Rule, is_a, is_list_of
+from .field_rules import Rule, is_list_of
 
 
 MAX_DECODED_PIXELS = 2**26  # told by the header; as RGB, with the image processor's array of it, 520 MB at most
@@ -66,7 +66,7 @@ _HALF_LEVEL = 0.5 / 255
 MAX_RECONSTRUCTION = 16.0
 _OF_DECODED = "Of decoded images, which lie in [-1, 1], `post_process_images` makes images."
 
-_LIMIT = Rule("a whole number from 1 on, or None for no limit", is_a(int), lambda value: value >= 1)
+_LIMIT = Rule("a whole number from 1 on, or None for no limit", in_range=lambda n: type(n) is int and n >= 1)
 _SOURCES = Rule(
     f"one or a list of {', '.join(IMAGE_SOURCES)}",
     in_range=lambda v: is_list_of(IMAGE_SOURCES.__contains__)((v,) if isinstance(v, str) else v),
