@@ -226,3 +226,12 @@ def test_misspelt_fields_of_parts_are_named_and_unknown_ones_kept():
     assert tiny_tokenizer_config(of_a_later_version=3).of_a_later_version == 3
     with pytest.raises(ValueError, match="`vision_config.hidden_size` must be an integer from 1 .*got 0"):
         tiny_tokenizer_config(vision_config={"hidden_size": 0})
+
+
+@pytest.mark.parametrize(
+    "config_class",
+    [DualTokenConfig, DualTokenDepthHeadConfig, DualTokenQuantizerConfig, DualTokenVisionTokenizerConfig],
+)
+def test_every_field_of_a_config_is_documented(config_class):
+    for name in config_class.__annotations__.keys() - {"model_type", "sub_configs", "keys_to_ignore_at_inference"}:
+        assert f"\n    {name} (`" in config_class.__doc__, name

@@ -12,6 +12,7 @@ residual codes of each kind at every one of the 27 x 27 positions. What a field 
 
 import dataclasses
 import difflib
+import inspect
 import math
 from collections.abc import Iterator
 from typing import Annotated, get_origin
@@ -128,14 +129,25 @@ def config_fields(config: PreTrainedConfig) -> dict:
 
 # trf-ignore: TRF010 annotations check what @strict would, and more, in a `ValueError` or `TypeError` instead of its own kind.
 class _CheckedConfig(PreTrainedConfig):
-    """A config whose fields are checked: each by its annotation when it is set, and together by `_faults`."""
+    """
+    A config whose fields are checked: each when it is set, by the rule in its annotation, and together by `_faults`. The
+    text in the annotation is the field's documentation.
+    """
 
     _rules = {}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        hints = cls.__annotations__.items()
-        cls._rules = {name: hint.__metadata__[0] for name, hint in hints if get_origin(hint) is Annotated}
+        hints = {name: hint for name, hint in cls.__annotations__.items() if get_origin(hint) is Annotated}
+        cls._rules = {name: hint.__metadata__[1] for name, hint in hints.items() if len(hint.__metadata__) > 1}
+        lines = []
+        for name, hint in hints.items():
+            kind = getattr(hint.__origin__, "__name__", str(hint.__origin__)).replace(
+                f"{PreTrainedConfig.__module__}.", ""
+            )
+            lines.append(f"    {name} (`{kind}`, defaults to `{getattr(cls, name)!r}`): {hint.__metadata__[0]}.")
+        if lines:
+            cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Args:", *lines])
 
     def __setattr__(self, name, value):
         if name in self._rules:
@@ -190,19 +202,26 @@ class DualTokenQuantizerConfig(_CheckedConfig):
 
     model_type = "dualtoken_quantizer"
 
-    codebook_size: Annotated[int, SIZE] = 16384  # number of codes K
-    code_dim: Annotated[int, SIZE] = 32  # width C of a code vector
-    num_depths: Annotated[int, COUNT] = 8  # residual codes D per position
-    shared_codebook: Annotated[bool, FLAG] = True  # one codebook for all depths, or one per depth
-    # "rq" moves the codebook after every depth, within the forward; "rq_ema" once per forward.
-    update_rule: Annotated[str, one_of("rq", "rq_ema")] = "rq"
-    # Which vector a depth's code is averaged with under "rq_ema": "own" the residual that was looked up, "final" what is
-    # left after all depths, as the authors' published code does; their checkpoints are converted with it.
-    ema_vectors: Annotated[str, one_of("own", "final")] = "own"
-    ema_decay: Annotated[float | int, within(float, 0, 1, below=True)] = 0.99  # of the counts and sums
-    ema_eps: Annotated[float, EPSILON] = 1e-5  # additive smoothing of the counts
-    # Codes whose EMA count falls below 1 restart at a random vector of the batch.
-    restart_unused_codes: Annotated[bool, FLAG] = True
+    codebook_size: Annotated[int, "number of codes K", SIZE] = 16384
+    code_dim: Annotated[int, "width C of a code vector", SIZE] = 32
+    num_depths: Annotated[int, "residual codes D per position", COUNT] = 8
+    shared_codebook: Annotated[bool, "one codebook for all depths, or one per depth", FLAG] = True
+    update_rule: Annotated[
+        str,
+        '"rq" moves the codebook after every depth, within the forward; "rq_ema" once per forward',
+        one_of("rq", "rq_ema"),
+    ] = "rq"
+    ema_vectors: Annotated[
+        str,
+        'which vector a depth\'s code is averaged with under "rq_ema": "own" the residual that was looked up, "final" what is '
+        "left after all depths, as the authors' published code does; their checkpoints are converted with it",
+        one_of("own", "final"),
+    ] = "own"
+    ema_decay: Annotated[float | int, "of the counts and sums", within(float, 0, 1, below=True)] = 0.99
+    ema_eps: Annotated[float, "additive smoothing of the counts", EPSILON] = 1e-5
+    restart_unused_codes: Annotated[
+        bool, "codes whose EMA count falls below 1 restart at a random vector of the batch", FLAG
+    ] = True
 
     def _faults(self):
         if self.update_rule == "rq" and self.ema_vectors == "final":
@@ -225,32 +244,36 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         "semantic_quantizer_config": DualTokenQuantizerConfig,
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
-    pixel_layer: Annotated[int, COUNT] = 6  # that the pixel codes are made from
-    semantic_layer: Annotated[int, COUNT] = 26
-    # Shallower layer added to the pixel branch, with a weight; None: no shortcut.
-    shortcut_layer: Annotated[int | None, COUNT.or_none()] = 4
-    shortcut_weight: Annotated[float | int, within(float, -1000, 1000)] = 0.6
-    pixel_quantizer_config: dict | PreTrainedConfig | None = None
-    semantic_quantizer_config: dict | PreTrainedConfig | None = None
-    # Side of the decoder's latent, to which a grid of another side is resized bilinearly. By default the image's side
-    # divided by the decoder's upsampling factor.
-    decoder_latent_size: Annotated[int | None, SIDE.or_none()] = None
-    decoder_in_channels: Annotated[int, SIZE] = 1024  # between the residual block and the decoder
-    # Of the decoder's levels, from the image's resolution down to the latent's; all but the last double the side.
-    decoder_block_out_channels: Annotated[list[int] | tuple[int, ...], list_of(SIZE, 1, 16)] = (
-        128,
-        128,
-        512,
-        512,
-        1024,
+    vision_config: Annotated[dict | PreTrainedConfig | None, "SigLIP's vision tower; by default SO400M at 384 px"] = (
+        None
     )
-    # Indices into the above of the levels with attention; by default the last, the lowest resolution.
-    decoder_attention_levels: Annotated[list[int] | None, list_of(within(int, 0, 15), 0, 16).or_none()] = None
-    decoder_num_res_blocks: Annotated[int, within(int, 0, 1024)] = 2  # a level has one more
-    decoder_norm_num_groups: Annotated[int, SIZE] = 32
-    initializer_range: Annotated[float, STD] = 0.02  # of new projections and codebooks
+    text_config: Annotated[dict | PreTrainedConfig | None, "SigLIP's text tower, by default SO400M's"] = None
+    pixel_layer: Annotated[int, "that the pixel codes are made from", COUNT] = 6
+    semantic_layer: Annotated[int, "that the semantic codes are made from", COUNT] = 26
+    shortcut_layer: Annotated[int | None, "shallower layer added to the pixel branch; None: none", COUNT.or_none()] = 4
+    shortcut_weight: Annotated[float | int, "of that layer", within(float, -1000, 1000)] = 0.6
+    pixel_quantizer_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenQuantizerConfig`"] = None
+    semantic_quantizer_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenQuantizerConfig`"] = None
+    decoder_latent_size: Annotated[
+        int | None,
+        "side of the decoder's latent, to which a grid of another side is resized bilinearly; by default the image's side "
+        "divided by the decoder's upsampling factor",
+        SIDE.or_none(),
+    ] = None
+    decoder_in_channels: Annotated[int, "between the residual block and the decoder", SIZE] = 1024
+    decoder_block_out_channels: Annotated[
+        list[int] | tuple[int, ...],
+        "of the decoder's levels, from the image's resolution down to the latent's; all but the last double the side",
+        list_of(SIZE, 1, 16),
+    ] = (128, 128, 512, 512, 1024)
+    decoder_attention_levels: Annotated[
+        list[int] | None,
+        "indices into `decoder_block_out_channels` of the levels with attention; by default the last, the lowest resolution",
+        list_of(within(int, 0, 15), 0, 16).or_none(),
+    ] = None
+    decoder_num_res_blocks: Annotated[int, "a level has one more", within(int, 0, 1024)] = 2
+    decoder_norm_num_groups: Annotated[int, "groups of the decoder's group norms", SIZE] = 32
+    initializer_range: Annotated[float, "standard deviation of new projections and codebooks", STD] = 0.02
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
@@ -353,16 +376,17 @@ class DualTokenDepthHeadConfig(_CheckedConfig):
 
     model_type = "dualtoken_depth_head"
 
-    hidden_size: Annotated[int, SIZE] = 1024
-    num_hidden_layers: Annotated[int, COUNT] = 3
-    head_dim: Annotated[int, SIZE] = 128
-    intermediate_size: Annotated[int, SIZE] = 2048  # of the feed-forwards; every depth has its own
-    # Of the perceptron of two layers between the language model and the head.
-    input_hidden_size: Annotated[int, SIZE] = 2048
-    hidden_act: Annotated[str, ACTIVATION] = "gelu"  # of the perceptron and the feed-forwards
-    rms_norm_eps: Annotated[float, EPSILON] = 1e-6
-    bias: Annotated[bool, FLAG] = False  # in all linear layers, the classifiers included
-    initializer_range: Annotated[float, STD] = 0.02
+    hidden_size: Annotated[int, "width of the transformer", SIZE] = 1024
+    num_hidden_layers: Annotated[int, "its layers", COUNT] = 3
+    head_dim: Annotated[int, "width of an attention head", SIZE] = 128
+    intermediate_size: Annotated[int, "width of the feed-forwards, of which every depth has its own", SIZE] = 2048
+    input_hidden_size: Annotated[
+        int, "width of the perceptron of two layers between the language model and the head", SIZE
+    ] = 2048
+    hidden_act: Annotated[str, "activation of the perceptron and the feed-forwards", ACTIVATION] = "gelu"
+    rms_norm_eps: Annotated[float, "of the norms", EPSILON] = 1e-6
+    bias: Annotated[bool, "in all linear layers, the classifiers included", FLAG] = False
+    initializer_range: Annotated[float, "standard deviation of new weights", STD] = 0.02
 
     @property
     def num_attention_heads(self) -> int:
@@ -384,21 +408,26 @@ class DualTokenConfig(_CheckedConfig):
     }
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
 
-    text_config: dict | PreTrainedConfig | None = None  # Qwen2 by default
-    vision_tokenizer_config: dict | PreTrainedConfig | None = None
-    depth_head_config: dict | PreTrainedConfig | None = None  # of both heads
-    # Qwen2.5's own <|vision_start|>, <|image_pad|> and <|vision_end|>.
-    image_start_token_id: Annotated[int, TOKEN_ID] = 151652
-    image_token_id: Annotated[int, TOKEN_ID] = 151655
-    image_end_token_id: Annotated[int, TOKEN_ID] = 151653
-    # How a position's cross-entropies over the depths are joined; the paper's is "sum".
-    depth_reduction: Annotated[str, one_of("sum", "mean")] = "sum"
-    text_loss_weight: Annotated[float | int, WEIGHT] = 1.0
-    pixel_loss_weight: Annotated[float | int, WEIGHT] = 1.0
-    semantic_loss_weight: Annotated[float | int, WEIGHT] = 1.0
-    # The text head and the input embeddings are one; by default what the language model does.
-    tie_word_embeddings: Annotated[bool | None, one_of(True, False, None)] = None
-    initializer_range: Annotated[float, STD] = 0.02
+    text_config: Annotated[dict | PreTrainedConfig | None, "the language model; Qwen2 by default"] = None
+    vision_tokenizer_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenVisionTokenizerConfig`"] = None
+    depth_head_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenDepthHeadConfig`, of both heads"] = None
+    image_start_token_id: Annotated[int, "Qwen2.5's own <|vision_start|>", TOKEN_ID] = 151652
+    image_token_id: Annotated[int, "Qwen2.5's own <|image_pad|>", TOKEN_ID] = 151655
+    image_end_token_id: Annotated[int, "Qwen2.5's own <|vision_end|>", TOKEN_ID] = 151653
+    depth_reduction: Annotated[
+        str,
+        "how a position's cross-entropies over the depths are joined; the paper's is \"sum\"",
+        one_of("sum", "mean"),
+    ] = "sum"
+    text_loss_weight: Annotated[float | int, "of the text's cross-entropy in the loss", WEIGHT] = 1.0
+    pixel_loss_weight: Annotated[float | int, "of the pixel codes' cross-entropy", WEIGHT] = 1.0
+    semantic_loss_weight: Annotated[float | int, "of the semantic codes' cross-entropy", WEIGHT] = 1.0
+    tie_word_embeddings: Annotated[
+        bool | None,
+        "whether text head and input embeddings are one; by default what the language model does",
+        one_of(True, False, None),
+    ] = None
+    initializer_range: Annotated[float, "standard deviation of new weights", STD] = 0.02
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):

@@ -55,7 +55,7 @@ class _EpochDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
         """A sample, with `"num_skipped"` (`int`): 1 if it stands in for another one, else 0."""
-        if not 0 <= index < len(self):
+        if not -len(self) <= index < len(self):
             raise IndexError(f"There is no {self.noun} {index} among {len(self)}.")
         tries = min(len(self), MAX_SKIPPED_IN_A_ROW)
         for step in range(tries):
