@@ -198,7 +198,7 @@ def test_a_branch_without_weight_is_not_computed(siglip_folder, tmp_path, weight
     assert f"{other}_codebook_usage" not in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("branch, error", [("semantic", KeyError), ("pixel", KeyError), ("image", ValueError)])
+@pytest.mark.parametrize("branch, error", [("pooler", KeyError), ("pixel_codes", KeyError), ("image", ValueError)])
 def test_a_term_that_is_listed_and_not_computed_is_an_error(siglip_folder, tmp_path, monkeypatch, branch, error):
     monkeypatch.setitem(recipe_module._TERMS, "new", (branch, 1.0, 1.0, 1.0))
     monkeypatch.setitem(STAGE_LOSS_WEIGHTS[1], "new", 1.0)

@@ -40,10 +40,14 @@ class DualTokenCodeSampler:
 
     @classmethod
     def from_settings(cls, settings, generator=None) -> "DualTokenCodeSampler":
-        """From a [`DualTokenImageGenerationConfig`]."""
-        top_k = tuple(map(int, settings.of_heads("top_k")))
-        of_heads = settings.of_heads("temperature"), top_k, settings.of_heads("top_p")
-        return cls(*of_heads, settings.image_do_sample, generator)
+        """From a [`DualTokenImageGenerationConfig`]: a pair from `of_heads`, another field from `image_<name>`."""
+        values = {"generator": generator}
+        for field in fields(cls):
+            if isinstance(field.default, tuple):
+                values[field.name] = tuple(map(type(field.default[0]), settings.of_heads(field.name)))
+            elif field.name != "generator":
+                values[field.name] = getattr(settings, f"image_{field.name}")
+        return cls(**values)
 
     def num_candidates(self, num_codes: int) -> int:
         """How many of the most probable codes the draw is among: what top-k leaves in either head."""

@@ -11,20 +11,20 @@ from ..arguments import json_object
 from .discriminator import DISCRIMINATOR_LOSSES
 
 
-# The terms of the loss by their logged names: the branch each belongs to, and its weight in the stages 0, 1 and 2 (code;
-# lambda_sem = 1 in all of them). Those of the branch `image` look at the reconstructed image, where their gradients meet.
+# The terms of the loss by their logged names: what each looks at, and its weight in the stages 0, 1 and 2 (code;
+# lambda_sem = 1 in all of them). Those of `image` look at the reconstructed image, where their gradients meet.
 # `discriminator` is the weight of the discriminator's own loss after the first epoch, in which it is 1; that loss is no
 # part of the total.
 _TERMS = {
-    "semantic_mse": ("semantic", 0.0, 5.0, 0.0),
-    "semantic_cosine": ("semantic", 0.0, 5.0, 1.0),
-    "pooler_mse": ("semantic", 5.0, 1.0, 5.0),
-    "pooler_cosine": ("semantic", 5.0, 1.0, 5.0),
-    "semantic_commitment": ("semantic", 5.0, 5.0, 5.0),
+    "semantic_mse": ("semantic_features", 0.0, 5.0, 0.0),
+    "semantic_cosine": ("semantic_features", 0.0, 5.0, 1.0),
+    "pooler_mse": ("pooler", 5.0, 1.0, 5.0),
+    "pooler_cosine": ("pooler", 5.0, 1.0, 5.0),
+    "semantic_commitment": ("semantic_codes", 5.0, 5.0, 5.0),
     "reconstruction_mse": ("image", 5.0, 5.0, 0.0),
     "perceptual": ("image", 1.0, 1.0, 0.0),
     "generator": ("image", 0.0, 0.75, 0.0),
-    "pixel_commitment": ("pixel", 5.0, 5.0, 0.0),
+    "pixel_commitment": ("pixel_codes", 5.0, 5.0, 0.0),
     "discriminator": ("discriminator", 0.75, 0.75, 0.75),
 }
 STAGE_LOSS_WEIGHTS = {stage: {name: weights[stage] for name, (_, *weights) in _TERMS.items()} for stage in (0, 1, 2)}
@@ -112,16 +112,16 @@ class DualTokenVisionTokenizerRecipe:
 
     @property
     def pixel_terms(self) -> list[str]:
-        return self._with_weight("image", "pixel")
+        return self._with_weight("image", "pixel_codes")
 
     @property
     def semantic_terms(self) -> list[str]:
-        return self._with_weight("semantic")
+        return self._with_weight("semantic_features", "pooler", "semantic_codes")
 
     @property
     def feature_terms(self) -> list[str]:
         """Of those with a weight, the terms that do not look at the reconstructed image."""
-        return self._with_weight("semantic", "pixel")
+        return [*self.semantic_terms, *self._with_weight("pixel_codes")]
 
     def image_terms(self, adversarial: bool) -> list[str]:
         """Of those with a weight, the terms that look at the reconstructed image; `generator` if `adversarial`."""
@@ -163,10 +163,9 @@ class DualTokenVisionTokenizerRecipe:
             still += [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
         if "semantic" not in self.codes:
             still += [model.semantic_down_proj, *layers[pixel_depth:]]
-        weights = self.loss_weights
-        if not (weights["pooler_mse"] or weights["pooler_cosine"]):
+        if not self._with_weight("pooler"):
             still += [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
-            if not (weights["semantic_mse"] or weights["semantic_cosine"]):
+            if not self._with_weight("semantic_features"):
                 still.append(model.semantic_up_proj)
         for part in still:
             part.requires_grad_(False)
