@@ -11,12 +11,14 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from generation_helpers import Traced  # noqa: E402
+from generation_helpers import Traced, shared_model  # noqa: E402
 from tiny_models import tiny_tokenizer_config  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipModel  # noqa: E402
 
 from transformers_dualtoken import (  # noqa: E402
+    DualTokenForCausalLM,
+    DualTokenImageProcessorPil,
     DualTokenVisionTokenizer,
     generation_dualtoken,
     generation_graph,
@@ -34,6 +36,17 @@ def pytest_collection_finish():
 def one_thread():
     """Threads cost more than they save at these sizes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model() -> DualTokenForCausalLM:
+    """A tiny unified model, the same one for all tests of generation."""
+    return shared_model()
+
+
+@pytest.fixture
+def image_processor() -> DualTokenImageProcessorPil:
+    return DualTokenImageProcessorPil(size=24)
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from generation_helpers import GREEDY, START, ids, same_images, shared_model
+from generation_helpers import GREEDY, START, ids, same_images
 
 from transformers_dualtoken.code_sampling import DualTokenCodeSampler
-
-
-@pytest.fixture
-def model():
-    return shared_model()
 
 
 class TestSampler:

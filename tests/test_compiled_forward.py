@@ -2,16 +2,11 @@
 
 import pytest
 import torch
-from generation_helpers import END, PICTURE, START, NoCopies, NoWaits, ids, random_codes, shared_model
+from generation_helpers import END, PICTURE, START, NoCopies, NoWaits, ids, random_codes
 from transformers import StaticCache
 
 
 ROW, TOKENS = ids(5, START, *PICTURE, END, 6), [ids(token) for token in (7, 8, 9)]
-
-
-@pytest.fixture
-def model():
-    return shared_model()
 
 
 def static_cache(model, initialised=False):

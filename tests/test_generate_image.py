@@ -33,11 +33,6 @@ from transformers import (
 )
 
 
-@pytest.fixture
-def model():
-    return shared_model()
-
-
 class TestPositions:
     """Rotary embeddings hide a common shift, so that wrong positions show nowhere but here."""
 

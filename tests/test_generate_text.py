@@ -28,11 +28,6 @@ from transformers import (
 )
 
 
-@pytest.fixture
-def model():
-    return shared_model()
-
-
 class TestText:
     def test_left_padded_batch_equals_single_rows(self):
         model, codes = shared_model(), random_codes(3)

@@ -16,14 +16,8 @@ from generation_helpers import (
     Recorder,
     ids,
     random_codes,
-    shared_model,
 )
 from transformers import DynamicCache, GenerationConfig
-
-
-@pytest.fixture
-def model():
-    return shared_model()
 
 
 class TestBadArguments:

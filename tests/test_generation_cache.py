@@ -30,11 +30,6 @@ from transformers_dualtoken import generation_cache, generation_loop
 from transformers_dualtoken.generation_cache import StaticContext
 
 
-@pytest.fixture
-def model():
-    return shared_model()
-
-
 class TestStaticCache:
     @pytest.mark.parametrize(
         "settings",

@@ -13,17 +13,11 @@ from generation_helpers import (
     draw,
     ids,
     same_images,
-    shared_model,
 )
 from transformers import CompileConfig
 
 from transformers_dualtoken import generation_graph, generation_loop
 from transformers_dualtoken.generation_cache import StaticContext
-
-
-@pytest.fixture
-def model():
-    return shared_model()
 
 
 class TestStep:

@@ -24,11 +24,6 @@ from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM
 
 
 @pytest.fixture
-def model():
-    return shared_model()
-
-
-@pytest.fixture
 def warnings_of():
     """Collects what a module's logger warns of."""
     handlers, messages = [], []

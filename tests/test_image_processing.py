@@ -355,6 +355,7 @@ def test_torchvision_backend_names_what_is_missing():
         DualTokenImageProcessor()
 
 
+@pytest.mark.extras
 def test_backends_agree():
     """In a process of its own: where torchvision has no operators of its own, a stub has to come before its import."""
     code = """

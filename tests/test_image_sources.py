@@ -14,7 +14,6 @@ from data_helpers import encoded, flat, loaded_numbers, numbers, table, write_pa
 from PIL import Image
 from training_helpers import noise
 
-from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.data import (
     DualTokenImageDataset,
     DualTokenImageStream,
@@ -25,11 +24,6 @@ from transformers_dualtoken.image_reading import read_image
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture
-def image_processor():
-    return DualTokenImageProcessorPil(size=24)
 
 
 def write_source(kind: str, folder: Path) -> str:

@@ -27,11 +27,6 @@ from transformers_dualtoken.data.images import ImagePreparation, undecoded
 from transformers_dualtoken.image_reading import ImageBounds, UnreadableImageError, read_image
 
 
-@pytest.fixture
-def image_processor():
-    return DualTokenImageProcessorPil(size=24)
-
-
 def test_crop_depends_on_seed_epoch_and_index_only(image_processor):
     def pixels(seed, epoch, index):
         dataset = DualTokenImageDataset(table(noise(0), noise(0)), image_processor, seed=seed)

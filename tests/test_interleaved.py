@@ -35,11 +35,6 @@ from generation_helpers import (
 from transformers import GenerationConfig, TopKLogitsWarper, TopPLogitsWarper
 
 
-@pytest.fixture
-def model():
-    return shared_model()
-
-
 class TestInterleaved:
     @CACHES
     @pytest.mark.parametrize("scale", [1.0, 2.5])

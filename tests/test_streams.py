@@ -13,7 +13,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from training_helpers import noise
 
-from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.data import (
     DualTokenImageStream,
     StreamProgress,
@@ -24,11 +23,6 @@ from transformers_dualtoken.data.images import ImagePreparation, undecoded
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")
-
-
-@pytest.fixture
-def image_processor():
-    return DualTokenImageProcessorPil(size=24)
 
 
 def sources(tmp_path, num_images=23) -> dict[str, datasets.IterableDataset]:

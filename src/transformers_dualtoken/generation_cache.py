@@ -107,7 +107,7 @@ class Context:
     Args:
         model ([`DualTokenForCausalLM`]).
         prompts (list of [`Prompt`]): the prompts, and with guidance the negative ones (of all rows, or one for each or
-            for each prompt), which end in `<image_start>`. All but last tokens is fed at once; [`begin`] feeds those.
+            for each prompt), which end in `<image_start>`. All but their last tokens are fed at once; [`begin`] feeds those.
         rows (`int`): a multiple of the prompts; each is fed once and repeated in place.
         max_new_tokens (`int`): how many tokens will be fed at most, the prompts' last ones included.
         memory ([`StepMemory`]), capacity (`int`): where a static context's buffers lie, and their columns at first.
