@@ -8,14 +8,14 @@ The model is a vision tokenizer or a unified model; only its tokenizer is loaded
 examples/run_unified.py takes: a file, a folder, a pattern, the name of a data set on the Hub, or a JSON or YAML file of
 several. `--dataset_format` and `--dataset_options` say more of a single one:
 
-    python examples/precompute_codes.py --model_name_or_path path/to/model --dataset 'shards/*.tar' --streaming \\
+    python examples/precompute_codes.py --model_name_or_path path/to/model --dataset 'shards/*.tar' \\
         --dataset_format caption --dataset_options '{"task": "both"}' --on_bad_sample skip --output_dir codes
 
 Several GPUs: the same after `torchrun --nproc_per_node 8`; the result is the same, whatever their number. A run that
 was stopped goes on after its last whole shards when started again with the same command. Settings may also come from
 a JSON or YAML file, given as the first argument; options after it count before the file's.
 
-The folder holds parquet shards and, once it is finished, dualtoken_codes.json. It is given to examples/run_unified.py as
+The folder holds dualtoken_codes.json and parquet shards. It is given to examples/run_unified.py as
 a data set, and is refused with another tokenizer than this one: `--dtype` and `--bf16` must be those of the training.
 """
 
@@ -27,7 +27,7 @@ from transformers import AutoProcessor
 from transformers_dualtoken import DualTokenImageProcessorPil
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer
-from transformers_dualtoken.data import load_chat_sources, precompute_codes, tokenizer_fingerprint
+from transformers_dualtoken.data import load_chat_sources, precompute_codes
 from transformers_dualtoken.optional_libraries import needed_libraries
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.training.arguments import json_object
@@ -48,16 +48,12 @@ class PrecomputeArguments:
     output_dir: str = field(metadata={"help": "a new folder, or one that the same command began"})
     dataset_format: str | None = field(
         default=None,
-        metadata={
-            "help": "messages, llava, caption, edit, text, interleaved or codes; told from the columns if left out"
-        },
+        metadata={"help": "messages, llava, caption, edit, text or interleaved; told from the columns if left out"},
     )
     dataset_options: dict | str | None = field(
         default=None, metadata={"help": "JSON object of the source's other settings, or the path of one"}
     )
     split: str = field(default="train")
-    streaming: bool = field(default=False, metadata={"help": "read the rows while encoding, without a copy on disk"})
-    max_samples: int | None = field(default=None, metadata={"help": "take only the first so many rows of a source"})
     on_bad_sample: str = field(
         default="error",
         metadata={"help": "pass over samples that are faulty and count them, or end", "choices": ["error", "skip"]},
@@ -86,13 +82,13 @@ def load_model(arguments: PrecomputeArguments):
         return model, AutoProcessor.from_pretrained(path).image_processor
 
 
-def load_sources(arguments: PrecomputeArguments, fingerprint: str) -> list:
+def load_sources(arguments: PrecomputeArguments) -> list:
     spec = arguments.dataset
     if arguments.dataset_format is not None or arguments.dataset_options is not None:
         spec = {"path": spec, **json_object(arguments.dataset_options, "dataset_options")}
         if arguments.dataset_format is not None:
             spec["format"] = arguments.dataset_format
-    return load_chat_sources(spec, split=arguments.split, streaming=arguments.streaming, fingerprint=fingerprint)
+    return load_chat_sources(spec, split=arguments.split)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,10 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     # Without `cpu` accelerate takes several processes on a CPU for one.
     state = PartialState(cpu=arguments.use_cpu or not torch.cuda.is_available())
     model, image_processor = load_model(arguments)
-    fingerprint = tokenizer_fingerprint(model, image_processor)
     # One process of a machine copies the data set to the cache, the others find it.
     with state.local_main_process_first():
-        sources = load_sources(arguments, fingerprint)
+        sources = load_sources(arguments)
     description = precompute_codes(
         model.to(state.device),
         image_processor,
@@ -112,7 +107,6 @@ def main(argv: list[str] | None = None) -> None:
         arguments.output_dir,
         batch_size=arguments.batch_size,
         samples_per_shard=arguments.samples_per_shard,
-        max_samples=arguments.max_samples,
         bf16=arguments.bf16,
         on_bad_sample=arguments.on_bad_sample,
         num_workers=arguments.num_workers,

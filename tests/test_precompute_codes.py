@@ -68,7 +68,7 @@ def to_example(row: dict) -> dict:
     return {"id": row["text"], "messages": [{"role": row["role"], "content": parts}, answer]}
 
 
-def make_source(images: Path, rows: list[tuple], name: str = "chats", streaming: bool = False) -> ChatSource:
+def make_source(images: Path, rows: list[tuple], name: str = "chats") -> ChatSource:
     """Rows of (text, names of images), or of (text, names of images, role)."""
     columns = [
         {"text": text, "images": [str(images / file) for file in files], "role": role[0] if role else "user"}
@@ -76,7 +76,7 @@ def make_source(images: Path, rows: list[tuple], name: str = "chats", streaming:
     ]
     features = {"text": datasets.Value("string"), "images": datasets.List(datasets.Value("string"))}
     dataset = datasets.Dataset.from_list(columns, datasets.Features(features | {"role": datasets.Value("string")}))
-    return ChatSource(name, dataset.to_iterable_dataset(num_shards=2) if streaming else dataset, to_example)
+    return ChatSource(name, dataset, to_example)
 
 
 ROWS = [
@@ -147,7 +147,7 @@ def test_codes_and_examples_come_back(tokenizer, image_processor, sources, tmp_p
 
 def test_description(tokenizer, image_processor, sources, tmp_path):
     description = precompute_codes(tokenizer, image_processor, sources, tmp_path, samples_per_shard=4)
-    assert description == json.loads((tmp_path / "dualtoken_codes.json").read_text())
+    assert description.items() >= json.loads((tmp_path / "dualtoken_codes.json").read_text()).items()
     assert description["tokenizer_fingerprint"] == tokenizer_fingerprint(tokenizer, image_processor)
     assert description["grid"] == [3, 3] and description["num_shards"] == 3
     assert description["num_depths"] == {"pixel": 3, "semantic": 3}
@@ -182,24 +182,13 @@ def test_images_are_encoded_in_batches_of_a_shard(tokenizer, image_processor, so
     assert len(sizes) == 4
 
 
-def test_samples_that_have_codes_already_keep_them(tokenizer, image_processor, sources, tmp_path, monkeypatch):
+def test_streams_and_samples_that_have_codes_are_refused(tokenizer, image_processor, sources, tmp_path):
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "first")
-    first = load_code_source(tmp_path / "first")
-    sizes = record_batches(tokenizer, monkeypatch)
-    description = precompute_codes(tokenizer, image_processor, [first, sources[1]], tmp_path / "second")
-    assert description["num_images"] == 13 and sizes == [2]
-    before, after = load_examples(tmp_path / "first"), load_examples(tmp_path / "second")
-    np.testing.assert_equal(after[:9], before)
-    np.testing.assert_equal(after[9:], before[7:])
-
-
-def test_codes_of_another_grid_are_refused(make_tokenizer, image_processor, sources, tmp_path):
-    precompute_codes(make_tokenizer(), image_processor, sources, tmp_path / "first")
-    deeper = make_tokenizer(**{f"{kind}_quantizer_config": tiny_quantizer_fields(num_depths=4) for kind in KINDS})
-    with pytest.raises(
-        ValueError, match=r"0 of first \(id one\) cannot be trained on: its pixel codes must be integers of shape"
-    ):
-        precompute_codes(deeper, image_processor, [load_code_source(tmp_path / "first")], tmp_path / "second")
+    with pytest.raises(ValueError, match=r"0 of first \(id one\) .*: the entry holds no image"):
+        precompute_codes(tokenizer, image_processor, [load_code_source(tmp_path / "first")], tmp_path / "second")
+    sources[1].dataset = sources[1].dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="of data sets and not of streams: load the sources without `streaming`"):
+        precompute_codes(tokenizer, image_processor, sources, tmp_path / "third")
 
 
 @pytest.mark.parametrize(("codebook_size", "dtype"), [(2**15, "int16"), (2**15 + 1, "int32")])
@@ -237,7 +226,7 @@ def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monk
     monkeypatch.undo()
     assert len(list(stopped.glob("*.parquet"))) == 2 and len(list(stopped.glob("*.tmp"))) == 1
     assert is_code_folder(stopped)
-    with pytest.raises(ValueError, match="are not finished: 2 shards are there"):
+    with pytest.raises(ValueError, match=r"are not finished: of 5 shards are missing \['shard-00002"):
         load_code_source(stopped)
     times = {path: path.stat().st_mtime_ns for path in stopped.glob("*.parquet")}
     sizes = record_batches(tokenizer, monkeypatch)
@@ -247,14 +236,10 @@ def test_stopped_run_goes_on(tokenizer, image_processor, sources, tmp_path, monk
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in times.items())
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_several_processes_write_the_same(tokenizer, image_processor, images, tmp_path, streaming):
-    def sources():
-        return [make_source(images, ROWS, streaming=streaming), make_source(images, MORE, "others", streaming)]
-
+def test_several_processes_write_the_same(tokenizer, image_processor, sources, tmp_path):
     settings = {"batch_size": 2, "samples_per_shard": 2}
     one, three = tmp_path / "one", tmp_path / "three"
-    precompute_codes(tokenizer, image_processor, sources(), one, **settings)
+    precompute_codes(tokenizer, image_processor, sources, one, **settings)
     assert [json.loads(row["example"]).get("id") for row in read_rows(one)] == [
         *("one", "two", "none", "again", None, None, "last", "more", "and more")
     ]
@@ -262,7 +247,7 @@ def test_several_processes_write_the_same(tokenizer, image_processor, images, tm
     other = three / "dualtoken_codes.json.0000.tmp"  # which another process is about to rename
     other.touch()
     descriptions = [
-        precompute_codes(tokenizer, image_processor, sources(), three, rank=rank, world_size=3, **settings)
+        precompute_codes(tokenizer, image_processor, sources, three, rank=rank, world_size=3, **settings)
         for rank in (2, 0, 1)
     ]
     assert [description is None for description in descriptions] == [True, True, False]
@@ -274,16 +259,6 @@ def test_worker_processes_change_nothing(tokenizer, image_processor, sources, tm
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "none", samples_per_shard=4)
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "two", samples_per_shard=4, num_workers=2)
     assert read_bytes(tmp_path / "none") == read_bytes(tmp_path / "two")
-
-
-def test_max_samples(tokenizer, image_processor, images, tmp_path):
-    sources = [make_source(images, ROWS), make_source(images, ROWS, "stream", streaming=True)]
-    precompute_codes(tokenizer, image_processor, sources, tmp_path, max_samples=3)
-    assert [(row["source"], row["id"]) for row in read_rows(tmp_path)] == [
-        (name, text) for name in ("chats", "stream") for text in ("one", "two", "none")
-    ]
-    with pytest.raises(ValueError, match="begun with other settings: max_samples was 3 and is now None"):
-        precompute_codes(tokenizer, image_processor, sources, tmp_path)
 
 
 BAD = [
@@ -372,14 +347,6 @@ def test_folder_of_other_arguments_is_refused(make_tokenizer, image_processor, i
     assert read_bytes(tmp_path) == before
 
 
-def test_stream_that_has_changed_is_refused(tokenizer, image_processor, images, tmp_path):
-    settings = {"samples_per_shard": 2, "world_size": 2}
-    longer, shorter = (make_source(images, rows, streaming=True) for rows in (ROWS, ROWS[:5]))
-    precompute_codes(tokenizer, image_processor, [longer], tmp_path, rank=1, **settings)
-    with pytest.raises(ValueError, match="shard-00003.parquet' has no rows in the sources, which have changed"):
-        precompute_codes(tokenizer, image_processor, [shorter], tmp_path, rank=0, **settings)
-
-
 def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_path):
     settings = {"samples_per_shard": 4}
     for folder in (tmp_path, tmp_path / "none"):
@@ -389,7 +356,7 @@ def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_
     precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
     whole, shard = read_bytes(tmp_path), tmp_path / "shard-00001.parquet"
     shard.unlink()
-    with pytest.raises(ValueError, match="are not finished: shard-00001.parquet is missing. Start precompute_codes"):
+    with pytest.raises(ValueError, match="are not finished: .*shard-00001.parquet.*Start precompute_codes"):
         load_code_source(tmp_path)
     precompute_codes(tokenizer, image_processor, sources, tmp_path, **settings)
     assert read_bytes(tmp_path) == whole
@@ -418,18 +385,18 @@ def test_folders_that_cannot_be_loaded(tokenizer, image_processor, sources, tmp_
         (
             "pixel_codes",
             lambda codes: [image[:-1] for image in codes],
-            "row of codes is damaged .*pixel codes must be integers of shape .* of shape",
+            "row of codes is damaged .*into shape",
         ),
         ("pixel_codes", lambda codes: codes[:-1], "row of codes is damaged"),
         (
             "semantic_codes",
             lambda codes: [[99, *image[1:]] for image in codes],
-            "semantic codes must be integers .* from 0 to 23, got .* to 99",
+            "semantic codes must be from 0 to 23, got .* to 99",
         ),
         (
             "semantic_codes",
             lambda codes: [[-1, *image[1:]] for image in codes],
-            "semantic codes must be integers .* got .* -1 to",
+            "semantic codes must be from 0 to 23, got -1 to",
         ),
         ("semantic_codes", lambda codes: None, "row of codes is damaged"),
         ("example", lambda example: "{", "row of codes is damaged"),
@@ -468,9 +435,8 @@ def test_codes_of_another_tokenizer_are_refused(make_tokenizer, image_processor,
     [
         ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
         ({"samples_per_shard": 0}, "`samples_per_shard` must be at least 1"),
-        ({"max_samples": 0}, "`max_samples` must be at least 1"),
         ({"on_bad_sample": "ignore"}, "`on_bad_sample` must be 'error' or 'skip', got 'ignore'"),
-        ({"rank": 2, "world_size": 2}, "`rank` must lie between 0 and 1"),
+        ({"rank": 2, "world_size": 2}, "`rank` must be an integer from 0 to 1, got 2"),
     ],
 )
 def test_arguments_out_of_range(tokenizer, image_processor, sources, tmp_path, arguments, message):
@@ -602,13 +568,13 @@ def test_example(main, checkpoint, tmp_path, capsys):
     main([*arguments, "--output_dir", str(tmp_path / "codes"), "--on_bad_sample", "skip"])
     shown = capsys.readouterr().out
     assert "codes is finished: 19 samples with 19 images in 3 shards; 1 samples skipped." in shown
-    # The same by a file of settings, from a stream.
+    # The same by a file of settings.
     settings = dict(zip([name[2:] for name in SMALL[::2]], map(int, SMALL[1::2])))
     settings |= {"model_name_or_path": str(checkpoint), "dataset": str(chats), "output_dir": str(tmp_path / "other")}
-    settings |= {"dataset_format": "messages", "dataset_options": {"image_folder": str(tmp_path)}, "streaming": True}
-    (tmp_path / "settings.yaml").write_text(json.dumps({**settings, "on_bad_sample": "skip", "max_samples": 10}))
+    settings |= {"dataset_format": "messages", "dataset_options": {"image_folder": str(tmp_path)}}
+    (tmp_path / "settings.yaml").write_text(json.dumps({**settings, "on_bad_sample": "skip"}))
     main([str(tmp_path / "settings.yaml")])
-    np.testing.assert_equal(load_examples(tmp_path / "other"), load_examples(tmp_path / "codes")[:9])
+    np.testing.assert_equal(load_examples(tmp_path / "other"), load_examples(tmp_path / "codes"))
 
 
 def test_example_takes_the_tokenizer_of_a_unified_model(main, checkpoint, tokenizer, image_processor, tmp_path):
@@ -640,7 +606,7 @@ def test_killed_run_goes_on_and_two_processes_write_the_same(main, checkpoint, t
     process.wait()
     num_shards = len(list(killed.glob("*.parquet")))
     assert 5 <= num_shards < 38
-    with pytest.raises(ValueError, match=f"are not finished: {num_shards} shards"):
+    with pytest.raises(ValueError, match="are not finished: of 38 shards are missing"):
         load_code_source(killed)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([*launch, script, *arguments, str(killed)], check=True, capture_output=True)

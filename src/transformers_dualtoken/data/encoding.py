@@ -194,7 +194,9 @@ class ChatEncoder:
             return {}
         with_codes = [all(part.get(key) is not None for key in CODE_KEYS) for part in parts]
         if not any(with_codes):
-            return {"pixel_values": torch.stack([self._pixel_values(part) for part in parts])}
+            return {
+                "pixel_values": torch.stack([pixel_values_of(part, self.processor.image_processor) for part in parts])
+            }
         if not all(with_codes):
             raise BadSampleError(f"{sum(with_codes)} of its {len(parts)} images have codes; it must be all or none")
         try:
@@ -203,14 +205,16 @@ class ChatEncoder:
             raise BadSampleError(str(error)) from error
         return {key: torch.from_numpy(stacked) for key, stacked in codes.items()}
 
-    def _pixel_values(self, part: dict) -> torch.Tensor:
-        value = part_image(part)
-        try:
-            image = read_image(value)
-        except (TypeError, UnreadableImageError) as error:
-            name = image_name(value) or "without a name"
-            raise BadSampleError(f"its image {name} cannot be used: {error}") from error
-        return self.processor.image_processor(images=image, return_tensors="pt").pixel_values[0]
+
+def pixel_values_of(part: dict, image_processor) -> torch.Tensor:
+    """`pixel_values` (3, S, S) of an image part."""
+    value = part_image(part)
+    try:
+        image = read_image(value)
+    except (TypeError, UnreadableImageError) as error:
+        name = image_name(value) or "without a name"
+        raise BadSampleError(f"its image {name} cannot be used: {error}") from error
+    return image_processor(images=image, return_tensors="pt").pixel_values[0]
 
 
 def _messages(example: dict) -> list[dict]:
