@@ -21,7 +21,7 @@ Metrics whose library or weights are missing are left out, with the reason in me
 them. PSNR, SSIM, retrieval and the codebooks need the extra `train` or `demo`; rFID and zero-shot classification `eval`,
 LPIPS `perceptual`, both with a torchvision that belongs to the installed torch.
 
-Written are metrics.json, report.md, reconstructions.png, codebook_usage.png and model_card_metadata.yaml.
+Written are metrics.json, report.md, reconstructions.png and model_card_metadata.yaml.
 """
 
 import json
@@ -291,7 +291,6 @@ def main(argv: list[str] | None = None) -> dict:
                 "unreadable_images_skipped": num_skipped,
             },
             shown=evaluator.shown,
-            usages=evaluator.total_usage,
             skipped=skipped,
             settings={
                 **asdict(arguments),

@@ -12,7 +12,7 @@ from .evaluator import TokenizerEvaluator
 from .image_batches import ImageBatches
 from .image_metrics import RECONSTRUCTION_METRICS, ReconstructionMetrics, psnr_per_image, ssim_per_image
 from .perceptual import MetricUnavailableError, fid_metric, load_lpips
-from .pictures import reconstruction_grid, usage_figure
+from .pictures import reconstruction_grid
 from .report import CONVENTIONS, write_report
 from .retrieval import RetrievalRecall
 from .zero_shot import ZeroShotAccuracy, text_tokenizer, zero_shot_classifier
@@ -37,7 +37,6 @@ __all__ = [
     "reconstruction_grid",
     "ssim_per_image",
     "text_tokenizer",
-    "usage_figure",
     "write_report",
     "zero_shot_classifier",
 ]

@@ -42,8 +42,6 @@ class TokenizerEvaluator:
         for kind in CODE_KINDS if codebooks else ():
             config = model.quantizer(kind).config
             self.usage[kind] = CodebookUsage(config.num_depths, config.codebook_size, config.shared_codebook)
-        # Counts over all processes, after `compute`.
-        self.total_usage = {}
         self.num_images, self.num_shown, self.shown = 0, num_shown, []
 
     @torch.no_grad()
@@ -115,8 +113,8 @@ class TokenizerEvaluator:
             metrics |= {} if part is None else part.compute()
         if self.retrieval is not None:
             metrics |= self.retrieval.compute(device)
-        self.total_usage = {kind: usage.reduce(device) for kind, usage in self.usage.items()}
-        for kind, usage in self.total_usage.items():
+        for kind, usage in self.usage.items():
+            usage = usage.reduce(device)
             metrics |= {f"{kind}_codebook_{name}": value for name, value in usage.compute().items()}
             for name, values in usage.compute_per_depth().items():
                 metrics.setdefault("per_depth", {})[f"{kind}_codebook_{name}"] = values

@@ -10,9 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..configuration_dualtoken import CODE_KINDS
-from ..optional_libraries import MissingLibraryError, require
-from .codebook_statistics import CodebookUsage
-from .pictures import reconstruction_grid, usage_figure
+from .pictures import reconstruction_grid
 
 
 # How the numbers are made, by families of metrics, which are parts of the metrics' names; written beside them.
@@ -96,8 +94,8 @@ def _shown(value: float | int | str | None) -> str:
     return "not finite" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) -> str:
-    """`reconstructions.png` and `codebook_usage.png` lie beside the report if there are any."""
+def _markdown_report(results: dict, has_pictures: bool) -> str:
+    """`reconstructions.png` lies beside the report if there are any pictures."""
     metrics, data = results["metrics"], results["data"]
     split = f", split `{data['split']}`" if data.get("split") else ""
     lines = [f"# Evaluation of {Path(results['model']).name}", ""]
@@ -112,7 +110,6 @@ def _markdown_report(results: dict, has_pictures: bool, has_histograms: bool) ->
         lines += ["![reconstructions](reconstructions.png)"]
     if "per_depth" in metrics:
         lines += ["", "## Codebooks", ""]
-        lines += ["![codebook usage](codebook_usage.png)", ""] if has_histograms else []
         columns = metrics["per_depth"]
         lines += ["| depth | " + " | ".join(name.replace("_codebook_", " ") for name in columns) + " |"]
         lines += ["| ---: " * (len(columns) + 1) + "|"]
@@ -130,20 +127,18 @@ def write_report(
     model: str,
     data: dict,
     shown: list[tuple[torch.Tensor, torch.Tensor]],
-    usages: dict[str, CodebookUsage] | None = None,
     skipped: dict[str, str] | None = None,
     settings: dict | None = None,
 ) -> dict:
     """
-    Write `metrics.json`, `report.md`, `reconstructions.png`, `codebook_usage.png` and `model_card_metadata.yaml`; files
-    of these names are replaced, or removed where there is no such picture now. Pictures come last, when the numbers are
-    safe.
+    Write `metrics.json`, `report.md`, `model_card_metadata.yaml` and, last, `reconstructions.png`, whose file from an
+    earlier run is removed where no images are shown now.
 
     Args:
-        metrics, shown, usages: `compute()`, `shown` and `total_usage` of a [`TokenizerEvaluator`].
+        metrics, shown: `compute()` and `shown` of a [`TokenizerEvaluator`].
         model (`str`): its name or path.
         data (`dict`): at least `source`, and what else describes the images, such as `split`.
-        skipped (*optional*): metric -> why it was not measured; `codebook_usage.png` joins them without matplotlib.
+        skipped (*optional*): metric -> why it was not measured.
         settings (*optional*): anything else the numbers depend on.
 
     Returns:
@@ -151,12 +146,6 @@ def write_report(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    skipped, can_plot = dict(skipped or {}), bool(usages)
-    if usages:
-        try:
-            require("matplotlib.figure", "The picture of codebook usage")
-        except MissingLibraryError as error:
-            skipped["codebook_usage.png"], can_plot = str(error), False
     families, versions = {"images", *(_family(name) for name in _TITLES if name in metrics)}, {}
     for name in _LIBRARIES:
         with suppress(PackageNotFoundError):
@@ -165,7 +154,7 @@ def write_report(
         "model": str(model),
         "data": data,
         "metrics": metrics,
-        "skipped": skipped,
+        "skipped": skipped or {},
         "settings": settings or {},
         "conventions": {family: text for family, text in CONVENTIONS.items() if family in families},
         "versions": versions,
@@ -173,15 +162,12 @@ def write_report(
     # JSON has no NaN and no infinity.
     results = json.loads(json.dumps(results), parse_constant=lambda _: None)
     (output_dir / "metrics.json").write_text(json.dumps(results, indent=2) + "\n")
-    (output_dir / "report.md").write_text(_markdown_report(results, bool(shown), can_plot))
+    (output_dir / "report.md").write_text(_markdown_report(results, bool(shown)))
     (output_dir / "model_card_metadata.yaml").write_text(_model_card_metadata(results).to_yaml() + "\n")
-    # An earlier run's pictures would pass for this one's.
-    for name in ("reconstructions.png", "codebook_usage.png"):
-        (output_dir / name).unlink(missing_ok=True)
+    # An earlier run's picture would pass for this one's.
+    (output_dir / "reconstructions.png").unlink(missing_ok=True)
     if shown:
         reconstruction_grid(*map(torch.stack, zip(*shown))).save(output_dir / "reconstructions.png")
-    if can_plot:
-        usage_figure(usages).savefig(output_dir / "codebook_usage.png", dpi=100)
     return results
 
 
