@@ -36,7 +36,7 @@ from unified_models import full_size_config, small_config  # noqa: E402
 
 from transformers_dualtoken.data.collators import DualTokenDataCollator  # noqa: E402
 from transformers_dualtoken.modeling_dualtoken import DualTokenForCausalLM  # noqa: E402
-from transformers_dualtoken.training.unified.throughput import StepCounts, TrainingFlops, find_peak_flops  # noqa: E402
+from transformers_dualtoken.training.unified.throughput import StepCounts, TrainingFlops, peak_flops  # noqa: E402
 
 
 # Training, input, gradient checkpointing. Without a gradient in the language model there is nothing to checkpoint.
@@ -191,7 +191,7 @@ class TrainingReport(Report):
     """The table, printed as it grows."""
 
     def __init__(self, args, device: Device):
-        self.peak_flops, product = find_peak_flops(device.name) if device.is_gpu else None, device.product_flops()
+        self.peak_flops, product = peak_flops(device.name) if device.is_gpu else None, device.product_flops()
         super().__init__(
             args.output,
             device,

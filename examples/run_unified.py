@@ -160,9 +160,6 @@ class DataArguments:
         default=None, metadata={"help": "JSON file of prompts whose answers are written down at every evaluation"}
     )
     sample_steps: int | None = field(default=None, metadata={"help": "or every so many steps instead"})
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "what a GPU that is not known can do, for its utilisation"}
-    )
 
     def spec(self, which: str) -> str | None:
         """What was given for the `"train"` or the `"eval"` set."""
@@ -374,7 +371,6 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         model=model,
         args=training_arguments,
         learning_rates=json_object(model_arguments.learning_rates, "learning_rates"),
-        peak_tflops=data_arguments.peak_tflops,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         data_collator=DualTokenDataCollator(

@@ -1,6 +1,7 @@
 """Files of images and conversations for the tests of data, and what is read of them."""
 
 import io
+import itertools
 import json
 import pickle
 import tarfile
@@ -30,6 +31,12 @@ def flat(number: int, format="PNG") -> bytes:
 
 def numbers(pixel_values) -> list[int]:
     return ((pixel_values[:, 0, 12, 12] + 1) * 127.5).round().int().tolist()
+
+
+def first_epoch(samples, count: int) -> list[dict]:
+    """Those of the first `count` samples of a stream, or of its loader, that are of its first epoch."""
+    samples = itertools.islice(samples, count)
+    return [sample for sample in samples if sample["stream_position"]["sources"][0]["epoch"] == 0]
 
 
 def table(*images) -> datasets.Dataset:

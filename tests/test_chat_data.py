@@ -466,9 +466,9 @@ def test_collator_pads_on_the_right_and_joins_images():
         item = {"input_ids": torch.arange(length), "labels": torch.arange(length)}
         return {**item, "pixel_codes": torch.full((images, 3, 3, 3), length)} if images else item
 
-    batch = DualTokenDataCollator(99, pad_to_multiple_of=4)([sample(2, 1), sample(5, 0), sample(3, 2)])
-    assert batch["input_ids"][0].tolist() == [0, 1] + [99] * 6
-    assert batch["labels"][2].tolist() == [-100, 1, 2] + [-100] * 5
+    batch = DualTokenDataCollator(99)([sample(2, 1), sample(5, 0), sample(3, 2)])
+    assert batch["input_ids"][0].tolist() == [0, 1] + [99] * 3
+    assert batch["labels"][2].tolist() == [-100, 1, 2] + [-100] * 2
     assert batch["attention_mask"].sum(1).tolist() == [2, 5, 3]
     assert batch["pixel_codes"][:, 0, 0, 0].tolist() == [2, 3, 3]
     assert set(batch) == {"input_ids", "labels", "attention_mask", "pixel_codes"}
@@ -508,7 +508,7 @@ def test_packed_equals_padded_in_losses_and_gradients(processor, model, attentio
     samples = [dataset[index] for index in range(len(dataset))]
     longest = max(len(sample["input_ids"]) for sample in samples)
     padded = DualTokenDataCollator(0)(samples)
-    packed = DualTokenDataCollator(0, packed_length=longest + 9, pad_to_multiple_of=8)(samples)
+    packed = DualTokenDataCollator(0, packed_length=longest + 9)(samples)
     assert len(packed["input_ids"]) < len(samples) - 1 and "attention_mask" not in packed
     assert packed["input_ids"].numel() < 0.75 * padded["input_ids"].numel()
     results = []

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from data_helpers import encoded, flat, loaded_numbers, numbers, table, write_parquet, write_tar
+from data_helpers import encoded, first_epoch, flat, loaded_numbers, numbers, table, write_parquet, write_tar
 from PIL import Image
 from training_helpers import noise
 
@@ -321,7 +321,7 @@ def test_hub_webdataset_has_one_column(tmp_path, monkeypatch):
         )
     load_dataset = datasets.load_dataset
 
-    def load_from_files(source, name=None, data_files=None, **options):
+    def load_from_files(source, name=None, **options):
         assert source == "someone/pictures"
         return load_dataset("webdataset", data_files=str(tmp_path / "*.tar"), **options)
 
@@ -355,7 +355,7 @@ def test_sources_that_are_none(tmp_path):
         for streaming in (False, True):
             with pytest.raises(ValueError, match=message):
                 load_image_dataset(source, streaming=streaming)
-    with pytest.raises(ValueError, match="`name` and `data_files` are for data sets on the Hub"):
+    with pytest.raises(ValueError, match="`name` is for data sets on the Hub"):
         load_image_dataset(tmp_path, name="default")
 
 
@@ -381,8 +381,8 @@ def test_incomplete_samples_and_shards_of_a_webdataset_are_passed_over(tmp_path,
     assert [row["txt"] for row in rows] == ["a", "a", None, None, None, None] and rows[0]["cls"] is None
     plain = load_image_dataset(tmp_path, streaming=streaming)
     if streaming:
-        stream = DualTokenImageStream(plain, image_processor, crop_scale=(1, 1), repeat=False)
-        assert sorted(numbers(sample["pixel_values"][None])[0] for sample in stream) == [1, 3]
+        samples = first_epoch(DualTokenImageStream(plain, image_processor, crop_scale=(1, 1)), 3)
+        assert sorted(numbers(sample["pixel_values"][None])[0] for sample in samples) == [1, 3]
     else:
         dataset = DualTokenImageDataset(plain, image_processor, crop_scale=(1, 1))
         assert sum(dataset[index]["num_skipped"] for index in range(6)) == 4

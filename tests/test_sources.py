@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pytest
-from data_helpers import chat, examples, image, images_of, only, png, write, write_tar
+from data_helpers import chat, examples, first_epoch, image, images_of, only, png, write, write_tar
 
 from transformers_dualtoken.data import files
 from transformers_dualtoken.data.samples import BadSampleError, ChatSource
@@ -173,7 +173,7 @@ def test_mixture_files(tmp_path, ending, key, monkeypatch):
 def test_names_of_the_hub_in_mixture_files(tmp_path, monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split, streaming, data_files=None):
+    def load_dataset(name, config, split, streaming):
         asked.append((name, config, split, streaming))
         features = datasets.Features(
             {
@@ -215,7 +215,7 @@ def test_specs_are_checked(tmp_path):
         ({"path": path, "format": "messages"}, "lacks a column; .* needs one of messages, prompt"),
         ({"path": path, "text_column": "body"}, "text_column: body"),
         ({"path": path, "sample_by": "word"}, "`sample_by` .* must be one of document, line"),
-        ({"path": path, "name": "small"}, "`name` and `data_files` are for data sets on the Hub"),
+        ({"path": path, "name": "small"}, "`name` is for data sets on the Hub"),
         ({"path": path, "weight": 0}, "must be a finite number above 0"),
         ({"path": path, "weight": True}, "must be a finite number above 0"),
         ([{"path": path, "weight": 1}, path], "Either all sources of a mixture have a weight or none"),
@@ -351,11 +351,12 @@ def test_streams_have_a_shard_for_each_file_and_go_on_where_they_were(tmp_path, 
     source = only({"path": f"{tmp_path}/shards/*.{kind}", "format": "text", **column}, streaming=True)
     assert source.dataset.num_shards == 4
     everything = {f"{shard}.{index}" for shard in range(4) for index in range(6)}
-    halves = [{row["content"] for row in Texts(source, rank=rank, world_size=2, repeat=False)} for rank in (0, 1)]
+    halves = [{row["content"] for row in first_epoch(Texts(source, rank=rank, world_size=2), 24)} for rank in (0, 1)]
     assert halves[0] | halves[1] == everything and not halves[0] & halves[1]
 
-    samples = list(Texts(source, shuffle_buffer_size=5, repeat=False))
+    samples = first_epoch(Texts(source, shuffle_buffer_size=5), 30)
+    assert len(samples) == 24
     position = samples[8]["stream_position"]
-    resumed = Texts(source, shuffle_buffer_size=5, repeat=False)
+    resumed = Texts(source, shuffle_buffer_size=5)
     resumed.load_state_dict({"positions": {"0": position}, "next_worker": 0})
-    assert [row["content"] for row in resumed] == [row["content"] for row in samples[9:]]
+    assert [row["content"] for row in first_epoch(resumed, 20)] == [row["content"] for row in samples[9:]]

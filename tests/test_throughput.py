@@ -15,7 +15,6 @@ from transformers_dualtoken.training.unified.throughput import (
     StepCounts,
     ThroughputMeter,
     TrainingFlops,
-    find_peak_flops,
     peak_flops,
 )
 from transformers_dualtoken.training.unified.trainer import set_trainable
@@ -122,12 +121,9 @@ def test_peaks():
         ("NVIDIA L4", 121),
         ("NVIDIA GeForce RTX 4090", 165),
     ):
-        assert find_peak_flops(name) == peak * 1e12, name
-    assert find_peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU") is None
-    assert find_peak_flops("Tesla T4") is None
-    assert peak_flops("cpu") is None and peak_flops("cpu", 2.5) == 2.5e12
-    with pytest.raises(ValueError, match="`peak_tflops` must be positive"):
-        peak_flops("cpu", 0)
+        assert peak_flops(name) == peak * 1e12, name
+    assert peak_flops("NVIDIA GeForce RTX 4090 Laptop GPU") is None
+    assert peak_flops("Tesla T4") is None
 
 
 class _Clock:

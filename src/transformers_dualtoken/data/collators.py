@@ -34,16 +34,14 @@ class DualTokenDataCollator:
 
     Args:
         pad_token_id (`int`).
-        pad_to_multiple_of (`int`, *optional*): of the length of the rows.
         packed_length (`int`, *optional*).
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None, packed_length: int | None = None):
+    def __init__(self, pad_token_id: int, packed_length: int | None = None):
         if pad_token_id is None:
             raise ValueError("`pad_token_id` is None: the tokenizer has no padding token. Set its `pad_token`.")
         at_least(1).check_given(packed_length=packed_length)
         self.pad_token_id, self.packed_length = pad_token_id, packed_length
-        self.pad_to_multiple_of = pad_to_multiple_of or 1
 
     def __call__(self, samples: list[dict]) -> dict:
         if not samples:
@@ -51,7 +49,6 @@ class DualTokenDataCollator:
         lengths = [len(sample["input_ids"]) for sample in samples]
         rows = [[i] for i in range(len(samples))] if self.packed_length is None else pack(lengths, self.packed_length)
         length = max(sum(lengths[index] for index in row) for row in rows)
-        length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = torch.full((len(rows), length), self.pad_token_id)
         labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
         positions = torch.arange(length).repeat(len(rows), 1)

@@ -90,20 +90,20 @@ def may_be_hub_name(path: str) -> bool:
     return _HUB_NAME.fullmatch(path) is not None and kind_of(path) is None
 
 
-def load_ready(source: str, split: str, streaming: bool, name: str | None = None, data_files=None):
+def load_ready(source: str, split: str, streaming: bool, name: str | None = None):
     """A data set of the Hub, or one of `save_to_disk`; `None` where `source` is other local files."""
     if is_local(source):
-        if name is not None or data_files is not None:
-            raise ValueError(f"`name` and `data_files` are for data sets on the Hub, and {source!r} is a local path.")
+        if name is not None:
+            raise ValueError(f"`name` is for data sets on the Hub, and {source!r} is a local path.")
         is_saved = any(os.path.isfile(os.path.join(source, file)) for file in ("state.json", "dataset_dict.json"))
         return _load_saved(source, split, streaming) if is_saved else None
     nowhere = f"There is no file or folder at {source!r} (the working directory is {os.getcwd()!r})"
     if not may_be_hub_name(source):
         raise MissingDataError(f"{nowhere}, and it is not the name of a data set on the Hub.")
-    if source in _PACKAGED_DATASETS_MODULES and data_files is None:
+    if source in _PACKAGED_DATASETS_MODULES:
         raise MissingDataError(f"{nowhere}. {source!r} is no data set of the Hub but a reader of `datasets`.")
     try:
-        return datasets.load_dataset(source, name, data_files=data_files, split=split, streaming=streaming)
+        return datasets.load_dataset(source, name, split=split, streaming=streaming)
     except (ConnectionError, FileNotFoundError) as error:
         raise MissingDataError(f"{nowhere}, and no data set of this name can be had from the Hub: {error}") from error
 

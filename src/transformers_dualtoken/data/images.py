@@ -35,7 +35,6 @@ def load_image_dataset(
     source,
     *,
     name: str | None = None,
-    data_files=None,
     split: str = "train",
     streaming: bool = False,
     image_column: str = "image",
@@ -49,7 +48,7 @@ def load_image_dataset(
             file, or a pattern such as `shards/*.tar`, of one of these kinds, taken whole; a folder written by
             `save_to_disk`; the name of a data set on the Hub. In a folder the subfolders and, for shards, the words of
             the file names say what belongs to a split; what names none belongs to `"train"`.
-        name (`str`, *optional*), data_files (*optional*): of a data set on the Hub, as in `datasets.load_dataset`.
+        name (`str`, *optional*): of a data set on the Hub, its configuration.
         split (`str`, defaults to `"train"`).
         streaming (`bool`, defaults to `False`): read while training; shards are else copied to the cache of `datasets`.
         image_column (`str`, defaults to `"image"`): that holds the images; the column of the result. In a webdataset
@@ -69,7 +68,7 @@ def load_image_dataset(
     """
     source = os.path.expanduser(os.fspath(source))
     keep = tuple(column for column in dict.fromkeys(keep_columns) if column != image_column)
-    dataset = files.load_ready(source, split, streaming, name, data_files)
+    dataset = files.load_ready(source, split, streaming, name)
     if dataset is not None:
         return undecoded(_with_image_column(dataset, source, image_column), image_column, keep)
     found = files.find_files(source)

@@ -41,9 +41,8 @@ class SampleStream(IterableDataset):
         seed (`int`, defaults to 0).
         shuffle_buffer_size (`int`, defaults to 1000): rows of a block.
         rank (`int`, defaults to 0), world_size (`int`, defaults to 1): of this process, among those that train.
-        repeat (`bool`, defaults to `True`): begin another epoch after the last row; `False` ends there.
 
-    Yields:
+    Yields, without end:
         what `prepare` makes of a row, with `"num_skipped"` (`int`), how many rows were passed over before it, and
         `"stream_position"` (`dict`), where the stream is after it.
 
@@ -65,14 +64,13 @@ class SampleStream(IterableDataset):
         shuffle_buffer_size: int = 1000,
         rank: int = 0,
         world_size: int = 1,
-        repeat: bool = True,
     ):
         at_least(1).check("shuffle_buffer_size", shuffle_buffer_size)
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` must be from 0 to `world_size` - 1, got {rank} of {world_size}.")
         if weights is None and len(datasets) > 1:
             raise ValueError(f"Streams have no length by which {len(datasets)} of them could be mixed: give weights.")
-        self.datasets, self.weights, self.repeat = datasets, weights or [1.0], repeat
+        self.datasets, self.weights = datasets, weights or [1.0]
         # With another one of these a position would mean something else.
         self.settings = {
             "seed": seed,
@@ -123,18 +121,11 @@ class SampleStream(IterableDataset):
             self._rows(dataset, place, position, f"{position['seed']}/{source}")
             for source, (dataset, place) in enumerate(zip(self.datasets, places))
         ]
-        left, drawn, num_skipped, num_named = list(range(len(rows))), position["drawn"], 0, 0
-        while left:
-            source = left[0]
-            if len(left) > 1:
-                draw = random.Random(f"{position['seed']}/{position['rank']}/{worker}/draw {drawn}")
-                source = draw.choices(left, [self.weights[index] for index in left])[0]
-            row = next(rows[source], None)
-            if row is None:  # only without `repeat`
-                left.remove(source)
-                continue
-            values, key, places[source] = row
-            drawn += 1
+        num_skipped = num_named = 0
+        for drawn in itertools.count(position["drawn"]):
+            draw = random.Random(f"{position['seed']}/{position['rank']}/{worker}/draw {drawn}")
+            source = draw.choices(range(len(rows)), self.weights)[0] if len(rows) > 1 else 0
+            values, key, places[source] = next(rows[source])
             try:
                 sample = self.prepare(source, values, key)
             except self.passed_over as error:
@@ -150,13 +141,13 @@ class SampleStream(IterableDataset):
             yield {
                 **sample,
                 "num_skipped": num_skipped,
-                "stream_position": {**position, "drawn": drawn, "sources": list(places)},
+                "stream_position": {**position, "drawn": drawn + 1, "sources": list(places)},
             }
             num_skipped = 0
 
     def _rows(self, dataset, place: dict, position: dict, seed: str):
         """The rows of one data set for one reader, each with the seed of what is drawn for it, and the place after it."""
-        for epoch in itertools.count(place["epoch"]) if self.repeat else (place["epoch"],):
+        for epoch in itertools.count(place["epoch"]):
             has_rows = False
             key = f"{seed}/{epoch}/{position['rank']}/{position['worker']}"
             for rows, start in self._blocks(dataset, place, epoch, position, seed):
@@ -168,7 +159,7 @@ class SampleStream(IterableDataset):
                     row, rows[order[index]] = rows[order[index]], None
                     number = start["block"] * position["shuffle_buffer_size"] + order[index]
                     yield row, f"{key}/{number}", {**start, "index": index + 1}
-            if self.repeat and not has_rows:
+            if not has_rows:
                 raise ValueError(
                     f"The stream has no {self.noun} for worker {position['worker']} of {position['num_workers']} on rank "
                     f"{position['rank']} of {position['world_size']}: it holds fewer {self.noun}s than there are workers."

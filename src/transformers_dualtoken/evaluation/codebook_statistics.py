@@ -64,6 +64,3 @@ class CodebookUsage:
         total = CodebookUsage(self.num_depths, self.codebook_size, self.shared_codebook)
         total.counts = summed(self.counts.to(device))
         return total
-
-
-__all__ = ["CodebookUsage"]

@@ -119,6 +119,3 @@ class TokenizerEvaluator:
             for name, values in usage.compute_per_depth().items():
                 metrics.setdefault("per_depth", {})[f"{kind}_codebook_{name}"] = values
         return metrics
-
-
-__all__ = ["TokenizerEvaluator"]

@@ -120,6 +120,3 @@ class ImageBatches:
                     f"{given!r} for the image {name}."
                 )
         return pixel_values, label, captions
-
-
-__all__ = ["ImageBatches"]

@@ -128,6 +128,3 @@ class ReconstructionMetrics:
             except RuntimeError as error:
                 raise ValueError(f"rFID cannot be computed: {error}") from error
         return values
-
-
-__all__ = ["RECONSTRUCTION_METRICS", "ReconstructionMetrics", "psnr_per_image", "ssim_per_image"]

@@ -104,6 +104,3 @@ def fid_metric(feature: nn.Module | None = None, weights: str | os.PathLike | No
     # Otherwise known only after an update, and a process may get no image.
     metric.orig_dtype = torch.float32
     return metric
-
-
-__all__ = ["MetricUnavailableError", "fid_metric", "load_lpips"]

@@ -30,6 +30,3 @@ def reconstruction_grid(
             top = gap + index // columns * pair_height + row * (height + gap)
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
     return grid
-
-
-__all__ = ["reconstruction_grid"]

@@ -26,6 +26,3 @@ def gathered(value) -> list:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
     return values
-
-
-__all__ = ["gathered", "rank_and_number", "summed"]

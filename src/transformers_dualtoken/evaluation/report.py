@@ -169,6 +169,3 @@ def write_report(
     if shown:
         reconstruction_grid(*map(torch.stack, zip(*shown))).save(output_dir / "reconstructions.png")
     return results
-
-
-__all__ = ["CONVENTIONS", "write_report"]

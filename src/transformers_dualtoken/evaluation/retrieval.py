@@ -73,6 +73,3 @@ class RetrievalRecall:
             best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
             ranks.append(((similarity >= best) & ~own).sum(1))
         return torch.cat(ranks)
-
-
-__all__ = ["RetrievalRecall"]

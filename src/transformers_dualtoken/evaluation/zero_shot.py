@@ -89,6 +89,3 @@ class ZeroShotAccuracy:
     def compute(self) -> dict[str, float]:
         """`zero_shot_top1` and `zero_shot_top5` in 0..1, over all processes, each of which must call it."""
         return {name: float(accuracy.compute()) for name, accuracy in self.accuracies.items()}
-
-
-__all__ = ["ZeroShotAccuracy", "embed_texts", "text_tokenizer", "zero_shot_classifier"]

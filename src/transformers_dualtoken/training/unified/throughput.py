@@ -22,18 +22,11 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 
 
-def peak_flops(device: torch.device | str, peak_tflops: float | None = None) -> float | None:
-    """The bfloat16 operations a second that a device can do: `peak_tflops` 1e12, or what [`PEAK_TFLOPS`] knows."""
-    if peak_tflops is not None:
-        if not peak_tflops > 0:
-            raise ValueError(f"`peak_tflops` must be positive, in 1e12 operations a second; got {peak_tflops}.")
-        return peak_tflops * 1e12
-    device = torch.device(device)
-    return find_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def find_peak_flops(device_name: str) -> float | None:
-    """[`peak_flops`] by the name that the driver gives a device, such as `"NVIDIA A100-SXM4-80GB"`."""
+def peak_flops(device_name: str) -> float | None:
+    """
+    The bfloat16 operations a second of a device that [`PEAK_TFLOPS`] knows, by the name that the driver gives it, such as
+    `"NVIDIA A100-SXM4-80GB"`.
+    """
     found = [name for name in PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
     if not found or "Laptop" in device_name:
         return None

@@ -68,7 +68,6 @@ class DualTokenTrainer(DualTokenBaseTrainer):
     Args:
         learning_rates (`dict[str, float]`, *optional*): rates of parts (`"projector"`, `"language_model"`, `"heads"`)
             that differ from `args.learning_rate`; they share its schedule.
-        peak_tflops (`float`, *optional*): what the device can do, in 1e12 operations a second, where it is not known.
         args, kwargs: as in [`DualTokenBaseTrainer`].
 
     Raises:
@@ -78,7 +77,7 @@ class DualTokenTrainer(DualTokenBaseTrainer):
 
     arguments_class = DualTokenTrainingArguments
 
-    def __init__(self, model=None, args=None, *trainer_args, learning_rates=None, peak_tflops=None, **kwargs):
+    def __init__(self, model=None, args=None, *trainer_args, learning_rates=None, **kwargs):
         self.learning_rates = dict(learning_rates or {})
         unknown = ", ".join(sorted(set(self.learning_rates) - set(TRAINABLE_PARTS)))
         if unknown:
@@ -109,7 +108,8 @@ class DualTokenTrainer(DualTokenBaseTrainer):
         self._loss_sums = UnifiedLossSums(self.config, self.args.device)
         pad_token_id = getattr(self.data_collator, "pad_token_id", None)
         ids = self.config.image_token_id, -1 if pad_token_id is None else pad_token_id
-        peak = peak_flops(self.args.device, peak_tflops)
+        device = self.args.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         flops = None if peak is None else _training_flops(unwrapped)
         self.throughput = ThroughputMeter(self.accelerator, *ids, flops, peak)
 
