@@ -25,11 +25,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..chat_dualtoken import image_parts, without_image_data
+from ..chat_dualtoken import image_parts, part_image, without_image_data
 from ..field_rules import at_least, within
 from ..modeling_vision_tokenizer import CODE_KINDS, DualTokenVisionTokenizer
 from ..sharding import gathered
-from .encoding import pixel_values_of
+from .encoding import read_pixel_values
 from .files import load_parquet, naming_file
 from .samples import MAX_NAMED, MAX_SKIPPED_IN_A_ROW, ON_BAD_SAMPLE, BadSampleError, ChatSource, refusal
 
@@ -166,7 +166,8 @@ class _Samples(Dataset):
         try:
             row = self.source.dataset[index]
             example = self.source.to_example(row)
-            pixel_values = [pixel_values_of(part, self.image_processor) for part in _image_parts(example)]
+            images = map(part_image, _image_parts(example))
+            pixel_values = [read_pixel_values(image, self.image_processor) for image in images]
         except BadSampleError as error:
             return None, refusal(self.source.sample_name(index, row), error)
         except Exception as error:

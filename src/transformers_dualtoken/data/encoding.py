@@ -10,11 +10,11 @@ import torch
 from ..chat_dualtoken import (
     CODE_KEYS,
     check_text,
+    image_data,
     image_parts,
     is_learned,
     keys_beside_content,
     part_image,
-    stack_codes,
 )
 from ..field_rules import at_least, within
 from ..image_reading import UnreadableImageError, image_name, read_image
@@ -190,25 +190,18 @@ class ChatEncoder:
         return {"input_ids": input_ids, "labels": labels, **self._images(encoded.images[num_dropped:])}
 
     def _images(self, parts: list[dict]) -> dict[str, torch.Tensor]:
-        if not parts:
-            return {}
-        with_codes = [all(part.get(key) is not None for key in CODE_KEYS) for part in parts]
-        if not any(with_codes):
-            return {
-                "pixel_values": torch.stack([pixel_values_of(part, self.processor.image_processor) for part in parts])
-            }
-        if not all(with_codes):
-            raise BadSampleError(f"{sum(with_codes)} of its {len(parts)} images have codes; it must be all or none")
         try:
-            codes = stack_codes(parts, len(self.image_ids) - 2)
+            images, codes = image_data(parts, len(self.image_ids) - 2)
         except ValueError as error:
             raise BadSampleError(str(error)) from error
+        if images:
+            processor = self.processor.image_processor
+            return {"pixel_values": torch.stack([read_pixel_values(image, processor) for image in images])}
         return {key: torch.from_numpy(stacked) for key, stacked in codes.items()}
 
 
-def pixel_values_of(part: dict, image_processor) -> torch.Tensor:
-    """`pixel_values` (3, S, S) of an image part."""
-    value = part_image(part)
+def read_pixel_values(value, image_processor) -> torch.Tensor:
+    """`pixel_values` (3, S, S) of an image, as a part holds it."""
     try:
         image = read_image(value)
     except (TypeError, UnreadableImageError) as error:
