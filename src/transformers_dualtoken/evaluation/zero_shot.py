@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from ..optional_libraries import require
 from ..processing_dualtoken import as_trained
-from .processes import gathered, rank_and_number
 
 
 def text_tokenizer(tokenizer, length: int) -> Callable[[list[str]], torch.LongTensor]:
@@ -38,25 +37,15 @@ def zero_shot_classifier(
     The weights of a linear classifier, float32 `(hidden_size, classes)`, the classes in the order of the labels: of
     every class the mean over open_clip's 80 templates of the normalised text embeddings, normalised again.
 
-    `tokenize` makes ids of texts, for example from [`text_tokenizer`]. The processes of `torch.distributed` share the
-    classes, and each gets all weights: every one must call it.
+    `tokenize` makes ids of texts, for example from [`text_tokenizer`].
     """
     if len(class_names) < 2:
         raise ValueError(f"Zero-shot classification needs at least two class names, got {list(class_names)}.")
     open_clip = require("open_clip", "Zero-shot classification")
     tower = SimpleNamespace(encode_text=lambda input_ids, normalize: embed_texts(model, input_ids))
-    rank, num_processes = rank_and_number()
-    names, weights = class_names[rank::num_processes], None
-    if names:  # there may be more processes than classes
-        weights = open_clip.build_zero_shot_classifier(
-            tower, tokenize, names, open_clip.OPENAI_IMAGENET_TEMPLATES, device=model.device
-        ).cpu()
-    parts = gathered(weights)
-    classifier = parts[0].new_empty(len(parts[0]), len(class_names))
-    for first, part in enumerate(parts):
-        if part is not None:
-            classifier[:, first::num_processes] = part
-    return classifier.to(model.device)
+    return open_clip.build_zero_shot_classifier(
+        tower, tokenize, class_names, open_clip.OPENAI_IMAGENET_TEMPLATES, device=model.device
+    )
 
 
 class ZeroShotAccuracy:
