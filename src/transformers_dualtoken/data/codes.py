@@ -122,8 +122,8 @@ def precompute_codes(
     _begin_or_resume(folder, settings, any(done))
     wanted = [number for number in range(rank, len(shards), world_size) if not done[number]]
     rows = [range(starts[number], min(starts[number] + samples_per_shard, num_rows)) for number in wanted]
-    order = itertools.chain.from_iterable(rows)
-    loader = DataLoader(ConcatDataset(samples), None, sampler=order, num_workers=num_workers, collate_fn=tuple)
+    options = {"sampler": itertools.chain.from_iterable(rows), "num_workers": num_workers, "collate_fn": tuple}
+    loader = DataLoader(ConcatDataset(samples), batch_size=None, **options)
     # Of an iterator, for tqdm iterates twice.
     bar = tqdm(iter(loader), unit=" samples", total=sum(map(len, rows)), disable=not show_progress)
     usable, schema = _usable(bar, on_bad_sample), _features(settings).arrow_schema

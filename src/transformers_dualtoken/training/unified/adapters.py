@@ -46,10 +46,10 @@ def lora_config(
         model ([`DualTokenForCausalLM`]): what the config is for; it is not changed.
         r, alpha, dropout: rank, scale (the change of a weight is `alpha / r` B A), and dropout of the branches' inputs.
         target_modules (`Sequence[str]` or `str`, *optional*): names of linear layers within the language model's
-            blocks, all seven by default, and `"lm_head"`; a `str` goes to PEFT as it is.
+            blocks, all seven by default; a `str` goes to PEFT as it is.
         train_in_full (`Sequence[str]`): of `"projector"`, `"heads"`, `"image_tokens"` (the embeddings of
-            `<image_start>`, `<image_pad>` and `<image_end>`, and their rows of the text head unless LoRA adapts it; TRL
-            1.16 cannot train them) and, for words new to the language model, `"embeddings"` (those of all tokens).
+            `<image_start>`, `<image_pad>` and `<image_end>`, and their rows of the text head; TRL 1.16 cannot train
+            them) and, for words new to the language model, `"embeddings"` (those of all tokens).
         kwargs: further fields of `LoraConfig` (`use_dora`, `use_rslora`, `init_lora_weights`, ...).
 
     Raises:
@@ -59,21 +59,8 @@ def lora_config(
     unknown = sorted(set(train_in_full) - set(TRAINED_IN_FULL))
     if unknown:
         raise ValueError(f"`train_in_full` takes {', '.join(TRAINED_IN_FULL)}, got {', '.join(unknown)}.")
-    adapts_head = False
     if not isinstance(target_modules, str):
-        names = list(BACKBONE_PROJECTIONS if target_modules is None else target_modules)
-        adapts_head = "lm_head" in names
-        target_modules = _target_modules(model, names)
-    if adapts_head and is_tied:
-        raise ValueError(
-            "`target_modules` names lm_head, but it is tied to the embeddings, which merging the adapter would change "
-            "with it. Leave it out; `train_in_full` with 'image_tokens' trains the rows of the image tokens."
-        )
-    if adapts_head and _is_split():
-        raise ValueError(
-            "`target_modules` names lm_head, which does not run where weights are split (ZeRO-3, FSDP): ranks with "
-            "unequal numbers of text targets would call it unequally often. Leave it out, or use ZeRO-2."
-        )
+        target_modules = _target_modules(model, BACKBONE_PROJECTIONS if target_modules is None else target_modules)
     if "embeddings" in train_in_full and is_tied and _is_split():
         raise ValueError(
             "`train_in_full` names embeddings that are tied to the text head, which are not trained where weights are "
@@ -81,7 +68,7 @@ def lora_config(
         )
     modules = [module for part, module in _MODULES_IN_FULL.items() if part in train_in_full]
     # PEFT ties to them what it makes of a tied head.
-    layers = ["embed_tokens"] if is_tied or adapts_head else ["embed_tokens", "lm_head"]
+    layers = ["embed_tokens"] if is_tied else ["embed_tokens", "lm_head"]
     token_indices = None
     if "embeddings" in train_in_full:
         modules += layers
@@ -104,16 +91,15 @@ def _is_split() -> bool:
     return is_deepspeed_zero3_enabled() or is_fsdp_enabled()
 
 
-def _target_modules(model: DualTokenForCausalLM, names: list[str]) -> str:
-    blocks = [name for name in names if name != "lm_head"]
+def _target_modules(model: DualTokenForCausalLM, names: Sequence[str]) -> str:
     modules = [name for name, _ in model.named_modules()]
-    missing = [name for name in blocks if not any(re.fullmatch(backbone_targets([name]), m) for m in modules)]
+    missing = [name for name in names if not any(re.fullmatch(backbone_targets([name]), m) for m in modules)]
     if missing or not names:
         raise ValueError(
-            f"`target_modules` must name layers of the language model's blocks ({', '.join(BACKBONE_PROJECTIONS)}) or "
-            f"lm_head, got {', '.join(missing) or 'none'}."
+            f"`target_modules` must name layers of the language model's blocks ({', '.join(BACKBONE_PROJECTIONS)}), got "
+            f"{', '.join(missing) or 'none'}."
         )
-    return "|".join([backbone_targets(blocks)] * bool(blocks) + ["lm_head"] * ("lm_head" in names))
+    return backbone_targets(names)
 
 
 def add_lora(
