@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import lively_unified_model, tiny_quantizer_fields, tiny_tokenizer_config
+from tiny_models import layout_of_2025, lively_unified_model, tiny_quantizer_fields, tiny_tokenizer_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from unified_training import IMAGE, PAD, collate, make_samples, naive_metrics
@@ -96,6 +96,14 @@ def test_flops_are_those_that_run(parts):
     for pixels in (False, True):
         batch = flops_batch(pixels)
         assert flops(step_counts(batch, 2 * pixels)) == pytest.approx(measured_flops(model, batch), rel=0.015)
+
+
+def test_flops_of_a_tokenizer_with_convolutions():
+    config = tiny_tokenizer_config(**layout_of_2025(codebook_size=256))
+    model = lively_unified_model(vision_tokenizer_config=config.to_dict()).train().requires_grad_(False)
+    batch = flops_batch(pixels=True)
+    expected = pytest.approx(measured_flops(model, batch), rel=0.015)
+    assert TrainingFlops(model)(step_counts(batch, 2)) == expected
 
 
 def test_flops_of_the_usual_formula():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_models import layout_of_2025
 from tokenizer_training import (
     ADVERSARIAL,
     ADVERSARY,
@@ -142,10 +143,11 @@ def test_adaptive_weight_is_clamped(siglip_folder, tmp_path):
         assert float(unclamped) == pytest.approx(scale, rel=1e-4)
 
 
+@pytest.mark.parametrize("config", [{}, layout_of_2025()], ids=["default", "layout of 2025"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_what_moves_in_each_stage(siglip_folder, tmp_path, stage):
+def test_what_moves_in_each_stage(siglip_folder, tmp_path, stage, config):
     weights = PLAIN if stage < 2 else {}
-    trainer = tokenizer_trainer(siglip_folder, tmp_path, weights, pixel_items(), stage=stage, weight_decay=0.1)
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, weights, pixel_items(), config, stage=stage, weight_decay=0.1)
     model, teacher = trainer.model, trainer.teacher
     before, teacher_before = state_of(model), state_of(teacher)
     trainer.train()

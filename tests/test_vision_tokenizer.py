@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_quantizer_fields, tiny_tokenizer_config
+from tiny_models import layout_of_2025, tiny_quantizer_fields, tiny_tokenizer_config
 from transformers import AutoConfig, AutoModel, SiglipConfig, SiglipModel, SiglipVisionConfig
 
 from transformers_dualtoken import (
@@ -38,6 +38,8 @@ LAYOUTS = {
         "pixel_quantizer_config": tiny_quantizer_fields(num_depths=2, codebook_size=12, code_dim=4),
         "semantic_quantizer_config": tiny_quantizer_fields(num_depths=1, code_dim=16),
     },
+    "projections of residual blocks": {"projection_type": "resnet"},
+    "layout of 2025": layout_of_2025(),
 }
 
 

@@ -47,6 +47,17 @@ def tiny_tokenizer_config(**overrides) -> DualTokenVisionTokenizerConfig:
     return DualTokenVisionTokenizerConfig(**{**fields, **overrides})
 
 
+def layout_of_2025(**quantizer) -> dict:
+    """Overrides of `tiny_tokenizer_config`: the layout of the authors' checkpoint of 2025, all codes 32 wide."""
+    quantizer = tiny_quantizer_fields(code_dim=32, shared_codebook=False, **quantizer)
+    return {
+        "projection_type": "resnet",
+        "semantic_projection": False,
+        "shortcut_layer": None,
+        **{f"{kind}_quantizer_config": quantizer for kind in ("pixel", "semantic")},
+    }
+
+
 def tiny_unified_config(**overrides) -> DualTokenConfig:
     """`tiny_tokenizer_config()` with a two-layer Qwen2 of 60 tokens; image tokens 50 (start), 51 and 52 (end)."""
     fields = {

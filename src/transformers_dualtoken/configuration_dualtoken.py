@@ -254,6 +254,15 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
     shortcut_weight: Annotated[float | int, "of that layer", within(float, -1000, 1000)] = 0.6
     pixel_quantizer_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenQuantizerConfig`"] = None
     semantic_quantizer_config: Annotated[dict | PreTrainedConfig | None, "a `DualTokenQuantizerConfig`"] = None
+    projection_type: Annotated[
+        str,
+        'of the projections between the encoder and the codes: "attention" is the paper\'s, "resnet" a residual block of '
+        "convolutions, as in the authors' checkpoint of 2025",
+        one_of("attention", "resnet"),
+    ] = "attention"
+    semantic_projection: Annotated[
+        bool, "whether semantic codes have projections; without, they are as wide as the encoder", FLAG
+    ] = True
     decoder_latent_size: Annotated[
         int | None,
         "side of the decoder's latent, to which a grid of another side is resized bilinearly; by default the image's side "
@@ -272,7 +281,9 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         list_of(within(int, 0, 15), 0, 16).or_none(),
     ] = None
     decoder_num_res_blocks: Annotated[int, "a level has one more", within(int, 0, 1024)] = 2
-    decoder_norm_num_groups: Annotated[int, "groups of the decoder's group norms", SIZE] = 32
+    decoder_norm_num_groups: Annotated[
+        int, "groups of the group norms, in the decoder and in projections of residual blocks", SIZE
+    ] = 32
     initializer_range: Annotated[float, "standard deviation of new projections and codebooks", STD] = 0.02
 
     def __post_init__(self, **kwargs):
@@ -334,7 +345,13 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         SIDE.check("reconstruction_size (latent size and channels of the decoder)", self.reconstruction_size)
         for name in ("pixel_quantizer_config", "semantic_quantizer_config"):
             code_dim = getattr(self, name).code_dim
-            if vision.hidden_size % code_dim:
+            if name == "semantic_quantizer_config" and not self.semantic_projection:
+                if code_dim != vision.hidden_size:
+                    yield f"Without `semantic_projection`, {name}.code_dim must be {vision.hidden_size}, got {code_dim}."
+            elif self.projection_type == "resnet":
+                if code_dim % groups:
+                    yield f"`decoder_norm_num_groups` ({groups}) must divide {name}.code_dim ({code_dim})."
+            elif vision.hidden_size % code_dim:
                 yield (
                     f"The encoder's hidden size ({vision.hidden_size}) must be a multiple of {name}.code_dim ({code_dim}): "
                     "the projections have hidden_size / code_dim heads."

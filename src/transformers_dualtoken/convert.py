@@ -3,6 +3,10 @@
 A folder in their format holds `config.json` (with the keys `rqvaesiglip`, `ddconfig`, `vq_sem`, `vq_pix`), one
 training checkpoint `*.pt` with a `state_dict`, and the configuration of the SigLIP model it was built on, at the path
 `pretrained_model`.
+
+The checkpoint that ASVR (arXiv 2506.09040) made public in 2025 is of an older layout: no `vq_sem` and `vq_pix`, their
+keys stand in `rqvaesiglip`, once for both quantisers; pixel projections are residual blocks, semantic ones there are
+none. The layers stand in its code: 22 and 2 from the end, of 27 layers 6 and 26.
 """
 
 import re
@@ -12,7 +16,7 @@ from pickle import UnpicklingError
 
 import torch
 from transformers import PreTrainedConfig, SiglipConfig, SiglipVisionConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .checkpoints import check_model_type, checkpoint_errors, damage_errors, read_json_object
 from .configuration_dualtoken import (
@@ -27,6 +31,8 @@ from .configuration_dualtoken import (
 from .field_rules import list_of, shown
 from .modeling_vision_tokenizer import DualTokenVisionTokenizer
 
+
+logger = logging.get_logger(__name__)
 
 # The authors' keys and the fields of this project's configs that take their values.
 _MODEL_KEYS = {"layer_recon": "pixel_layer", "layer_sem": "semantic_layer"}
@@ -54,6 +60,19 @@ _DECODER_RULES = {
     **{"resolution": SIDE, "attn_resolutions": list_of(SIDE, 0, 1024), "ch": SIZE, "ch_mult": list_of(SIZE, 1, 16)},
 }
 _PARTS = {"ddconfig": _DECODER_RULES, "vq_sem": _QUANTIZER_RULES, "vq_pix": _QUANTIZER_RULES}
+# The layout of 2025.
+_RULES_OF_2025 = {
+    **{key: rule for key, rule in _QUANTIZER_RULES.items() if key != "bottleneck_type"},
+    **{"hidden_size": SIZE, "latent_shape": list_of(SIZE, 3, 3), "ddconfig": None},
+}
+_DEFAULTS_OF_2025 = {"decay": 0.99, "shared_codebook": False, "restart_unused_codes": False}
+_PIXEL_LAYER_FROM_END, _SEMANTIC_LAYER_FROM_END = 22, 2
+_PARTS_OF_2025 = ("siglip_model.", "prequant_", "postquant_", "quantizer", "post_quant_conv.", "decoder.")
+_RENAMES_OF_2025 = [
+    (r"quant_pix\.", "quant_visual."),
+    (r"^quantizer_pix\.", "quantizer."),
+    (r"^quantizer_sem\.", "quantizer_semantic."),
+]
 # What can be wrong with another value only, in the authors' names.
 _KEYS_OF_FIELDS = {
     **{field: key for key, field in (_MODEL_KEYS | _OPTIONAL_KEYS).items()},
@@ -66,6 +85,7 @@ _KEYS_OF_FIELDS = {
 # From this project's names to the authors', applied in order.
 _RENAMES = [
     (r"^siglip\.", "siglip_model."),
+    (r"^(post_quantizer_block|\w+_proj)\.shortcut\.", r"\1.nin_shortcut."),
     (r"(_proj\.attn)\.out_proj\.", r"\1.proj."),
     (r"(_proj\.mlp)\.gate_proj\.", r"\1.w0."),
     (r"(_proj\.mlp)\.up_proj\.", r"\1.w1."),
@@ -75,7 +95,6 @@ _RENAMES = [
     (r"^shortcut_down_proj\.", "prequant_shortcut."),
     (r"^pixel_up_proj\.", "postquant_pix."),
     (r"^semantic_up_proj\.", "postquant_sem."),
-    (r"^post_quantizer_block\.shortcut\.", "post_quant_conv.nin_shortcut."),
     (r"^post_quantizer_block\.", "post_quant_conv."),
     (r"^decoder\.conv_norm_out\.", "decoder.norm_out."),
     (r"^decoder\.mid_block\.resnets\.0\.", "decoder.mid.block_1."),
@@ -100,16 +119,16 @@ def _errors_of(where):
         raise ValueError(f"{where}: {error}") from error
 
 
-def official_key(key: str, num_levels: int) -> str:
+def official_key(key: str, num_levels: int, of_2025: bool = False) -> str:
     """
     The authors' name of a parameter of [`DualTokenVisionTokenizer`], codebooks excepted: theirs of
     `pixel_down_proj.attn.qkv.weight` is `prequant_pix.attn.qkv.weight`. They count the decoder's levels from the other
-    end.
+    end. `of_2025`: in the older layout.
     """
     level = re.match(r"^decoder\.up_blocks\.(\d+)\.", key)
     if level:
         key = f"decoder.up.{num_levels - 1 - int(level[1])}." + key[level.end() :]
-    for pattern, replacement in _RENAMES:
+    for pattern, replacement in _RENAMES + (_RENAMES_OF_2025 if of_2025 else []):
         key = re.sub(pattern, replacement, key)
     return key
 
@@ -148,6 +167,10 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     config_path = folder / "config.json"
     config = _official_fields(folder)
     siglip_path, towers = _siglip_towers(_siglip_path(folder, config), config_path)
+    projections = {}
+    if _is_of_2025(config):
+        projections = {"projection_type": "resnet", "semantic_projection": False}
+        config = _as_later_layout(config, towers["vision_config"], config_path)
     decoder = config["ddconfig"]
     levels = len(decoder["ch_mult"])
     sides = [decoder["resolution"] // 2 ** (levels - 1) * 2 ** (levels - 1 - level) for level in range(levels)]
@@ -159,7 +182,7 @@ def convert_official_config(folder: str | Path) -> DualTokenVisionTokenizerConfi
     given = {field: config[key] for key, field in keys.items() if config.get(key) is not None}
     try:
         return DualTokenVisionTokenizerConfig(
-            **{"shortcut_layer": None, **towers, **given},
+            **{"shortcut_layer": None, **towers, **given, **projections},
             **{field: decoder[key] for key, field in _DECODER_KEYS.items()},
             pixel_quantizer_config=_quantizer_config(config["vq_pix"]),
             semantic_quantizer_config=_quantizer_config(config["vq_sem"]),
@@ -185,13 +208,49 @@ def _official_fields(folder: Path) -> dict:
         raise ValueError(f"{config_path} is not in the authors' format: it has no key 'rqvaesiglip'.")
     config = outer["rqvaesiglip"]
     with _errors_of(config_path):
-        _check("rqvaesiglip", config, {**_MODEL_RULES, **dict.fromkeys(_PARTS)}, _OPTIONAL_RULES)
-        for name, rules in _PARTS.items():
-            _check(name, config[name], rules)
+        of_2025 = _is_of_2025(config)
+        if of_2025:  # with what its code takes for what is not given
+            config = {**_DEFAULTS_OF_2025, **{key: value for key, value in config.items() if value is not None}}
+        rules = _RULES_OF_2025 if of_2025 else {**_MODEL_RULES, **dict.fromkeys(_PARTS)}
+        _check("rqvaesiglip", config, rules, _OPTIONAL_RULES)
+        for name in ("ddconfig",) if of_2025 else _PARTS:
+            _check(name, config[name], _PARTS[name])
         path = config.get("pretrained_model")
         if path is not None and not (isinstance(path, str) and path.isprintable() and len(path) <= 4096):
             raise ValueError(f"`rqvaesiglip.pretrained_model` must be a folder or Hub id, got {shown(path)}.")
     return config
+
+
+def _is_of_2025(config: dict) -> bool:
+    """Whether `rqvaesiglip` holds a quantiser's keys itself, and none that came with quantisers of their own."""
+    keys = set(config) if isinstance(config, dict) else set()
+    own, later = {"embed_dim", "n_embed", "latent_shape", "code_shape"}, {*_MODEL_KEYS, "vq_sem", "vq_pix"}
+    return bool(keys & own) and not keys & later
+
+
+def _as_later_layout(config: dict, vision_config: SiglipVisionConfig, config_path: Path) -> dict:
+    """`rqvaesiglip` of the layout of 2025 under the later layout's keys."""
+    width, layers = vision_config.hidden_size, vision_config.num_hidden_layers
+    if layers < _PIXEL_LAYER_FROM_END:
+        raise ValueError(
+            f"{config_path}: a checkpoint of 2025 takes its pixel codes from layer {_PIXEL_LAYER_FROM_END} from the end, "
+            f"but its SigLIP has {layers} layers."
+        )
+    sizes = {"hidden_size": width, "embed_dim": width, "latent_shape": [*config["code_shape"][:2], width]}
+    for key, expected in sizes.items():
+        if config[key] != expected:
+            raise ValueError(
+                f"{config_path}: `rqvaesiglip.{key}` must be {expected} by `code_shape` and the width of its SigLIP, which "
+                f"semantic codes keep in a checkpoint of 2025, got {shown(config[key])}."
+            )
+    quantizer = {**config, "bottleneck_type": "rq"}
+    return {
+        **config,
+        "layer_recon": layers - _PIXEL_LAYER_FROM_END + 1,
+        "layer_sem": layers - _SEMANTIC_LAYER_FROM_END + 1,
+        "vq_pix": quantizer,
+        "vq_sem": quantizer,
+    }
 
 
 def _check(name: str, part, rules: dict, optional: dict | None = None) -> None:
@@ -265,22 +324,29 @@ def convert_official_state_dict(official: dict, model: DualTokenVisionTokenizer)
     unexpected or misshapen key, what is no dense tensor of finite real numbers, the copy of a shared codebook that
     differs, and a `zero_k_bias` that is not zero.
     """
-    num_levels = len(model.config.decoder_block_out_channels)
+    num_levels, of_2025 = len(model.config.decoder_block_out_channels), model.config.projection_type == "resnet"
     converted, problems = {}, [f"the key {shown(name)} is not a string" for name in official if type(name) is not str]
     remaining = {name: tensor for name, tensor in official.items() if type(name) is str}
     for key, tensor in model.state_dict().items():
         if ".codebook." in key:
             continue
-        given = _take(remaining, official_key(key, num_levels), official_view(key, tensor).shape, problems)
+        name = official_key(key, num_levels, of_2025)
+        given = _take(remaining, name, official_view(key, tensor).shape, problems)
         if given is not None:
             converted[key] = given.view_as(tensor)
     for kind in CODE_KINDS:
-        converted.update(_convert_codebooks(kind, remaining, model.quantizer(kind).config, problems))
+        converted.update(_convert_codebooks(kind, remaining, model.quantizer(kind).config, problems, of_2025))
     for name in list(remaining):
         if re.match(r"^(pre|post)quant_(pix|sem|shortcut)\.attn\.zero_k_bias$", name):
             tensor = _take(remaining, name, None, problems)
             if tensor is not None and tensor.any():
                 problems.append(f"'{name}' is not zero, but the projections' keys have no bias")
+    if of_2025:
+        # As in its code, which passes over what it does not know; but not over parts that would change the result.
+        foreign = [name for name in remaining if not name.startswith(_PARTS_OF_2025)]
+        if foreign:
+            logger.warning(f"Left out, since the vision tokenizer has no such parts: {shown(sorted(foreign))}.")
+        remaining = {name: tensor for name, tensor in remaining.items() if name.startswith(_PARTS_OF_2025)}
     problems += [f"unexpected '{name}'" for name in remaining]
     if problems:
         more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
@@ -317,15 +383,20 @@ def _fault(tensor) -> str | None:
     return None
 
 
-def _convert_codebooks(kind: str, remaining: dict, config: DualTokenQuantizerConfig, problems: list[str]) -> dict:
+def _convert_codebooks(
+    kind: str, remaining: dict, config: DualTokenQuantizerConfig, problems: list[str], of_2025: bool
+) -> dict:
     """The three `(books, K, ...)` buffers of a codebook."""
     converted = {}
     names = {"embeddings": "weight", "cluster_size": "cluster_size_ema", "embedding_sum": "embed_ema"}
+    prefix = official_key(f"quantizer_{kind[:3]}.", 0, of_2025)
+    if of_2025 and not any(name.startswith(prefix) and name.endswith("_ema") for name in remaining):
+        names = {"embeddings": "weight"}
     for our_name, name in names.items():
         # The authors' tables end in a padding row.
         rows = config.codebook_size + (name == "weight")
         shape = (rows,) if name == "cluster_size_ema" else (rows, config.code_dim)
-        keys = [f"quantizer_{kind[:3]}.codebooks.{depth}.{name}" for depth in range(config.num_depths)]
+        keys = [f"{prefix}codebooks.{depth}.{name}" for depth in range(config.num_depths)]
         depths = [_take(remaining, key, shape, problems) for key in keys]
         if any(tensor is None for tensor in depths):
             continue
@@ -338,6 +409,12 @@ def _convert_codebooks(kind: str, remaining: dict, config: DualTokenQuantizerCon
             ]
             depths = depths[:1]
         converted[f"{kind}_quantizer.codebook.{our_name}"] = torch.stack(depths)[:, : config.codebook_size]
+    if len(names) == 1 and converted:
+        # Without statistics: codes that stay for some 1 / (1 - decay) steps of further training before they restart.
+        (embeddings,) = converted.values()
+        sizes = torch.full(embeddings.shape[:2], 1 / (1 - config.ema_decay))
+        converted[f"{kind}_quantizer.codebook.cluster_size"] = sizes
+        converted[f"{kind}_quantizer.codebook.embedding_sum"] = embeddings * sizes[..., None]
     return converted
 
 

@@ -156,6 +156,27 @@ class DualTokenPostQuantizerBlock(nn.Module):
         return residual + self.conv2(F.silu(self.norm2(hidden_states)))
 
 
+class DualTokenResnetProjection(DualTokenPostQuantizerBlock):
+    """That block as a projection between the encoder's width and the codes', over the map of all positions."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(B, N, in_channels)` -> `(B, N, out_channels)`."""
+        side = math.isqrt(hidden_states.shape[1])
+        return super().forward(hidden_states.transpose(1, 2).unflatten(2, (side, side))).flatten(2).transpose(1, 2)
+
+
+def _build_projection(
+    config: DualTokenVisionTokenizerConfig, in_features: int, out_features: int, kind: str = "pixel"
+) -> nn.Module:
+    # CODEPATH: False in the authors' checkpoint of 2025, whose semantic codes are as wide as the encoder.
+    if kind == "semantic" and not config.semantic_projection:
+        return nn.Identity()
+    # CODEPATH: "resnet" in that checkpoint, "attention" in those of the paper's code.
+    if config.projection_type == "resnet":
+        return DualTokenResnetProjection(in_features, out_features, config.decoder_norm_num_groups)
+    return DualTokenAttentionProjection(in_features, out_features)
+
+
 class DualTokenVisionTokenizerPreTrainedModel(StrictLoadingMixin, PreTrainedModel):
     """Initialisation of the tokenizer's own modules; the SigLIP towers initialise themselves."""
 
@@ -240,15 +261,15 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
         attention[""] = config._attn_implementation
         self.siglip = SiglipModel._from_config(SiglipConfig(**towers, attn_implementation=attention))
         pixel, semantic = config.pixel_quantizer_config, config.semantic_quantizer_config
-        self.pixel_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
-        # CODEPATH: None in ablations without a shortcut; all published checkpoints have one.
+        self.pixel_down_proj = _build_projection(config, hidden_size, pixel.code_dim)
+        # CODEPATH: None in the authors' checkpoint of 2025 and in ablations without a shortcut.
         if config.shortcut_layer is not None:
-            self.shortcut_down_proj = DualTokenAttentionProjection(hidden_size, pixel.code_dim)
-        self.semantic_down_proj = DualTokenAttentionProjection(hidden_size, semantic.code_dim)
+            self.shortcut_down_proj = _build_projection(config, hidden_size, pixel.code_dim)
+        self.semantic_down_proj = _build_projection(config, hidden_size, semantic.code_dim, "semantic")
         self.pixel_quantizer = DualTokenResidualQuantizer(pixel)
         self.semantic_quantizer = DualTokenResidualQuantizer(semantic)
-        self.pixel_up_proj = DualTokenAttentionProjection(pixel.code_dim, hidden_size)
-        self.semantic_up_proj = DualTokenAttentionProjection(semantic.code_dim, hidden_size)
+        self.pixel_up_proj = _build_projection(config, pixel.code_dim, hidden_size)
+        self.semantic_up_proj = _build_projection(config, semantic.code_dim, hidden_size, "semantic")
         self.post_quantizer_block = DualTokenPostQuantizerBlock(
             hidden_size, config.decoder_in_channels, config.decoder_norm_num_groups
         )
@@ -261,6 +282,8 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
             layers_per_block=config.decoder_num_res_blocks,
             norm_num_groups=config.decoder_norm_num_groups,
         )
+        # Those that are there: FSDP refuses the names of others.
+        self._no_split_modules = [type(self.pixel_down_proj).__name__, "DualTokenResidualQuantizer"]
         self.post_init()
 
     @classmethod
@@ -449,7 +472,7 @@ class DualTokenVisionTokenizer(DualTokenVisionTokenizerPreTrainedModel):
     def _decode_quantized(self, pixel_quantized: torch.Tensor) -> torch.Tensor:
         """`(B, N, C)` -> `(B, 3, S', S')`."""
         grid, latent_size = self.config.grid_size, self.config.decoder_latent_size
-        features = self.pixel_up_proj(pixel_quantized.to(self.pixel_up_proj.proj.weight.dtype))
+        features = self.pixel_up_proj(pixel_quantized.to(self.post_quantizer_block.conv1.weight.dtype))
         latent = features.transpose(1, 2).unflatten(2, (grid, grid))
         if grid != latent_size:
             latent = F.interpolate(latent, size=(latent_size, latent_size), mode="bilinear", align_corners=False)

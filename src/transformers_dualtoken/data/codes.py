@@ -336,6 +336,7 @@ def tokenizer_fingerprint(
     settings = [vision_tokenizer.quantizer(kind).config.num_depths for kind in CODE_KINDS]
     settings += [getattr(config, name) for name in _TOKENIZER_SETTINGS]
     settings += [getattr(config.vision_config, name) for name in _ENCODER_SETTINGS]
+    settings += [config.decoder_norm_num_groups] if config.projection_type == "resnet" else []
     settings += [getattr(image_processor, name) for name in _IMAGE_SETTINGS]
     settings += [image_processor.fill_color] if image_processor.resize_mode == "pad" else []
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=dict).encode())  # `size` is no plain dict

@@ -142,11 +142,13 @@ def _encoder_flops(tokenizer: nn.Module) -> int:
     if config.shortcut_layer is not None:
         projections.append(tokenizer.shortcut_down_proj)
     weights = _size(vision_model.embeddings.patch_embedding)
-    weights += sum(_size(part) for p in (*layers, *projections) for part in p.modules() if isinstance(part, nn.Linear))
+    parts = [part for module in (*layers, *projections) for part in module.modules()]
+    weights += sum(_size(part) for part in parts if isinstance(part, (nn.Linear, nn.Conv2d)))
     for quantizer in (tokenizer.quantizer(kind).config for kind in CODE_KINDS):
         weights += quantizer.num_depths * quantizer.codebook_size * quantizer.code_dim
     widths = len(layers) * config.vision_config.hidden_size
-    widths += sum(projection.attn.num_heads * projection.attn.head_dim for projection in projections)
+    attentions = [projection.attn for projection in projections if hasattr(projection, "attn")]
+    widths += sum(attention.num_heads * attention.head_dim for attention in attentions)
     positions = config.grid_size**2
     return 2 * positions * weights + 2 * 2 * positions**2 * widths
 
