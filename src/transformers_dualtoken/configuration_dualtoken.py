@@ -281,9 +281,7 @@ class DualTokenVisionTokenizerConfig(_CheckedConfig):
         list_of(within(int, 0, 15), 0, 16).or_none(),
     ] = None
     decoder_num_res_blocks: Annotated[int, "a level has one more", within(int, 0, 1024)] = 2
-    decoder_norm_num_groups: Annotated[
-        int, "groups of the group norms, in the decoder and in projections of residual blocks", SIZE
-    ] = 32
+    decoder_norm_num_groups: Annotated[int, "groups of all group norms, the decoder's and the projections'", SIZE] = 32
     initializer_range: Annotated[float, "standard deviation of new projections and codebooks", STD] = 0.02
 
     def __post_init__(self, **kwargs):
