@@ -13,8 +13,15 @@ Without LPIPS and adversary: `--loss_weights '{"perceptual": 0, "generator": 0}'
 first argument; options after it count before the file's. Relative paths in it are looked for beside it and then in the
 working directory. examples/configs/ holds the paper's.
 
+The semantic codes may then learn from captions, against those of the other images of a batch on all GPUs; pixel codes
+and reconstructions stay as they are, bit for bit, and no teacher is needed:
+
+    python examples/run_tokenizer.py --stage contrastive --model_name_or_path tokenizer --train_dataset 'pairs/*.tar' \\
+        --caption_column txt --output_dir tokenizer-contrastive --max_steps 5000 --per_device_train_batch_size 128 --bf16
+
 Images: a folder, parquet files, webdataset shards, or a data set of the Hub; with `--streaming` they are read while
-training. A run that was stopped goes on from its last checkpoint when started again with the same command; SIGTERM makes
+training. Captions: a column of them, of a folder of images in its `metadata.jsonl`, of a webdataset a key such as `txt`
+or a field of its `json`. A run that was stopped goes on from its last checkpoint when started again with the same command; SIGTERM makes
 it save one after the step at hand and exit with status 0.
 """
 
@@ -37,6 +44,7 @@ from transformers_dualtoken import (
 )
 from transformers_dualtoken.checkpoints import checkpoint_errors
 from transformers_dualtoken.convert import is_official_folder, load_vision_tokenizer, official_siglip_path
+from transformers_dualtoken.evaluation.zero_shot import text_tokenizer
 from transformers_dualtoken.recipe_files import parse_settings, run_script
 from transformers_dualtoken.remote_code import carry_code
 from transformers_dualtoken.training import (
@@ -58,7 +66,10 @@ from transformers_dualtoken.training.checkpoints import step_of
 class ModelArguments:
     siglip_model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "SigLIP or SigLIP 2 checkpoint: the frozen teacher, and the start of a new encoder"},
+        metadata={
+            "help": "SigLIP or SigLIP 2 checkpoint: the frozen teacher, which --stage contrastive does without, and the "
+            "start of a new encoder"
+        },
     )
     model_name_or_path: str | None = field(
         default=None,
@@ -86,6 +97,9 @@ class DataArguments:
     eval_dataset: str | None = field(default=None, metadata={"help": "like --train_dataset, for the evaluation"})
     eval_split: str = field(default="validation")
     image_column: str = field(default="image")
+    caption_column: str | None = field(
+        default=None, metadata={"help": "column of captions, a text or a list of texts, for --stage contrastive"}
+    )
     streaming: bool = field(default=False, metadata={"help": "read the training images while training"})
     shuffle_buffer_size: int = field(default=1000, metadata={"help": "images that a stream shuffles at a time"})
     crop_scale: list[float] = field(
@@ -96,13 +110,13 @@ class DataArguments:
 
 
 def load_model(
-    arguments: ModelArguments,
-) -> tuple[DualTokenVisionTokenizer, SiglipVisionModel, DualTokenVisionTokenizerProcessor]:
-    """The tokenizer to train, its teacher, and the processor that is saved with it."""
+    arguments: ModelArguments, needs_teacher: bool = True
+) -> tuple[DualTokenVisionTokenizer, SiglipVisionModel | None, DualTokenVisionTokenizerProcessor]:
+    """The tokenizer to train, its teacher if one is needed, and the processor that is saved with it."""
     start, siglip = arguments.model_name_or_path, arguments.siglip_model_name_or_path
     if siglip is None and start is not None and is_official_folder(start):
         siglip = official_siglip_path(start)
-    if siglip is None:
+    if siglip is None and (needs_teacher or start is None):
         raise ValueError("The frozen teacher is missing: give --siglip_model_name_or_path, a SigLIP checkpoint.")
     if start is not None and arguments.config_overrides is not None:
         raise ValueError("--config_overrides is for a new model; --model_name_or_path brings its own config.")
@@ -112,6 +126,20 @@ def load_model(
         )
     else:
         model = load_vision_tokenizer(start)
+    teacher = load_teacher(siglip, model, start) if needs_teacher else None
+    size, text_path = model.config.image_size, start if siglip is None else siglip
+    with checkpoint_errors(text_path):
+        tokenizer = AutoTokenizer.from_pretrained(text_path)
+    processor = DualTokenVisionTokenizerProcessor(
+        DualTokenImageProcessorPil(size={"height": size, "width": size}),
+        tokenizer,
+        text_length=model.config.text_config.max_position_embeddings,
+    )
+    carry_code(model, processor)
+    return model, teacher, processor
+
+
+def load_teacher(siglip: str, model: DualTokenVisionTokenizer, start: str | None) -> SiglipVisionModel:
     with checkpoint_errors(siglip):
         teacher = SiglipModel.from_pretrained(siglip, dtype=torch.float32).vision_model
     for name in ("hidden_size", "image_size", "patch_size", "num_hidden_layers"):
@@ -121,25 +149,27 @@ def load_model(
                 f"The tokenizer {start!r} does not fit its teacher {siglip!r}: {name} is {ours} in the one and "
                 f"{theirs} in the other. Give the SigLIP checkpoint that it was built on."
             )
-    size = model.config.image_size
-    processor = DualTokenVisionTokenizerProcessor(
-        DualTokenImageProcessorPil(size={"height": size, "width": size}),
-        AutoTokenizer.from_pretrained(siglip),
-        text_length=model.config.text_config.max_position_embeddings,
-    )
-    carry_code(model, processor)
-    return model, teacher, processor
+    return teacher
 
 
-def load_train_images(data: DataArguments, image_processor, training: TrainingArguments):
+def caption_settings(data: DataArguments, processor: DualTokenVisionTokenizerProcessor) -> dict:
+    """How a data set makes `input_ids` of captions, where there are any."""
+    tokenize = text_tokenizer(processor.tokenizer, processor.text_length)
+    return {} if data.caption_column is None else {"caption_column": data.caption_column, "tokenize": tokenize}
+
+
+def load_train_images(data: DataArguments, processor, training: TrainingArguments):
+    image_processor, captions = processor.image_processor, caption_settings(data, processor)
     images = load_image_dataset(
         data.train_dataset,
         name=data.dataset_config_name,
         split=data.train_split,
         streaming=data.streaming,
         image_column=data.image_column,
+        keep_columns=filter(None, [data.caption_column]),
     )
     settings = {"image_column": data.image_column, "crop_scale": tuple(data.crop_scale), "seed": training.seed}
+    settings |= captions
     if data.streaming:
         if data.max_train_samples is not None:
             images = images.take(data.max_train_samples)
@@ -154,16 +184,19 @@ def load_train_images(data: DataArguments, image_processor, training: TrainingAr
     return DualTokenImageDataset(_first(images, data.max_train_samples), image_processor, **settings)
 
 
-def load_eval_images(data: DataArguments, image_processor):
+def load_eval_images(data: DataArguments, processor):
     if data.eval_dataset is None:
         return None
     images = load_image_dataset(
-        data.eval_dataset, name=data.dataset_config_name, split=data.eval_split, image_column=data.image_column
+        data.eval_dataset,
+        name=data.dataset_config_name,
+        split=data.eval_split,
+        image_column=data.image_column,
+        keep_columns=filter(None, [data.caption_column]),
     )
     images = _first(images, data.max_eval_samples)
-    return DualTokenImageDataset(
-        images, image_processor, image_column=data.image_column, crop_scale=(1, 1), reducing_gap=None
-    )
+    settings = {"image_column": data.image_column, **caption_settings(data, processor)}
+    return DualTokenImageDataset(images, processor.image_processor, crop_scale=(1, 1), reducing_gap=None, **settings)
 
 
 def _first(images, count: int | None):
@@ -177,18 +210,20 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
     )
     if data_arguments.streaming and training_arguments.max_steps < 1:
         raise ValueError("A stream has no length, so --streaming needs --max_steps.")
+    if recipe.is_contrastive != (data_arguments.caption_column is not None):
+        raise ValueError("--caption_column names the captions of --stage contrastive: give both or neither.")
     if training_arguments.cpu_threads is not None:
         print(use_cpu_threads(training_arguments.cpu_threads))
     set_seed(training_arguments.seed)
 
-    model, teacher, processor = load_model(model_arguments)
+    model, teacher, processor = load_model(model_arguments, bool(recipe.teacher_terms))
     trainer = DualTokenVisionTokenizerTrainer(
         model=model,
         args=training_arguments,
         teacher=teacher,
         recipe=recipe,
-        train_dataset=load_train_images(data_arguments, processor.image_processor, training_arguments),
-        eval_dataset=load_eval_images(data_arguments, processor.image_processor),
+        train_dataset=load_train_images(data_arguments, processor, training_arguments),
+        eval_dataset=load_eval_images(data_arguments, processor),
         data_collator=collate_images,
         processing_class=processor,
         callbacks=callbacks,

@@ -224,7 +224,7 @@ def test_vectors_are_not_decayed(siglip_folder, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stage": 3}, "`stage` must be one of 0, 1, 2, got 3"),
+        ({"stage": 3}, "`stage` must be one of 0, 1, 2, 'contrastive', got 3"),
         ({"loss_weights": {"perceptul": 1}}, "No such loss terms: perceptul; there are semantic_mse"),
         (
             {"loss_weights": {"generator": -1}},

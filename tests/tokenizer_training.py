@@ -46,6 +46,12 @@ def pixel_items(count=4) -> FixedItems:
     return FixedItems([{"pixel_values": value, "num_skipped": 0} for value in values])
 
 
+def caption_items(count=4) -> FixedItems:
+    """`pixel_items` with captions of eight ids, all different."""
+    ids = torch.randint(3, 64, (count, 8), generator=torch.Generator().manual_seed(6))
+    return FixedItems([{**item, "input_ids": ids[index]} for index, item in enumerate(pixel_items(count).items)])
+
+
 class SquaredDistance(torch.nn.Module):
     """In the place of LPIPS: a distance per image that is not the squared error's mean."""
 

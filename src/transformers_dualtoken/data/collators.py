@@ -7,8 +7,8 @@ from ..field_rules import at_least
 
 def collate_images(samples: list[dict]) -> dict:
     """
-    A batch of samples: `pixel_values` `(B, 3, S, S)`, `num_skipped` `(1,)`, their sum, and of a stream
-    `stream_position`, where it is after the last of them.
+    A batch of samples: `pixel_values` `(B, 3, S, S)`, with captions `input_ids` `(B, L)`, `num_skipped` `(1,)`, their sum,
+    and of a stream `stream_position`, where it is after the last of them.
     """
     if not samples:
         raise ValueError("A batch must have at least one sample, got none.")
@@ -16,6 +16,8 @@ def collate_images(samples: list[dict]) -> dict:
         "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
         "num_skipped": torch.tensor([sum(sample["num_skipped"] for sample in samples)]),
     }
+    if "input_ids" in samples[0]:
+        batch["input_ids"] = torch.stack([sample["input_ids"] for sample in samples])
     if "stream_position" in samples[-1]:
         batch["stream_position"] = samples[-1]["stream_position"]
     return batch

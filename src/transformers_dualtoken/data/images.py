@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import math
 import os
 import random
@@ -20,7 +21,7 @@ from transformers.utils import logging
 from ..field_rules import at_least
 from ..image_reading import read_image
 from . import files
-from .samples import MAX_SKIPPED_IN_A_ROW
+from .samples import MAX_SKIPPED_IN_A_ROW, BadSampleError
 
 
 logger = logging.get_logger(__name__)
@@ -55,8 +56,8 @@ def load_image_dataset(
             any key that is an image's ending counts, unless the samples have this key.
         keep_columns (`Iterable[str]`, *optional*): columns to leave beside the images, such as labels and captions. A
             folder of images has those of its `metadata.jsonl` (or `.csv`, `.parquet`) or, without one, `"label"`, the
-            subfolder. A webdataset has its keys: integers where they are called `cls` or `index`, else text, and
-            `None` where a sample lacks one.
+            subfolder. A webdataset has its keys and the fields of its `json`: integers where they are called `cls` or
+            `index`, else text, and `None` where a sample lacks one.
 
     Returns:
         `datasets.Dataset`, or with `streaming` `datasets.IterableDataset`, with the column `image_column` of
@@ -215,7 +216,9 @@ def _image_keys(keys: list[str], image_column: str) -> list[str]:
 
 def _tar_rows(shards: list[str], image_column: str, keep: tuple[str, ...]) -> Iterator[dict]:
     for path in shards:
-        for sample, keys, read in files.read_tar(path, lambda keys: [*_image_keys(keys, image_column), *keep]):
+        for sample, keys, read in files.read_tar(
+            path, lambda keys: [*_image_keys(keys, image_column), *keep, *["json"] * (not {*keep} <= {*keys})]
+        ):
             images, contents = _image_keys(keys, image_column), dict(read)
             # What has no image, or several, is counted as an image that cannot be read.
             image = {"bytes": b"", "path": f"{path}/{sample}"}
@@ -223,14 +226,24 @@ def _tar_rows(shards: list[str], image_column: str, keep: tuple[str, ...]) -> It
                 image = {"bytes": contents[images[0]], "path": f"{path}/{sample}.{images[0]}"}
             elif images:
                 logger.warning_once(f"{path}/{sample} has the images {sorted(images)}; `image_column` may say which.")
-            row = {image_column: image}
+            row, fields = {image_column: image}, _json_fields(contents, keep)
             for key in keep:
-                text = contents[key].decode("utf-8", "replace") if key in contents else None
+                text = contents[key].decode("utf-8", "replace") if key in contents else fields.get(key)
                 try:
                     row[key] = int(text) if text is not None and key in _INTEGER_KEYS else text
                 except ValueError as error:
                     raise ValueError(f"{path}/{sample}.{key} must hold an integer, got {text!r:.100}.") from error
             yield row
+
+
+def _json_fields(contents: dict[str, bytes], keep: tuple[str, ...]) -> dict[str, str]:
+    """What a sample's `json` says of columns that have no file of their own, as text; nothing if it is damaged."""
+    try:
+        fields = json.loads(contents.get("json", b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    fields = fields if isinstance(fields, dict) else {}
+    return {key: str(fields[key]) for key in keep if isinstance(fields.get(key), (str, int))}
 
 
 def _inspect_parquet(path: str, image_column: str, keep: tuple[str, ...]) -> tuple[datasets.Features, int]:
@@ -295,6 +308,22 @@ class ImagePreparation:
             box = self.random_box(image.size, random.Random(seed))
         image = self._crop(image, box)
         return self.image_processor(images=image, return_tensors="pt").pixel_values[0]
+
+    def sample(self, row: dict, image_column: str, seed: str, caption_column=None, tokenize=None) -> dict:
+        """
+        `pixel_values` of a row and, with a column of captions, `input_ids` `(L,)` of one of the row's, as `tokenize` makes
+        them `(texts, L)` of texts. Raises [`UnreadableImageError`], and [`BadSampleError`] without a caption.
+        """
+        if caption_column is None:
+            return {"pixel_values": self(row[image_column], seed)}
+        captions = row[caption_column]
+        captions = [captions] if isinstance(captions, str) else list(captions or ())
+        if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+            raise BadSampleError(
+                f"its {caption_column!r} must be a caption or several, got {row[caption_column]!r:.100}"
+            )
+        caption = random.Random(f"{seed}/caption").choice(captions)
+        return {"pixel_values": self(row[image_column], seed), "input_ids": tokenize([caption])[0]}
 
     def random_box(self, size: tuple[int, int], rng: random.Random) -> tuple[float, float, float, float]:
         """Left, top, right and bottom of a crop of an image of `size` (width, height), in fractions of pixels."""

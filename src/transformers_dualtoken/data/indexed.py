@@ -75,13 +75,16 @@ class _EpochDataset(Dataset):
 
 class DualTokenImageDataset(_EpochDataset):
     """
-    Images of a `datasets` table as `pixel_values` `(3, S, S)`, float32, augmented as by [`ImagePreparation`].
+    Images of a `datasets` table as `pixel_values` `(3, S, S)`, float32, augmented as by [`ImagePreparation`], and
+    captions as `input_ids` `(L,)`.
 
     Args:
         dataset (`datasets.Dataset`): with a column of images, decoded or not.
         image_processor, crop_scale, reducing_gap: see [`ImagePreparation`]; for evaluation `(1, 1)` and `None`.
         image_column (`str`, defaults to `"image"`).
         seed (`int`, defaults to 0).
+        caption_column (`str`, *optional*): column of texts, or of lists of texts, one of which is drawn.
+        tokenize (`Callable`, *optional*): texts -> ids `(T, L)`; with `caption_column`.
 
     Raises:
         ValueError: for a data set without rows, a column that is missing and settings out of range; by `[]`, if none
@@ -89,17 +92,25 @@ class DualTokenImageDataset(_EpochDataset):
     """
 
     noun = "image"
-    passed_over = (UnreadableImageError,)
+    passed_over = (UnreadableImageError, BadSampleError)
 
     def __init__(
-        self, dataset, image_processor, image_column="image", crop_scale=(0.9, 1.0), seed=0, reducing_gap=2.0
+        self,
+        dataset,
+        image_processor,
+        image_column="image",
+        crop_scale=(0.9, 1.0),
+        seed=0,
+        reducing_gap=2.0,
+        caption_column=None,
+        tokenize=None,
     ):
         super().__init__(seed)
         if not len(dataset):
             raise ValueError("The data set holds no images.")
-        self.dataset = undecoded(dataset, image_column)
+        self.dataset = undecoded(dataset, image_column, filter(None, [caption_column]))
         self.prepare = ImagePreparation(image_processor, crop_scale, reducing_gap)
-        self.image_column = image_column
+        self.image_column, self.captions = image_column, (caption_column, tokenize)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -108,7 +119,7 @@ class DualTokenImageDataset(_EpochDataset):
         return place
 
     def _sample(self, item: int, key: str) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.prepare(self.dataset[item][self.image_column], key)}
+        return self.prepare.sample(self.dataset[item], self.image_column, key, *self.captions)
 
     def _name(self, item: int) -> str:
         return image_name(self.dataset[item][self.image_column]) or f"number {item} of the data set"

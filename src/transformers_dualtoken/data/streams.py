@@ -211,26 +211,35 @@ class StreamProgress:
 
 class DualTokenImageStream(SampleStream):
     """
-    Images of a streamed `datasets` data set as `pixel_values` `(3, S, S)`, float32, augmented.
+    Images of a streamed `datasets` data set as `pixel_values` `(3, S, S)`, float32, augmented, and captions as `input_ids`.
 
     Args:
         dataset (`datasets.IterableDataset`): with a column of images.
-        image_processor, image_column, crop_scale, reducing_gap: see [`DualTokenImageDataset`].
+        image_processor, image_column, crop_scale, reducing_gap, caption_column, tokenize: see
+            [`DualTokenImageDataset`].
         kwargs: of [`SampleStream`].
     """
 
     noun = "image"
-    passed_over = (UnreadableImageError,)
+    passed_over = (UnreadableImageError, BadSampleError)
 
     def __init__(
-        self, dataset, image_processor, image_column="image", crop_scale=(0.9, 1.0), reducing_gap=2.0, **kwargs
+        self,
+        dataset,
+        image_processor,
+        image_column="image",
+        crop_scale=(0.9, 1.0),
+        reducing_gap=2.0,
+        caption_column=None,
+        tokenize=None,
+        **kwargs,
     ):
-        super().__init__([undecoded(dataset, image_column)], **kwargs)
+        super().__init__([undecoded(dataset, image_column, filter(None, [caption_column]))], **kwargs)
         self.image_preparation = ImagePreparation(image_processor, crop_scale, reducing_gap)
-        self.image_column = image_column
+        self.image_column, self.captions = image_column, (caption_column, tokenize)
 
     def prepare(self, source: int, row: dict, key: str) -> dict:
-        return {"pixel_values": self.image_preparation(row[self.image_column], key)}
+        return self.image_preparation.sample(row, self.image_column, key, *self.captions)
 
     def row_name(self, source: int, row: dict) -> str | None:
         return image_name(row[self.image_column])

@@ -2,32 +2,38 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch import nn
 
 from ...field_rules import Rule, at_least, is_number, one_of, within
 from ...modeling_vision_tokenizer import DualTokenVisionTokenizer
 from ..arguments import json_object
+from .contrastive import CONTRASTIVE_LOSSES
 from .discriminator import DISCRIMINATOR_LOSSES
 
 
-# The terms of the loss by their logged names: what each looks at, and its weight in the stages 0, 1 and 2 (code;
-# lambda_sem = 1 in all of them). Those of `image` look at the reconstructed image, where their gradients meet.
-# `discriminator` is the weight of the discriminator's own loss after the first epoch, in which it is 1; that loss is no
-# part of the total.
+_STAGES = (0, 1, 2, "contrastive")
+# The terms of the loss by their logged names: what each looks at, and its weight in every stage (0 to 2: code, with
+# lambda_sem = 1 in all of them; the paper names the contrastive one without numbers). Those of `image` look at the
+# reconstructed image, where their gradients meet. `discriminator` is the weight of the discriminator's own loss after
+# the first epoch, in which it is 1; that loss is no part of the total.
 _TERMS = {
-    "semantic_mse": ("semantic_features", 0.0, 5.0, 0.0),
-    "semantic_cosine": ("semantic_features", 0.0, 5.0, 1.0),
-    "pooler_mse": ("pooler", 5.0, 1.0, 5.0),
-    "pooler_cosine": ("pooler", 5.0, 1.0, 5.0),
-    "semantic_commitment": ("semantic_codes", 5.0, 5.0, 5.0),
-    "reconstruction_mse": ("image", 5.0, 5.0, 0.0),
-    "perceptual": ("image", 1.0, 1.0, 0.0),
-    "generator": ("image", 0.0, 0.75, 0.0),
-    "pixel_commitment": ("pixel_codes", 5.0, 5.0, 0.0),
-    "discriminator": ("discriminator", 0.75, 0.75, 0.75),
+    "semantic_mse": ("semantic_features", 0.0, 5.0, 0.0, 0.0),
+    "semantic_cosine": ("semantic_features", 0.0, 5.0, 1.0, 0.0),
+    "pooler_mse": ("pooler", 5.0, 1.0, 5.0, 0.0),
+    "pooler_cosine": ("pooler", 5.0, 1.0, 5.0, 0.0),
+    "contrastive": ("captions", 0.0, 0.0, 0.0, 1.0),
+    "semantic_commitment": ("semantic_codes", 5.0, 5.0, 5.0, 5.0),
+    "reconstruction_mse": ("image", 5.0, 5.0, 0.0, 0.0),
+    "perceptual": ("image", 1.0, 1.0, 0.0, 0.0),
+    "generator": ("image", 0.0, 0.75, 0.0, 0.0),
+    "pixel_commitment": ("pixel_codes", 5.0, 5.0, 0.0, 0.0),
+    "discriminator": ("discriminator", 0.75, 0.75, 0.75, 0.75),
 }
-STAGE_LOSS_WEIGHTS = {stage: {name: weights[stage] for name, (_, *weights) in _TERMS.items()} for stage in (0, 1, 2)}
+STAGE_LOSS_WEIGHTS = {
+    stage: {name: weights[column] for name, (_, *weights) in _TERMS.items()} for column, stage in enumerate(_STAGES)
+}
 
 # What fields must be, where they are not None.
 _RULES = {
@@ -36,6 +42,7 @@ _RULES = {
     "discriminator_end_learning_rate": at_least(0),
     "discriminator_learning_rate": Rule("above 0", is_number, lambda rate: rate > 0),
     "weight_average_decay": Rule("above 0 and below 1", is_number, lambda decay: 0 < decay < 1),
+    "contrastive_loss": one_of(*CONTRASTIVE_LOSSES),
     "discriminator_loss": one_of(*DISCRIMINATOR_LOSSES),
 }
 
@@ -52,16 +59,17 @@ class DualTokenVisionTokenizerRecipe:
     The defaults are the authors' code; None stands for what depends on the length of an epoch.
     """
 
-    stage: int = _option(
+    stage: Literal[_STAGES] = _option(
         1,
         "0: what is new, and the layers above the semantic one; 1: everything but the text tower; 2: the semantic branch "
-        "alone, what makes pixel codes and images stands still",
+        "alone, what makes pixel codes and images stands still; contrastive: the same branch, on images and captions",
     )
     loss_weights: dict | str | None = _option(
         None,
         "changes to the stage's loss weights, a JSON object or the path of one, such as "
         '{"perceptual": 0, "generator": 0}; a term of weight 0 is not computed',
     )
+    contrastive_loss: str = _option("sigmoid", "sigmoid (SigLIP's) or softmax (CLIP's), of the term `contrastive`")
     perceptual_net: str = _option("vgg", "network of the perceptual term: vgg or alex")
     perceptual_weights: str | None = _option(None, "file of that network's torchvision weights, instead of a download")
     steps_per_epoch: int | None = _option(
@@ -88,7 +96,7 @@ class DualTokenVisionTokenizerRecipe:
     grid_images: int = _option(8, "how many images those pictures show")
 
     def __post_init__(self):
-        one_of(*STAGE_LOSS_WEIGHTS).check("stage", self.stage)
+        one_of(*_STAGES).check("stage", self.stage)
         for name, rule in _RULES.items():
             rule.check_given(**{name: getattr(self, name)})
         given = json_object(self.loss_weights, "loss_weights")
@@ -116,7 +124,15 @@ class DualTokenVisionTokenizerRecipe:
 
     @property
     def semantic_terms(self) -> list[str]:
-        return self._with_weight("semantic_features", "pooler", "semantic_codes")
+        return [*self.teacher_terms, *self._with_weight("captions", "semantic_codes")]
+
+    @property
+    def teacher_terms(self) -> list[str]:
+        return self._with_weight("semantic_features", "pooler")
+
+    @property
+    def is_contrastive(self) -> bool:
+        return self.loss_weights["contrastive"] > 0
 
     @property
     def feature_terms(self) -> list[str]:
@@ -140,33 +156,38 @@ class DualTokenVisionTokenizerRecipe:
         """
         Hold still what the stage does not train, and what no term reaches.
 
-        The text tower and the logit scale and bias always, so that text stays aligned. Stage 0: the encoder up to the
-        semantic layer. Stage 2: everything that makes the pixel codes and the image. (The authors' code freezes the
-        layers up to the shortcut's only, which would move the pixel codes under a frozen decoder.) Whatever was held
-        still before moves again.
+        The text tower always, so that text stays aligned, and the logit scale and bias unless the contrastive loss
+        takes them. Stage 0: the encoder up to the semantic layer. Stages 2 and contrastive: everything that makes the
+        pixel codes and the image. (The authors' code freezes the layers up to the shortcut's only, which would move the
+        pixel codes under a frozen decoder.) Whatever was held still before moves again.
         """
         model.requires_grad_(True)
         config, siglip = model.config, model.siglip
         vision = siglip.vision_model
         layers = vision.encoder.layers
         pixel_depth = max(config.pixel_layer, config.shortcut_layer or 0)
-        still: list[nn.Module | nn.Parameter] = [siglip.text_model, siglip.logit_scale, siglip.logit_bias]
+        still: list[nn.Module | nn.Parameter] = [siglip.text_model]
+        if not self.is_contrastive:
+            still.append(siglip.logit_scale)
+        if not self.is_contrastive or self.contrastive_loss == "softmax":  # to which a bias makes no difference
+            still.append(siglip.logit_bias)
+        is_semantic_only = self.stage in (2, "contrastive")
         if self.stage == 0:
             still += [vision.embeddings, *layers[: config.semantic_layer]]
-        if self.stage == 2:
+        if is_semantic_only:
             still += [vision.embeddings, *layers[:pixel_depth]]
-        if self.stage == 2 or "pixel" not in self.codes:
+        if is_semantic_only or "pixel" not in self.codes:
             still.append(model.pixel_down_proj)
             if config.shortcut_layer is not None:
                 still.append(model.shortcut_down_proj)
-        if self.stage == 2 or not self._with_weight("image"):
+        if is_semantic_only or not self._with_weight("image"):
             still += [model.pixel_up_proj, model.post_quantizer_block, model.decoder]
         if "semantic" not in self.codes:
             still += [model.semantic_down_proj, *layers[pixel_depth:]]
-        if not self._with_weight("pooler"):
+        if not self._with_weight("pooler", "captions"):
             still += [*layers[config.semantic_layer :], vision.post_layernorm, vision.head]
             if not self._with_weight("semantic_features"):
                 still.append(model.semantic_up_proj)
         for part in still:
             part.requires_grad_(False)
-        model.pixel_quantizer.frozen = self.stage == 2
+        model.pixel_quantizer.frozen = is_semantic_only

@@ -14,6 +14,7 @@ from ..arguments import DualTokenVisionTokenizerTrainingArguments
 from ..base_trainer import DualTokenBaseTrainer
 from .adversary import Adversary, adaptive_weight
 from .callbacks import ReconstructionGridCallback, WeightAverage
+from .contrastive import contrastive_loss
 from .recipe import DualTokenVisionTokenizerRecipe
 
 
@@ -39,10 +40,12 @@ class _KnownGradient(torch.autograd.Function):
 
 class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
     """
-    `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`, for the three stages of the paper's recipe.
+    `Trainer` for [`DualTokenVisionTokenizer`] on batches of `pixel_values`, for the three stages of the paper's recipe,
+    and of `pixel_values` and `input_ids`, a caption of each image, for the contrastive one.
 
-    The semantic branch is held to a frozen teacher, the vision tower training started from; the pixel branch to the
-    image, by squared error, LPIPS and a discriminator that is trained beside it, and is part of checkpoints.
+    The semantic branch is held to a frozen teacher, the vision tower training started from, or to the captions, of which
+    those of all ranks are compared, and of this step of accumulation only; the pixel branch to the image, by squared
+    error, LPIPS and a discriminator that is trained beside it, and is part of checkpoints.
 
     Args:
         teacher (`SiglipVisionModel`, *optional*): needed where a term of the loss compares with it.
@@ -65,7 +68,7 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         self.model_accepts_loss_kwargs = False
         self.recipe.freeze(self.model)
         self.loss_weights = self.recipe.loss_weights
-        terms = ", ".join(self.recipe.semantic_terms)
+        terms = ", ".join(self.recipe.teacher_terms)
         if teacher is None and terms:
             raise ValueError(f"The terms {terms} compare with a teacher, but `teacher` is None.")
         self.teacher = None if teacher is None else teacher.requires_grad_(False).eval().to(self.args.device)
@@ -137,18 +140,26 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
             return pixel_values
         return F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False)
 
-    def feature_terms(self, output, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def feature_terms(self, output, pixel_values: torch.Tensor, input_ids=None) -> dict[str, torch.Tensor]:
         """The terms that do not look at the reconstructed image, before weighting, by their logged names."""
         terms = {}
-        if self.recipe.semantic_terms:
+        if self.recipe.teacher_terms:
             hidden, pooled = self.teacher_features(pixel_values, self.model.config.semantic_layer)
             terms = {
                 "semantic_mse": F.mse_loss(output.semantic_features, hidden),
                 "semantic_cosine": -F.cosine_similarity(output.semantic_features, hidden, dim=-1).mean(),
                 "pooler_mse": F.mse_loss(output.pooler_output, pooled),
                 "pooler_cosine": -F.cosine_similarity(output.pooler_output, pooled, dim=-1).mean(),
-                "semantic_commitment": output.semantic_commitment_loss,
             }
+        if self.recipe.is_contrastive:
+            siglip, kind = self.model.siglip, self.recipe.contrastive_loss
+            pairs = output.image_embeds, output.text_embeds, input_ids
+            # Of an evaluation the ranks have different numbers of batches.
+            terms["contrastive"] = contrastive_loss(
+                *pairs, siglip.logit_scale, siglip.logit_bias, kind, gather=self.model.training
+            )
+        if self.recipe.semantic_terms:
+            terms["semantic_commitment"] = output.semantic_commitment_loss
         if self.recipe.pixel_terms:
             terms["pixel_commitment"] = output.pixel_commitment_loss
         # A term that has a weight and is not computed is an error, not left out.
@@ -197,11 +208,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return _KnownGradient.apply(reconstruction, gradient, value), terms
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pixel_values = inputs["pixel_values"]
+        pixel_values, input_ids = inputs["pixel_values"], inputs.get("input_ids")
+        if self.recipe.is_contrastive and input_ids is None:
+            raise ValueError("The term contrastive needs captions: give the data set a `caption_column`.")
         training = model.training
         adversarial = training and self.adversary is not None and self.adversary.begin_step(self.state.global_step)
-        output = model(pixel_values=pixel_values, codes=self.recipe.codes)
-        terms = self.feature_terms(output, pixel_values)
+        # With the similarities, for DDP looks in the output for the parameters that take part, scale and bias among them.
+        output = model(pixel_values=pixel_values, input_ids=input_ids, codes=self.recipe.codes)
+        terms = self.feature_terms(output, pixel_values, input_ids)
         loss = sum(self.loss_weights[name] * term for name, term in terms.items())
         if self.recipe.image_terms(adversarial=True):
             target = self.target_images(pixel_values)
@@ -221,11 +235,16 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
                 usage.update(output[f"{kind}_codes"])
         return (loss, output) if return_outputs else loss
 
+    def _model_inputs(self, inputs: dict) -> dict:
+        """The images of a batch, and their captions where they are looked at, on the device."""
+        names = ("pixel_values", *["input_ids"] * self.recipe.is_contrastive)
+        return {name: inputs[name].to(self.args.device) for name in names if name in inputs}
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.note_batch(inputs, len(inputs["pixel_values"]))
         if self._grid is not None:
             self._grid.choose_images(inputs["pixel_values"])
-        loss = super().training_step(model, {"pixel_values": inputs["pixel_values"]}, num_items_in_batch)
+        loss = super().training_step(model, self._model_inputs(inputs), num_items_in_batch)
         # Without the graph, which would else live until the next step.
         terms, self._terms = {name: term.detach() for name, term in self._terms.items()}, {}
         if self._adversary_images is not None:
@@ -314,11 +333,11 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         count, sums = torch.zeros((), device=self.args.device), {}
         with self._weights_to_keep(), self.accelerator.autocast():
             for inputs in itertools.islice(dataloader, dataloader.num_counted_batches):
-                pixel_values = inputs["pixel_values"].to(self.args.device)
-                loss = self.compute_loss(self.model, {"pixel_values": pixel_values})
+                inputs = self._model_inputs(inputs)
+                loss = self.compute_loss(self.model, inputs)
                 for name, term in {"loss": loss, **self._terms}.items():
-                    sums[name] = sums.get(name, 0.0) + term.float() * len(pixel_values)
-                count += len(pixel_values)
+                    sums[name] = sums.get(name, 0.0) + term.float() * len(inputs["pixel_values"])
+                count += len(inputs["pixel_values"])
                 self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         self.model.train(was_training)
         names = ["loss", *self.recipe.semantic_terms, *self.recipe.pixel_terms]
@@ -329,11 +348,14 @@ class DualTokenVisionTokenizerTrainer(DualTokenBaseTrainer):
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=int(count))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the codebooks' use since the last log."""
+        """Add the codebooks' use since the last log, and the trained logit scale and bias."""
         if "loss" in logs and self._num_seen:
             for kind, usage in self._codebook_usage.items():
                 logs |= {f"{kind}_codebook_{name}": value for name, value in usage.reduce().compute().items()}
                 usage.reset()
+            if self.recipe.is_contrastive:
+                siglip = self.model.siglip
+                logs |= {"logit_scale": siglip.logit_scale.exp().item(), "logit_bias": siglip.logit_bias.item()}
             if self.adversary is not None:
                 logs["discriminator_learning_rate"] = self.adversary.optimizer.param_groups[0]["lr"]
         super().log(logs, *args, **kwargs)
