@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_models import tiny_tokenizer_config
+from tiny_models import tiny_tokenizer_config, tiny_unified_config
 from transformers import HfArgumentParser
 
 from transformers_dualtoken import DualTokenVisionTokenizerConfig
 from transformers_dualtoken.data.sources import _check_spec
 from transformers_dualtoken.recipe_files import SettingsError, parse_settings, run_script
+from transformers_dualtoken.training.unified.throughput import StepCounts, TrainingFlops
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -118,11 +119,85 @@ def test_estimate_of_a_tiny_model(estimate):
     assert sum(several.values()) - sum(alone.values()) == gradients
 
 
+# Language model with both ends, one head, projector; tokenizer as above.
+UNIFIED = {
+    "unified_stage1": (3_085_938_688, 257_989_632, 4_329_472),
+    "unified_7b_stage1": (7_615_616_512, 276_864_000, 13_081_600),
+}
+
+
+@pytest.mark.parametrize("name", UNIFIED)
+def test_unified_models_at_full_size(name, estimate):
+    recipe = estimate._read_recipe(name)
+    model = estimate.build_unified(recipe)
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    text, config = model.config.text_config, model.config
+    assert config.num_positions == 729 and config.num_depths == 8 and config.codebook_size == 16384
+    assert (
+        config.depth_head_config.input_hidden_size == text.hidden_size and config.depth_head_config.hidden_size == 1024
+    )
+    if "7b" in name:
+        sizes = (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads)
+        assert (*sizes, text.intermediate_size, text.vocab_size) == (3584, 28, 28, 4, 18944, 152064)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == ("7b" not in name) and config.tie_word_embeddings == tied
+    language_model = estimate.count(model.model.language_model) + (0 if tied else estimate.count(model.lm_head))
+    found = language_model, estimate.count(model.depth_heads) // 2, estimate.count(model.model.visual_projector)
+    assert found == UNIFIED[name]
+    assert estimate.count(model) == found[0] + 2 * found[1] + found[2] + LAYOUTS["tokenizer_so400m_384"][4]
+    assert estimate.count(model, trained=True) == found[2]
+    numbers = " | ".join(f"{number / 1e6:.1f}" for number in (estimate.count(model), *found))
+    assert (
+        f"{recipe['language_model_name_or_path'].partition('/')[2]} | {numbers} |"
+        in (EXAMPLES / "configs" / "README.md").read_text()
+    )
+
+
+@pytest.mark.slow
+def test_tables_of_unified_models_are_what_the_script_writes(estimate):
+    recipes = {path.stem: json.loads(path.read_text()) for path in (EXAMPLES / "configs").glob("unified_*stage1.json")}
+    written = (EXAMPLES / "configs" / "README.md").read_text()
+    for line in estimate.unified_tables(recipes, 8, 989e12 * 0.35).splitlines():
+        assert line in written
+
+
+def test_estimate_of_a_tiny_unified_model(estimate, monkeypatch):
+    """Operations are those that training reports as model FLOPs, and what checkpointing computes again."""
+    monkeypatch.setattr(estimate, "unified_config", lambda recipe: tiny_unified_config())
+    for parts in (["projector"], ["language_model", "projector"], ["projector", "heads", "language_model"]):
+        recipe = {"train_parts": parts}
+        flops = TrainingFlops(estimate.build_unified(recipe))
+        two, four = (estimate.unified_step_cost(recipe, samples, text_tokens=5) for samples in (2, 4))
+        # The angles of the positions are made once for all samples.
+        assert two["operations"] == pytest.approx(four["operations"], rel=1e-3) and two["peak"] < four["peak"]
+        draws = "heads" in parts
+        counts = StepCounts(14, 14 * 15 // 2, 0 if draws else 5, 9 if draws else 0, images=1, encoded_images=1)
+        assert 1.1 < two["operations"] / flops(counts) < 1.6, parts
+        # Sharded, the weights and what passes through them have two bytes.
+        sharded = estimate.unified_step_cost({**recipe, "deepspeed": "zero2.json"}, 4, text_tokens=5)
+        assert sharded["operations"] == four["operations"] and sharded["peak"] < four["peak"]
+    model = estimate.build_unified(recipe)
+    trained, everything = estimate.count(model, trained=True), estimate.count(model)
+    for stage, weights, optimizer in ((0, 4 * everything, 8), (2, 2 * everything, 1.5), (3, everything / 4, 1.5)):
+        standing = estimate.unified_standing_bytes(model, stage, 8)
+        assert standing["optimizer"] == int(optimizer * trained)
+        assert 0 <= standing["weights"] - int(weights) <= 64 * 1024  # codebooks
+
+
+def test_tables_are_written_between_their_marks(estimate, monkeypatch, tmp_path):
+    monkeypatch.setattr(estimate, "FOLDER", tmp_path)
+    (tmp_path / "README.md").write_text(f"a\n{estimate._BEGIN}\nold\n{estimate._END}\nb\n")
+    for text in ("new", "newer"):
+        estimate.write_into_readme(text)
+        assert (tmp_path / "README.md").read_text() == f"a\n{estimate._BEGIN}\n{text}\n{estimate._END}\nb\n"
+
+
+@pytest.mark.parametrize("size", ["", "7b_"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
+def test_unified_stages_are_the_papers(stage, size, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     script = importlib.import_module("run_unified")
-    settings = json.loads((EXAMPLES / "configs" / f"unified_stage{stage}.json").read_text())
+    settings = json.loads((EXAMPLES / "configs" / f"unified_{size}stage{stage}.json").read_text())
     engine = settings.pop("deepspeed", None)
     assert engine is None or (EXAMPLES / "configs" / engine).is_file()
     parser = HfArgumentParser((script.ModelArguments, script.DataArguments, script.DualTokenTrainingArguments))
@@ -133,8 +208,8 @@ def test_unified_stages_are_the_papers(stage, tmp_path, monkeypatch):
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps * 8 == batch
     assert training.bf16 and data.streaming and data.packing and data.on_bad_sample == "skip"
     # Each stage begins where the one before ended.
-    before = f"unified_stage{stage - 1}" if stage > 1 else None
-    assert model.model_name_or_path == before and settings["output_dir"] == f"unified_stage{stage}"
+    before = f"unified_{size}stage{stage - 1}" if stage > 1 else None
+    assert model.model_name_or_path == before and settings["output_dir"] == f"unified_{size}stage{stage}"
     sources = yaml.safe_load((EXAMPLES / "configs" / data.train_dataset).read_text())["sources"]
     for source in sources:
         _check_spec(source)

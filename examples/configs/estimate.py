@@ -1,7 +1,8 @@
 """Expected memory and speed of the recipes in this folder on one of their GPUs: computed, not measured.
 
-    python examples/configs/estimate.py                      # every recipe; a minute, no GPU, no download
+    python examples/configs/estimate.py                      # every recipe; minutes, no GPU, no download
     python examples/configs/estimate.py examples/configs/tokenizer_l_256.json --micro_batch 8 16 32
+    python examples/configs/estimate.py --write              # the unified models' tables into README.md
 
 A training step of stage 1 with its adversary runs at full size on the meta device, where tensors have shapes but no
 numbers: the real tokenizer, teacher and discriminator, and the convolutions of LPIPS' VGG-16, with the dtypes that
@@ -9,11 +10,16 @@ bf16 autocast gives on a GPU and with flash attention. Counted are its floating-
 and the bytes of all tensors that live at once. Not counted is what a GPU holds besides: its context, workspaces of
 cuDNN and cuBLAS, what several GPUs need to talk, and gaps between blocks; a GPU should have a tenth more.
 
+Of the unified models the step is that of the recipe's parts (projector, language model, heads) on samples of one picture
+and a caption of 40 tokens, to be drawn where the heads are trained and else described, by the real modules with gradient
+checkpointing and the real chunked losses; weights and optimizer are divided as the recipe's DeepSpeed file says.
+
 The speed follows from the operations and two assumed shares of the GPU's peak, of which the first is a guess.
 """
 
 import argparse
 import contextlib
+import gc
 import json
 import weakref
 from pathlib import Path
@@ -27,8 +33,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipConfig, SiglipModel, logging
 
-from transformers_dualtoken import DualTokenVisionTokenizer, DualTokenVisionTokenizerConfig
-from transformers_dualtoken.training import PatchDiscriminator
+from transformers_dualtoken import (
+    DualTokenConfig,
+    DualTokenForCausalLM,
+    DualTokenVisionTokenizer,
+    DualTokenVisionTokenizerConfig,
+)
+from transformers_dualtoken.training import PatchDiscriminator, TrainingFlops, set_trainable
 
 
 FOLDER = Path(__file__).parent
@@ -44,6 +55,38 @@ TOWERS = {
     "google/siglip-large-patch16-256": ({**_LARGE, "image_size": 256, "patch_size": 16}, _LARGE_TEXT),
 }
 
+_QWEN = {
+    "model_type": "qwen2",
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "rms_norm_eps": 1e-6,
+}
+LANGUAGE_MODELS = {
+    "Qwen/Qwen2.5-3B-Instruct": {
+        **_QWEN,
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        **_QWEN,
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+}
+_BEGIN, _END = "<!-- written by estimate.py -->", "<!-- until here -->"
+# Tokens of a sample beside its picture's positions: a caption, <image_start> and <image_end>.
+_TEXT_TOKENS = 40 + 2
+
 # Channels of VGG-16's convolutions; LPIPS compares what stands before each pooling "M" and at the end.
 _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 
@@ -51,6 +94,7 @@ _VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 51
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", type=Path, default=sorted(FOLDER.glob("*.json")), help="JSON files")
+    parser.add_argument("--write", action="store_true", help="write what is printed of unified models into README.md")
     parser.add_argument(
         "--micro_batch", type=int, nargs="+", help="images of a forward on a GPU (default: as in the recipe)"
     )
@@ -128,6 +172,34 @@ class PerceptualConvolutions(nn.Module):
         return sum((F.normalize(a, dim=1) - F.normalize(b, dim=1)).square().mean() for a, b in pairs)
 
 
+def _read_recipe(name: str) -> dict:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def first_stage(recipe: dict) -> dict:
+    """The recipe that made the model that this one goes on from, by the stages between them."""
+    before = recipe.get("model_name_or_path")
+    return recipe if before is None else first_stage(_read_recipe(before))
+
+
+def unified_config(recipe: dict) -> DualTokenConfig:
+    """The config of the model that a recipe trains."""
+    recipe = first_stage(recipe)
+    return DualTokenConfig(
+        text_config=LANGUAGE_MODELS[recipe["language_model_name_or_path"]],
+        vision_tokenizer_config=tokenizer_config(_read_recipe(recipe["vision_tokenizer_name_or_path"])),
+        **recipe.get("config_overrides", {}),
+    )
+
+
+def build_unified(recipe: dict) -> DualTokenForCausalLM:
+    """The model on the meta device, with what the recipe trains marked as such."""
+    with torch.device("meta"):
+        model = DualTokenForCausalLM(unified_config(recipe))
+    set_trainable(model, recipe["train_parts"])
+    return model.train()
+
+
 def attention(query, key, value, *args, is_causal=False, **kwargs):
     """On the meta device PyTorch would choose attention that holds all scores."""
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, is_causal=is_causal)[0]
@@ -164,6 +236,12 @@ class Autocast(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
+class FlashAttention(Autocast):
+    """Without autocast, as DeepSpeed trains, whose weights are in bfloat16."""
+
+    LOW = FULL = frozenset()
+
+
 class LiveBytes(TorchDispatchMode):
     """The bytes of all tensors made within this context that live at once, and their peak."""
 
@@ -171,6 +249,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self.seen = {}
+        gc.freeze()  # what was made before is not looked at
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
@@ -186,6 +265,9 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes() if is_new else 0  # what came from outside is not ours
         self.seen[key] = weakref.finalize(storage, self.remove, key, size)
         self.live += size
+        if self.live > 1.01 * self.peak:
+            # The exceptions by which checkpointing ends hold, with these modes on, what a run without them frees at once.
+            gc.collect()
         self.peak = max(self.peak, self.live)
 
     def remove(self, key, size):
@@ -219,6 +301,29 @@ def training_step(models: dict[str, nn.Module], images: torch.Tensor, autocast: 
     loss.backward()
     real_logits, fake_logits = discriminator(torch.cat([images, fake])).float().chunk(2)
     (F.leaky_relu(1 - real_logits, 0.01).mean() + F.leaky_relu(1 + fake_logits, 0.01).mean()).backward()
+
+
+def unified_step(model: DualTokenForCausalLM, samples: int, text_tokens: int, draws: bool, autocast: Autocast) -> None:
+    """The operations of a step on samples of one picture and a text, up to the optimizer; codes are given."""
+    config, dtype = model.config, model.lm_head.weight.dtype
+    positions, books = config.num_positions, model.model.codebooks()
+    codes = torch.empty(2, samples * positions, config.num_depths, dtype=torch.long, device="meta")
+    vectors = torch.empty(*codes.shape, books.shape[-1], device="meta")
+    text = torch.empty(samples, text_tokens, dtype=torch.long, device="meta")
+    images = model.model.visual_projector(vectors.sum(2).transpose(0, 1).flatten(1).to(dtype))
+    inputs = [model.get_input_embeddings()(text), images.view(samples, positions, -1)]
+    inputs = torch.cat(inputs, dim=1)
+    # Every position sees those before it; to make a mask transformers would look at numbers.
+    mask = {"full_attention": None}
+    hidden = model.model.language_model(inputs_embeds=inputs, attention_mask=mask).last_hidden_state
+    hidden = hidden.split([text_tokens, positions], dim=1)
+    if draws:
+        loss = model.depth_heads(hidden[1].flatten(0, 1), codes, vectors).loss_sums.sum()
+    else:
+        loss = model.lm_head(hidden[0].flatten(0, 1), text.flatten())[0].sum()
+    del hidden, inputs, images
+    autocast.weights.clear()
+    loss.backward()
 
 
 def count(module: nn.Module, trained: bool | None = None) -> int:
@@ -260,12 +365,96 @@ def step_cost(config: DualTokenVisionTokenizerConfig, micro_batch: int, checkpoi
     }
 
 
+def unified_standing_bytes(model: DualTokenForCausalLM, zero_stage: int, ranks: int) -> dict[str, int]:
+    """What lies on a GPU between steps and, of gradients, at the end of one: DDP (0) in float32, ZeRO in bfloat16."""
+    everything, trained = count(model), count(model, trained=True)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    if not zero_stage:
+        return {"weights": 4 * everything + buffers, "optimizer": 8 * trained, "gradients and buckets": 8 * trained}
+    return {
+        "weights": 2 * everything // (ranks if zero_stage == 3 else 1) + buffers,
+        "optimizer": 12 * trained // ranks,  # with the float32 weights
+        # What is being reduced, in two buckets of 500 million numbers at most.
+        "gradients and buckets": 2 * trained // ranks + 2 * 2 * min(trained, 500_000_000),
+    }
+
+
+def unified_step_cost(recipe: dict, samples: int, text_tokens: int = _TEXT_TOKENS) -> dict[str, float]:
+    """Peak bytes of a step beyond what stands, and operations per sample, what is computed again and the encoder included."""
+    model, is_sharded = build_unified(recipe), "deepspeed" in recipe
+    flops = TrainingFlops(model).per_encoded_image
+    model = model.to(torch.bfloat16) if is_sharded else model
+    mode = FlashAttention if is_sharded else Autocast
+    options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), mode())}
+    model.gradient_checkpointing_enable(options)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # counted as standing
+            parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    with FlopCounterMode(display=False) as operations, LiveBytes() as memory, mode() as autocast:
+        unified_step(model, samples, text_tokens, "heads" in recipe["train_parts"], autocast)
+    return {"peak": memory.peak, "operations": operations.get_total_flops() / samples + flops}
+
+
+def unified_tables(recipes: dict[str, dict], gpus: int, flops_a_second: float) -> str:
+    """Markdown: parameters of the models that the recipes make, and memory and speed of each."""
+
+    def gib(size: float) -> str:
+        return f"{size / 2**30:.1f}"
+
+    sizes, rows = {}, []
+    for name, recipe in sorted(recipes.items(), key=lambda item: count(build_unified(item[1]))):
+        model = build_unified(recipe)
+        size = first_stage(recipe)["language_model_name_or_path"].partition("/")[2]
+        parts = [model.model.language_model, model.depth_heads, model.model.visual_projector, model.vision_tokenizer]
+        millions = [count(model), *map(count, parts)]
+        if not model.config.tie_word_embeddings:
+            millions[1] += count(model.lm_head)
+        millions[2] /= 2  # each head
+        sizes[size] = f"| {size} | " + " | ".join(f"{number / 1e6:.1f}" for number in millions) + " |"
+        engine = Path(recipe.get("deepspeed", "DDP")).stem
+        zero_stage = int(engine.removeprefix("zero")[0]) if engine.startswith("zero") else 0
+        samples = recipe["per_device_train_batch_size"]
+        standing = unified_standing_bytes(model, zero_stage, gpus)
+        cost = unified_step_cost(recipe, samples)
+        longest = unified_step_cost(recipe, samples, recipe["max_length"] - model.config.num_positions)
+        total = sum(standing.values())
+        rows.append(
+            f"| `{name}` | {count(model, trained=True) / 1e6:.0f} | {engine} | {samples} | {gib(total)} | "
+            f"{gib(cost['peak'])} | {gib(total + cost['peak'])} | {gib(total + longest['peak'])} | "
+            f"{cost['operations'] / 1e12:.1f} | {gpus * flops_a_second / cost['operations']:.0f} |"
+        )
+    head = ["| parameters in millions | all | language model | each head | projector | tokenizer |"]
+    head += ["| --- | ---: | ---: | ---: | ---: | ---: |", *sizes.values(), ""]
+    head += [
+        "| recipe | trained, millions | engine | samples at once | standing | in the step | sum | with samples of full "
+        f"length | Tflop per sample | samples/s, {gpus} GPUs |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    return "\n".join([*head, *rows])
+
+
+def write_into_readme(text: str) -> None:
+    path = FOLDER / "README.md"
+    before, _, rest = path.read_text().partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    path.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}")
+
+
 def main():
     args = parse_args()
     logging.set_verbosity_error()  # SigLIP's own default for ids of tokens that its vocabulary lacks
     print("COMPUTED, NOT MEASURED. GiB on one GPU; stage 1 with its adversary, bf16; see the top of this script.\n")
-    for path in args.recipes:
-        recipe = json.loads(path.read_text())
+    recipes = {path.stem: json.loads(path.read_text()) for path in args.recipes}
+    unified = {name: recipe for name, recipe in recipes.items() if "train_parts" in recipe}
+    if unified:
+        tables = unified_tables(unified, args.gpus, args.tflops * 1e12 * args.share)
+        print(f"{tables}\n")
+        if args.write:
+            write_into_readme(tables)
+    for path in args.recipes if not args.write else ():
+        recipe = recipes[path.stem]
+        if "stage" not in recipe:
+            continue
         config = tokenizer_config(recipe)
         models = build_models(config)
         print(f"{path.name}: {count(models['tokenizer']) / 1e6:.0f} M parameters in the tokenizer, of which", end=" ")
