@@ -137,6 +137,26 @@ def test_pixel_codes_and_reconstructions_stay_bit_for_bit(siglip_folder, tmp_pat
     assert logs["logit_scale"] > 0 and "pixel_codebook_usage" not in logs
 
 
+# The authors' layout of 2025.
+OLDER = {
+    "projection_type": "resnet",
+    "semantic_projection": False,
+    "shortcut_layer": None,
+    "semantic_quantizer_config": {**TOKENIZER_FIELDS["semantic_quantizer_config"], "code_dim": 32},
+}
+
+
+@pytest.mark.parametrize("config", [{}, OLDER], ids=["paper", "2025"])
+@pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+def test_every_trained_parameter_is_reached(siglip_folder, tmp_path, kind, config):
+    """DDP is told so where there is gradient checkpointing, and would fail at the second step otherwise."""
+    recipe = {"contrastive_loss": kind}
+    trainer = tokenizer_trainer(siglip_folder, tmp_path, config=config, stage="contrastive", recipe=recipe)
+    trainer.compute_loss(trainer.model.train(), collate_images(caption_items().items)).backward()
+    for name, parameter in trainer.model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
 def colours(count, seed) -> tuple[list[dict], torch.LongTensor]:
     """Noisy pictures in four colours with captions of three ids, and the captions `(4, 8)`."""
     generator = torch.Generator().manual_seed(seed)
