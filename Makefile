@@ -5,6 +5,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
 DEMO := .venv-demo
+EMOJI := .venv-demo-emoji
 TEST := .venv-test
 FLOOR := .venv-floor
 NEWEST := .venv-newest
@@ -16,10 +17,11 @@ export LC_ALL := C.UTF-8
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor test-newest test-slow test-all test-extras index environments lint architecture format bench clean
+.PHONY: help demo demo-emoji test test-floor test-newest test-slow test-all test-extras index environments lint architecture format bench clean
 
 help:
 	@echo "make demo       train and show DualToken on handwritten digits, into dualtoken-demo/  (DEMO_ARGS=...)"
+	@echo "make demo-emoji  draw what was never seen: OpenMoji's colour pictures, into emoji-demo/; trains for more than an hour"
 	@echo "make test       the tests, on CPU and offline, the trained demo's check included      (PYTEST_ARGS=...)"
 	@echo "make test-all   those and the slow ones"
 	@echo "make test-floor   the quick tests with the oldest libraries that pyproject.toml admits"
@@ -33,6 +35,9 @@ help:
 
 demo: $(DEMO)/.installed
 	$(DEMO)/bin/python examples/digits/run_demo.py --output_dir dualtoken-demo $(DEMO_ARGS)
+
+demo-emoji: $(EMOJI)/.installed
+	$(EMOJI)/bin/python examples/emoji/run_demo.py --output_dir emoji-demo $(DEMO_ARGS)
 
 # Side by side, a thread each; the demo's are one group, so that one of the two processes trains it, once.
 test: $(TEST)/.installed
@@ -79,6 +84,7 @@ bench: $(TEST)/.installed
 TORCH := $(shell grep -m1 '^torch==' constraints.txt)
 CONSTRAINTS := -c constraints.txt
 $(DEMO)/.installed: EXTRA := demo
+$(EMOJI)/.installed: EXTRA := demo-emoji
 $(TEST)/.installed: EXTRA := dev
 $(EXTRAS)/.installed: EXTRA := dev,perceptual,eval,kernels
 $(FLOOR)/.installed: EXTRA := test
@@ -102,5 +108,5 @@ $(NEWEST)/.installed: $(if $(shell find $(NEWEST)/.installed -mmin -60 2>/dev/nu
 environments: $(TEST)/.installed $(FLOOR)/.installed $(NEWEST)/.installed $(EXTRAS)/.installed
 
 clean:
-	rm -rf $(DEMO) $(TEST) $(FLOOR) $(NEWEST) $(EXTRAS) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(DEMO) $(EMOJI) $(TEST) $(FLOOR) $(NEWEST) $(EXTRAS) build dist src/*.egg-info .pytest_cache .ruff_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

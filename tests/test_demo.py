@@ -27,7 +27,7 @@ from transformers_dualtoken import DualTokenForCausalLM, DualTokenModel, DualTok
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "examples" / "digits"
-sys.path.append(str(DIGITS))
+sys.path += [str(DIGITS), str(ROOT / "examples" / "miniature")]
 import measure  # noqa: E402
 import progress  # noqa: E402
 

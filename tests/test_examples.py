@@ -66,8 +66,8 @@ def test_help_and_the_command_on_top(script, as_script, capsys):
         ("run_unified.py", "required: --train_dataset"),
         ("precompute_codes.py", "required: --model_name_or_path"),
         ("digits/data.py", "required: --output_dir"),
-        ("digits/train_siglip.py", "required: --data_dir"),
-        ("digits/build_language_model.py", "required: --data_dir, --output_dir"),
+        ("miniature/train_siglip.py", "required: --data_dir"),
+        ("miniature/build_language_model.py", "required: --data_dir, --output_dir"),
         ("digits/measure.py", "required: --model, --captions, --output_dir"),
     ],
 )

@@ -37,7 +37,7 @@ NOWHERE = [
     ("digits/measure", "--model ./nope --captions x --output_dir o"),
     ("digits/measure", f"--model {MODEL} --captions ./nope --output_dir o"),
     ("digits/finetune", "measure --models ./nope --output_dir o"),
-    ("digits/train_siglip", "--data_dir nope"),
+    ("miniature/train_siglip", "--data_dir nope"),
 ]
 
 
@@ -45,7 +45,7 @@ NOWHERE = [
 def offline(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for folder in (EXAMPLES, EXAMPLES / "digits"):
+    for folder in (EXAMPLES, EXAMPLES / "digits", EXAMPLES / "miniature"):
         monkeypatch.syspath_prepend(str(folder))
 
 

@@ -374,7 +374,7 @@ def test_options_after_a_recipe_of_the_repository(monkeypatch, tmp_path):
 
 
 def test_scripts_say_wrong_settings_in_a_sentence(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "digits"))
+    monkeypatch.syspath_prepend(str(EXAMPLES / "miniature"))
     script = importlib.import_module("train_siglip")
     monkeypatch.setattr("sys.argv", ["train_siglip.py", "--data_dir", "data", "--max_step", "3", "--unknown"])
     with pytest.raises(

@@ -9,7 +9,6 @@ serve the Fréchet distance between held-out scenes and their reconstructions.
 """
 
 import argparse
-import random
 import sys
 import time
 from pathlib import Path
@@ -18,14 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import Dataset
-from transformers import SiglipConfig, SiglipModel, TrainingArguments
+from transformers import SiglipModel, TrainingArguments
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "digits")]
+EXAMPLES = Path(__file__).parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(EXAMPLES / "digits"), str(EXAMPLES / "miniature")]
 from data import CAPTIONS, IMAGE_SIZE, NAMES  # noqa: E402
 from scenes import write_scenes  # noqa: E402
-from train_siglip import TEXT_LENGTH, SiglipTrainer, build_tokenizer  # noqa: E402
+from train_siglip import CaptionedImages, SiglipTrainer, build_model, build_tokenizer  # noqa: E402
 
 
 NUM_LAYERS = 8
@@ -36,28 +35,6 @@ JUDGE_STEPS = 600
 def to_pixels(images: np.ndarray) -> torch.Tensor:
     """uint8 `(B, S, S, 3)` as `(B, 3, S, S)` in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-
-
-class Scenes(Dataset):
-    """Training scenes in memory, for a tokenizer (`pixel_values`) or, with caption ids, for SigLIP."""
-
-    def __init__(self, images: np.ndarray, digits: np.ndarray, input_ids: torch.Tensor | None = None, seed: int = 0):
-        self.images, self.digits, self.input_ids = to_pixels(images), torch.from_numpy(digits), input_ids
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = {"pixel_values": self.images[index]}
-        if self.input_ids is not None:
-            caption = random.Random(f"{self.seed}/{self.epoch}/{index}").randrange(len(CAPTIONS))
-            digit = self.digits[index]
-            sample |= {"input_ids": self.input_ids[digit, caption], "digits": digit}
-        return sample
 
 
 def training_arguments(output_dir: Path, seed: int, **kwargs) -> TrainingArguments:
@@ -75,19 +52,6 @@ def training_arguments(output_dir: Path, seed: int, **kwargs) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         **kwargs,
-    )
-
-
-def build_siglip(vocab_size: int) -> SiglipModel:
-    """Eight layers of 64, so that an eighth of the encoder is one layer."""
-    tower = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    text = {"num_hidden_layers": 1, "vocab_size": vocab_size, "max_position_embeddings": TEXT_LENGTH}
-    return SiglipModel(
-        SiglipConfig(
-            vision_config={**tower, "num_hidden_layers": NUM_LAYERS, "image_size": IMAGE_SIZE, "patch_size": 8},
-            text_config={**tower, **special, **text},
-        )
     )
 
 
@@ -111,11 +75,12 @@ def train_teacher(output_dir: Path, seed: int, steps: int = TEACHER_STEPS) -> Pa
         return folder
     scenes = np.load(write_scenes(output_dir))
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
     texts = [caption.format(name) for name in NAMES for caption in CAPTIONS]
-    tokens = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
-    input_ids = tokens.input_ids.view(len(NAMES), len(CAPTIONS), TEXT_LENGTH)
-    siglip = build_siglip(len(tokenizer))
+    tokenizer = build_tokenizer(texts)
+    tokens = tokenizer(texts, padding="max_length", return_tensors="pt")
+    input_ids = tokens.input_ids.view(len(NAMES), len(CAPTIONS), -1)
+    # Eight layers, so that an eighth of the encoder is one layer.
+    siglip = build_model(tokenizer, num_hidden_layers=NUM_LAYERS, image_size=IMAGE_SIZE)
     nn.init.constant_(siglip.logit_scale, 1.5)
     arguments = training_arguments(
         folder,
@@ -126,7 +91,8 @@ def train_teacher(output_dir: Path, seed: int, steps: int = TEACHER_STEPS) -> Pa
         adam_beta2=0.98,
         weight_decay=0.05,
     )
-    dataset = Scenes(scenes["train_images"], scenes["train_digits"], input_ids, seed)
+    captions = [[caption.format(NAMES[digit]) for caption in CAPTIONS] for digit in scenes["train_digits"]]
+    dataset = CaptionedImages(to_pixels(scenes["train_images"]), captions, tokenizer, seed)
     started = time.process_time()
     SiglipTrainer(siglip, arguments, train_dataset=dataset).train()
     siglip.eval().save_pretrained(folder)

@@ -31,7 +31,8 @@ from transformers_dualtoken import (
 from transformers_dualtoken.training import ChatEncoder, DualTokenChatDataset, DualTokenDataCollator, DualTokenTrainer
 
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "digits")]
+EXAMPLES = Path(__file__).parents[1]
+sys.path[:0] = [str(Path(__file__).parent), str(EXAMPLES / "digits"), str(EXAMPLES / "miniature")]
 from build_language_model import build_tokenizer  # noqa: E402
 from data import IMAGE_SIZE, NOUNS, scan_to_image, split_scans, vary  # noqa: E402
 from scenes import TRAIN_PHOTOS, TRAIN_SCENES, VALIDATION_PHOTOS, blend_digit, load_photos, write_scenes  # noqa: E402

@@ -33,7 +33,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "dig
 from scenes import write_scenes  # noqa: E402
 from teacher import (  # noqa: E402
     Judge,
-    Scenes,
     to_pixels,
     train_judge,
     train_teacher,
@@ -194,7 +193,7 @@ def train_tokenizer(output_dir: Path, variant: str, seed: int, steps: int = STEP
         args=arguments,
         teacher=SiglipModel.from_pretrained(teacher_dir).vision_model,
         recipe=DualTokenVisionTokenizerRecipe(loss_weights=settings["loss_weights"]),
-        train_dataset=Scenes(scenes["train_images"], scenes["train_digits"]),
+        train_dataset=[{"pixel_values": image} for image in to_pixels(scenes["train_images"])],
     )
     trainer.train()
     return model.eval()

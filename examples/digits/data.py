@@ -129,7 +129,8 @@ def write_data(output_dir: str | Path, variants: int = 4, validation: bool = Fal
             inverted = None
             if variant < DRAWN_VARIANTS:
                 inverted = save(ImageChops.invert(varied), f"train/{index:04d}-{variant}-inverted.png")
-            captions += [{"image": path, "digit": int(digit)} for path in (plain, inverted) if path]
+            true = [caption.format(NAMES[digit]) for caption in CAPTIONS]
+            captions += [{"image": path, "captions": true} for path in (plain, inverted) if path]
             chats += conversations(plain, inverted, int(digit), rng)
     for index, scan in enumerate(heldout_scans):
         save(scan_to_image(scan), f"test/{index:04d}.png")

@@ -34,7 +34,7 @@ with needed_libraries("The digits' demo"):
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import DRAW, NAMES, NOUNS, scan_to_image, split_scans, write_data  # noqa: E402
-from measure import DRAWINGS_PER_DIGIT, DigitsEvaluation, user  # noqa: E402
+from measure import DRAWINGS_PER_DIGIT, DigitsEvaluation, rows_of_images, user  # noqa: E402
 
 
 GERMAN_NOUNS = tuple(
@@ -138,7 +138,7 @@ class FinetuningEvaluation(DigitsEvaluation):
             if name == "plain":
                 self.metrics["plain_not_bold"] = float((classes == asked).mean())
             shown[requests[3]] = drawings[::DRAWINGS_PER_DIGIT]
-        self.pictures["requests"] = self._rows(list(shown.values()), list(shown))
+        self.pictures["requests"] = rows_of_images(list(shown.values()), list(shown))
 
     def run(self) -> dict[str, float]:
         return self._run(

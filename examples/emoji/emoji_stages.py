@@ -1,0 +1,53 @@
+"""What the emoji demo has of its own: data, settings, measurements; importing it loads PyTorch."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "miniature")]
+import emoji_data  # noqa: E402
+import emoji_measure  # noqa: E402
+from emoji_judge import Gallery, load_judge  # noqa: E402
+from evaluation import table  # noqa: E402
+from stages import DemoStages  # noqa: E402
+
+
+# By recipe: the short one for two cores, and those it differs from in size. Chosen on validation combinations.
+RECIPES = json.loads((Path(__file__).parent / "recipes.json").read_text())
+
+
+class EmojiStages(DemoStages):
+    kept_checkpoint = Path(__file__).parent / "checkpoint"
+    sampling = emoji_measure.SAMPLING
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.recipe, self.limit = RECIPES[arguments.recipe], arguments.limit
+
+    def write_data(self, data_dir: Path, arguments: argparse.Namespace) -> None:
+        emoji_data.write_data(data_dir, arguments.seed, **self.recipe["data"])
+
+    def options(self, stage: str, arguments: argparse.Namespace) -> list[str]:
+        options = []
+        for name, value in self.recipe[stage].items():
+            if name == "max_steps" and arguments.steps_factor != 1:
+                value = max(1, round(value * arguments.steps_factor))
+            options += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+        if stage != "language_model":
+            # A run that was interrupted is taken up from here.
+            options += ["--save_strategy", "steps", "--save_steps", "100", "--save_total_limit", "1"]
+        return options
+
+    def evaluation(self, checkpoint: Path, validation: bool, seed: int) -> emoji_measure.EmojiEvaluation:
+        return emoji_measure.EmojiEvaluation(
+            *self.load(checkpoint / "dualtoken"),
+            Gallery(load_judge()),
+            split="validation" if validation else "test",
+            seed=seed,
+            limit=self.limit,
+        )
+
+    def table(self, metrics: dict[str, float], kept: dict[str, float] | None) -> str:
+        columns = {"trained now": metrics} | ({"kept checkpoint": kept} if kept else {})
+        return table(columns, emoji_measure.EXPLANATIONS, emoji_measure.GOALS, emoji_measure.TITLE)
