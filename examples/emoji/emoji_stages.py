@@ -51,3 +51,18 @@ class EmojiStages(DemoStages):
     def table(self, metrics: dict[str, float], kept: dict[str, float] | None) -> str:
         columns = {"trained now": metrics} | ({"kept checkpoint": kept} if kept else {})
         return table(columns, emoji_measure.EXPLANATIONS, emoji_measure.GOALS, emoji_measure.TITLE)
+
+    def save_and_measure(self, output_dir: Path, arguments: argparse.Namespace) -> dict[str, float]:
+        """With the card of a checkpoint that is kept."""
+        metrics = super().save_and_measure(output_dir, arguments)
+        if arguments.keep_checkpoint is not None:
+            model, _ = self.load(arguments.keep_checkpoint / "dualtoken")
+            card = (Path(__file__).parent / "card.md").read_text(encoding="utf-8")
+            text = card.format(
+                parameters=model.num_parameters() / 1e6,
+                recipe=arguments.recipe,
+                seed=arguments.seed,
+                table=self.table(metrics, None),
+            )
+            (arguments.keep_checkpoint / "dualtoken" / "README.md").write_text(text, encoding="utf-8")
+        return metrics
