@@ -298,7 +298,9 @@ def edit_sources(picture: Picture, candidates: list[Picture], rng: random.Random
     return rng.sample(tones, min(2, len(tones))) + rng.sample(genders, min(1, len(genders)))
 
 
-def write_data(output_dir: str | Path, seed: int = 0, others_share: float = 1.0) -> None:
+def write_data(
+    output_dir: str | Path, seed: int = 0, others_share: float = 1.0, num_activities: int | None = None
+) -> None:
     """
     Write the data set.
 
@@ -306,13 +308,16 @@ def write_data(output_dir: str | Path, seed: int = 0, others_share: float = 1.0)
         output_dir (`str` or `Path`).
         seed (`int`, defaults to 0): of the wording and of what is edited into what, not of the split.
         others_share (`float`, defaults to 1): share of the pictures outside the family that the unified model sees.
+        num_activities (`int`, *optional*): write so many activities and as many other pictures only, to try things.
     """
     output_dir, rng = Path(output_dir), random.Random(seed)
     for split in ("train", "validation", "test"):
         (output_dir / split).mkdir(parents=True, exist_ok=True)
-    for picture in pictures():
+    chosen = sorted({picture.activity for picture in family()})[:num_activities]
+    members, rest = [picture for picture in family() if picture.activity in chosen], others()[:num_activities]
+    for picture in (*members, *rest):
         draw_emoji(picture.characters).save(output_dir / image_path(picture))
-    members, rest = family("train"), others()
+    members = [picture for picture in members if picture.split == "train"]
     rows = [{"image": image_path(picture), "captions": captions(picture)} for picture in [*members, *members, *rest]]
     chats = [chat for picture in members for chat in conversations(picture, edit_sources(picture, members, rng), rng)]
     for picture in rng.sample(rest, round(others_share * len(rest))):

@@ -26,7 +26,7 @@ class EmojiStages(DemoStages):
         self.recipe, self.limit = RECIPES[arguments.recipe], arguments.limit
 
     def write_data(self, data_dir: Path, arguments: argparse.Namespace) -> None:
-        emoji_data.write_data(data_dir, arguments.seed, **self.recipe["data"])
+        emoji_data.write_data(data_dir, arguments.seed, **self.recipe["data"], num_activities=arguments.num_activities)
 
     def options(self, stage: str, arguments: argparse.Namespace) -> list[str]:
         options = []

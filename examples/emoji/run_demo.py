@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = parser_of(__doc__, "emoji-demo")
     parser.add_argument("--recipe", choices=tuple(SECONDS), default="short")
     parser.add_argument("--steps_factor", type=float, default=1.0, help="share of the recipe's steps")
+    parser.add_argument("--num_activities", type=int, help="train on so many activities only, to try things")
     parser.add_argument("--limit", type=int, help="measure on so many combinations only")
     arguments = parse(parser, argv, keep_training=True)
 
