@@ -14,8 +14,18 @@ from evaluation import table  # noqa: E402
 from stages import DemoStages  # noqa: E402
 
 
-# By recipe: the short one for two cores, and those it differs from in size. Chosen on validation combinations.
-RECIPES = json.loads((Path(__file__).parent / "recipes.json").read_text())
+def load_recipe(name: str) -> dict:
+    """Options of the scripts by stage; of other recipes the file holds what differs from the short one."""
+    recipes = json.loads((Path(__file__).parent / "recipes.json").read_text())
+    return _merged(recipes["short"], recipes[name])
+
+
+def _merged(base: dict, changes: dict) -> dict:
+    both = base.keys() & changes.keys()
+    merged = {
+        key: _merged(base[key], changes[key]) if isinstance(changes[key], dict) else changes[key] for key in both
+    }
+    return {**base, **changes, **merged}
 
 
 class EmojiStages(DemoStages):
@@ -23,7 +33,7 @@ class EmojiStages(DemoStages):
     sampling = emoji_measure.SAMPLING
 
     def __init__(self, arguments: argparse.Namespace):
-        self.recipe, self.limit = RECIPES[arguments.recipe], arguments.limit
+        self.recipe, self.limit = load_recipe(arguments.recipe), arguments.limit
 
     def write_data(self, data_dir: Path, arguments: argparse.Namespace) -> None:
         emoji_data.write_data(data_dir, arguments.seed, **self.recipe["data"], num_activities=arguments.num_activities)

@@ -93,7 +93,9 @@ def _run(arguments: argparse.Namespace, progress: Progress, load_stages: Callabl
     progress.message(f"{threads} Details go to {log_path}.")
 
     kept = None
-    if not arguments.skip_preview:
+    if not arguments.skip_preview and not stages.kept_checkpoint.exists():
+        progress.message(f"No checkpoint is kept in {stages.kept_checkpoint}: nothing to show before training.")
+    elif not arguments.skip_preview:
         progress.start("kept checkpoint")
         with _logged(log_path):
             kept = stages.show_kept_checkpoint(output_dir / "kept-checkpoint")
