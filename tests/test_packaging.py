@@ -113,7 +113,7 @@ def test_description_shows_elsewhere(built):
 def test_floors_are_those_that_are_tested():
     """constraints-floor.txt names the floor of every library that pyproject.toml asks for, but of torch."""
     project = (ROOT / "pyproject.toml").read_text()
-    floors = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)"', project, re.MULTILINE))
+    floors = dict(re.findall(r'^    "([\w-]+)>=([\d.]+)[",]', project, re.MULTILINE))
     pins = re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-floor.txt").read_text(), re.MULTILINE)
     assert {name for name, _ in pins} >= {
         "transformers",

@@ -10,13 +10,17 @@ anew:
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from emoji_data import GENDERS, TONES, Picture, draw_emoji, family
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+
+sys.path.insert(0, str(Path(__file__).parent))
+from emoji_data import GENDERS, TONES, Picture, draw_emoji, family  # noqa: E402
 
 
 KEPT = Path(__file__).parent / "judge.safetensors"

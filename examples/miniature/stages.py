@@ -102,6 +102,9 @@ class DemoStages:
         seed = ["--seed", str(arguments.seed)]
         common = [*seed, "--disable_tqdm", "1", "--dataloader_pin_memory", "0"]
         common += ["--save_strategy", "no", "--weight_decay", "0.01", "--warmup_steps", "30"]
+        if not torch.accelerator.is_available():
+            # Asked for by the Trainer, before it computes in bfloat16.
+            common += ["--use_cpu", "1"]
 
         progress.start("data")
         self.write_data(output_dir / "training" / "data", arguments)
