@@ -24,8 +24,8 @@ from demo import parse, parser_of, run  # noqa: E402
 
 # Seconds of the stages on one core of a quiet machine.
 SECONDS = {
-    "short": {"siglip": 720, "tokenizer": 1200, "codes": 60, "unified": 1500},
-    "long": {"siglip": 1800, "tokenizer": 3000, "codes": 60, "unified": 4800},
+    "short": {"siglip": 720, "tokenizer": 1200, "codes": 60, "unified": 2500},
+    "long": {"siglip": 1800, "tokenizer": 3000, "codes": 60, "unified": 6600},
     # On a GPU nobody has timed it.
     "gpu": {"siglip": 1200, "tokenizer": 2400, "codes": 60, "unified": 4800},
 }
