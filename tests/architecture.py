@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "src" / "transformers_dualtoken"
 STOREYS = ("flat modules", "data", "evaluation", "training", "command line")
 GOAL_LINES = 12_500
-MAX_LINES = 14_756  # what is taken out does not come back
+MAX_LINES = 14_810  # raised only by features that are asked for
 # Of an image argument's name, but transformers' own: its pipelines call this method with it.
 NOT_OURS = ("processing_dualtoken.post_process_multimodal_output",)
 

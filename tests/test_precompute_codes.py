@@ -184,8 +184,14 @@ def test_images_are_encoded_in_batches_of_a_shard(tokenizer, image_processor, so
 
 def test_streams_and_samples_that_have_codes_are_refused(tokenizer, image_processor, sources, tmp_path):
     precompute_codes(tokenizer, image_processor, sources, tmp_path / "first")
-    with pytest.raises(ValueError, match=r"0 of first \(id one\) .*: the entry holds no image"):
-        precompute_codes(tokenizer, image_processor, [load_code_source(tmp_path / "first")], tmp_path / "second")
+    with pytest.raises(ValueError, match=r"The sources \['first'\] hold codes already"):
+        precompute_codes(
+            tokenizer,
+            image_processor,
+            [*sources, load_code_source(tmp_path / "first")],
+            tmp_path / "second",
+            on_bad_sample="skip",
+        )
     sources[1].dataset = sources[1].dataset.to_iterable_dataset()
     with pytest.raises(ValueError, match="of data sets and not of streams: load the sources without `streaming`"):
         precompute_codes(tokenizer, image_processor, sources, tmp_path / "third")

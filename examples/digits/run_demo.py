@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--siglip_steps", type=int, default=800)
     parser.add_argument("--tokenizer_steps", type=int, default=450)
     parser.add_argument("--unified_steps", type=int, default=1000)
-    arguments = parse(parser, argv, keep_training=False)
+    arguments = parse(parser, argv)
     return run(arguments, plan(arguments), load_stages)
 
 

@@ -184,6 +184,8 @@ class EmojiEvaluation(MiniatureEvaluation):
         for part, targets in self.parts.items():
             for kind in ("tone", "gender"):
                 pairs = self._edit_pairs(targets, kind)
+                if not pairs:
+                    continue
                 sources, truths = zip(*pairs)
                 prompts = [
                     user(image, edits(source, target, "en"))

@@ -3,8 +3,8 @@ Draw what was never seen: the whole path on OpenMoji's colour pictures, checked 
 
     python examples/emoji/run_demo.py --output_dir emoji-demo
 
-It first shows what the kept checkpoint does with combinations of activity, gender and skin tone that were held out, then
-trains its own by the short recipe: a SigLIP, the dual tokenizer and the unified model, at most 90 minutes on two cores,
+It shows what the kept checkpoint does, if there is one, with combinations of activity, gender and skin tone that were
+held out, then trains its own by the short recipe: a SigLIP, the dual tokenizer and the unified model, at most 90 minutes on two cores,
 no download. Interrupted, the same command goes on where it was. The output folder ends up with pictures,
 `metrics.json`, and `dualtoken/`, a checkpoint for `from_pretrained`.
 
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "miniature"))
 from demo import parse, parser_of, run  # noqa: E402
 
 
+TEST_COMBINATIONS = 212
 # Seconds of the stages on one core of a quiet machine.
 SECONDS = {
     "short": {"siglip": 720, "tokenizer": 1200, "codes": 60, "unified": 2500},
@@ -33,7 +34,7 @@ SECONDS = {
 
 def plan(arguments: argparse.Namespace) -> dict[str, float]:
     """The stages and the seconds they take on one core of a quiet machine."""
-    factor, share = arguments.steps_factor, min(1, (arguments.limit or 219) / 219)
+    factor, share = arguments.steps_factor, min(1, (arguments.limit or TEST_COMBINATIONS) / TEST_COMBINATIONS)
     trained = {name: 5 + factor * seconds for name, seconds in SECONDS[arguments.recipe].items()}
     stages = {"loading PyTorch": 5, "kept checkpoint": 150 + 250 * share, "data": 15, **trained}
     stages["evaluation"] = 10 + 250 * share
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--steps_factor", type=float, default=1.0, help="share of the recipe's steps")
     parser.add_argument("--num_activities", type=int, help="train on so many activities only, to try things")
     parser.add_argument("--limit", type=int, help="measure on so many combinations only")
-    arguments = parse(parser, argv, keep_training=True)
+    arguments = parse(parser, argv, resumed_with=("seed", "recipe", "steps_factor", "num_activities"))
 
     def load_stages():
         sys.path.insert(0, str(Path(__file__).parent))

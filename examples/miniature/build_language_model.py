@@ -62,7 +62,7 @@ def build_model(tokenizer: Qwen2Tokenizer, **config) -> Qwen2ForCausalLM:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", required=True, help="folder written by a demo's data.py")
+    parser.add_argument("--data_dir", required=True, help="folder written by a demo's data.py or emoji_data.py")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--vocab_size", type=int, default=384)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON object of Qwen2Config fields")

@@ -28,24 +28,28 @@ def parser_of(description: str, output_dir: str) -> argparse.ArgumentParser:
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str] | None, keep_training: bool) -> argparse.Namespace:
+def parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, resumed_with: tuple[str, ...] = ()
+) -> argparse.Namespace:
     """
     The arguments, with an output folder that is a demo's and can be written to.
 
-    Of an earlier demo only what the stages write piece by piece goes, and not even that with `keep_training`; its
-    results stay until new ones replace them.
+    Of an earlier demo what the stages write piece by piece goes, unless it was begun with the same arguments
+    `resumed_with`; its results stay until new ones replace them.
     """
     arguments = parser.parse_args(argv)
-    output_dir = arguments.output_dir
+    output_dir, settings = arguments.output_dir, {name: getattr(arguments, name) for name in resumed_with}
     try:
-        if output_dir.exists() and any(output_dir.iterdir()) and not (output_dir / MARKER).exists():
+        marker = output_dir / MARKER
+        if output_dir.exists() and any(output_dir.iterdir()) and not marker.exists():
             parser.error(f"{output_dir} holds files that are not a demo's; name another --output_dir.")
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / MARKER).touch()
-        if (output_dir / "training").exists() and not keep_training:
-            shutil.rmtree(output_dir / "training")
-        if not keep_training:
+        is_resumed = resumed_with and marker.exists() and marker.read_text() == json.dumps(settings)
+        if not is_resumed:
+            if (output_dir / "training").exists():
+                shutil.rmtree(output_dir / "training")
             (output_dir / "training.log").write_text("")
+        marker.write_text(json.dumps(settings))
     except OSError as error:
         parser.error(f"{output_dir} cannot be written to ({error.strerror}); name another --output_dir.")
     return arguments

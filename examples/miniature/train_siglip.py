@@ -3,7 +3,7 @@ A small SigLIP, trained contrastively on pictures and their captions: the encode
 
     python examples/miniature/train_siglip.py --data_dir digits-data --output_dir digits-siglip
 
-The data is what the demos' `data.py` write: pictures, and in `captions.jsonl` a line for each, `{"image": path,
+The data is what the demos' `data.py` (`emoji_data.py`) write: pictures, and in `captions.jsonl` a line for each, `{"image": path,
 "captions": [...]}`, with all captions that are true of it. At real scale this step is a download: any SigLIP or SigLIP 2
 checkpoint of fixed resolution.
 """
@@ -35,7 +35,7 @@ with needed_libraries("The demos"):
 
 @dataclass
 class SiglipArguments:
-    data_dir: str = field(metadata={"help": "folder written by a demo's data.py"})
+    data_dir: str = field(metadata={"help": "folder written by a demo's data.py or emoji_data.py"})
     vision_config: dict | str | None = field(
         default=None, metadata={"help": "JSON object of SiglipVisionConfig fields, beside those of the digits"}
     )
@@ -188,7 +188,11 @@ def main(argv: list[str] | None = None, callbacks: list | None = None) -> None:
         tokenizer,
         text_length=tokenizer.model_max_length,
     )
-    images = [Image.open(Path(arguments.data_dir) / row["image"]) for row in rows]
+    images = []
+    for row in rows:
+        # Closed again at once: a process may have no more than some hundred files open.
+        with Image.open(Path(arguments.data_dir) / row["image"]) as image:
+            images.append(image.convert("RGB"))
     pixel_values = processor.image_processor(images=images, return_tensors="pt").pixel_values
     trainer = SiglipTrainer(
         model,

@@ -410,7 +410,7 @@ def _convert_codebooks(
             depths = depths[:1]
         converted[f"{kind}_quantizer.codebook.{our_name}"] = torch.stack(depths)[:, : config.codebook_size]
     if len(names) == 1 and converted:
-        # Without statistics: codes that stay for some 1 / (1 - decay) steps of further training before they restart.
+        # Without statistics: codes that stay for -ln(1 - decay) / (1 - decay) steps of further training before they restart.
         (embeddings,) = converted.values()
         sizes = torch.full(embeddings.shape[:2], 1 / (1 - config.ema_decay))
         converted[f"{kind}_quantizer.codebook.cluster_size"] = sizes

@@ -50,8 +50,8 @@ class DualTokenImageProcessorKwargs(ImagesKwargs, total=False):
         Colour of the padding under `resize_mode="pad"`: red, green and blue in 0..255, or one number for a grey.
     image_sources (`str` or `list[str]`, *optional*, defaults to `("data", "local", "url")`):
         What images are read from, besides those in memory: `"data"` (bytes, base64 text, `data:` URLs), `"local"`
-        (paths and `file://` URLs), `"url"` (http and https). Where strangers write the messages, `("data",)`: a path
-        would show them files of this machine, a URL calls into its network.
+        (paths and `file://` URLs), `"url"` (http and https), `"fsspec"` (other URLs). Where strangers write the
+        messages, `("data",)`: a path would show them files of this machine, a URL calls into its network.
     max_image_pixels (`int`, *optional*, defaults to 67,108,864):
         Pixels of an image that is decoded, told by its header. `None` leaves only Pillow's own limit.
     max_image_bytes (`int`, *optional*, defaults to 67,108,864):

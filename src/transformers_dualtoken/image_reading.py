@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 
+import fsspec
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -31,8 +32,8 @@ from .field_rules import Rule, is_list_of
 MAX_DECODED_PIXELS = 2**26  # told by the header; as RGB, with the image processor's array of it, 520 MB at most
 MAX_DOWNLOADED_BYTES = 2**26
 DOWNLOAD_SECONDS = 60
-# Bytes, base64 text and data URLs; paths and file URLs; http and https.
-IMAGE_SOURCES = ("data", "local", "url")
+# Bytes, base64 text and data URLs; paths and file URLs; http and https; other URLs that fsspec knows (hf://, s3://, ...).
+IMAGE_SOURCES = ("data", "local", "url", "fsspec")
 # Keys of a dict that holds an image, the first that is there counts; `path` may also be the name of the bytes.
 IMAGE_KEYS = ("image", "bytes", "base64", "url", "path")
 # Names consist of the characters of base64, too: up to this length text is base64 only if it begins as an image does.
@@ -51,6 +52,12 @@ _REFUSED_FORMATS = {
     **{name: _HOLDS_OTHERS.format(name) for name in ("BLP", "ICNS", "IPTC")},
 }
 _TIFF_TILE = (322, 323)  # the tags of its width and height
+# Protocols of fsspec that read, by another name, what other sources stand for.
+_FSSPEC_SOURCES = {
+    **dict.fromkeys(("file", "local", "asynclocal", "git", "dvc"), {"local"}),
+    **dict.fromkeys(("http", "https"), {"url"}),
+    **dict.fromkeys(("reference", "generic"), {"local", "url"}),  # they go on to any URL
+}
 _STRIP_PIXELS = 2**22
 _PIECE_BYTES = 2**16
 # Half a level of 8 bits: floating-point images may leave their range by so much of it.
@@ -72,9 +79,9 @@ class UnreadableImageError(ValueError):
 
 @dataclass(frozen=True)
 class ImageBounds:
-    """What may be read."""
+    """What may be read, by default at inference."""
 
-    sources: tuple[str, ...] = IMAGE_SOURCES  # images in memory are always read
+    sources: tuple[str, ...] = ("data", "local", "url")  # images in memory are always read
     max_pixels: int | None = MAX_DECODED_PIXELS  # of an image; `None`: as many as Pillow decodes
     max_bytes: int | None = MAX_DOWNLOADED_BYTES  # of a download; `None`: any number
 
@@ -94,7 +101,8 @@ class ImageBounds:
             raise UnreadableImageError(f"it has too many pixels: {width} x {height}, {limit}")
 
 
-DEFAULT_BOUNDS = ImageBounds()
+# The data of a training run are its owner's choice.
+TRAINING_BOUNDS = ImageBounds(sources=IMAGE_SOURCES)
 
 
 @contextlib.contextmanager
@@ -132,7 +140,7 @@ def flatten_images(images) -> list:
     return list(images) if is_batch else [images]
 
 
-def locate_image(value, folder: str | None = None, bounds: ImageBounds = DEFAULT_BOUNDS):
+def locate_image(value, folder: str | None = None, bounds: ImageBounds = TRAINING_BOUNDS):
     """
     What holds an image in one of four forms: `{"bytes": ..., "path": a name or None}`, the path of a local file, a
     URL, or, unchanged, an image in memory (PIL, array, tensor).
@@ -225,7 +233,7 @@ def _decode_base64(text) -> bytes:
 
 
 def read_image(
-    value, min_size: int | None = None, reducing_gap: float | None = None, bounds: ImageBounds = DEFAULT_BOUNDS
+    value, min_size: int | None = None, reducing_gap: float | None = None, bounds: ImageBounds = TRAINING_BOUNDS
 ) -> Image.Image:
     """
     What holds an image as an upright RGB image, its mode converted as the image processor does it ([`pil_to_rgb`]).
@@ -242,8 +250,8 @@ def read_image(
         UnreadableImageError: for what is missing, damaged, no image, of a refused format, without a defined range of
             values, or excluded by `bounds`.
         TypeError: for another kind of entry.
-        OSError (`urllib.error.URLError`): where a URL fails for another reason than that nothing is there; no image is
-            passed over because of the network.
+        OSError (`urllib.error.URLError`), or another error of `fsspec`: where a URL fails for another reason than that
+            nothing is there; no image is passed over because of the network.
     """
     # A damaged file is reported once, by its error; PIL would also warn of odd tags, and of large images.
     with warnings.catch_warnings():
@@ -272,9 +280,7 @@ def open_image(value, bounds: ImageBounds, min_size: int | None = None, reducing
     elif value[:8].lower().startswith(("http://", "https://")):
         source, opener = "url", lambda: BytesIO(_download(value, bounds.max_bytes))
     else:
-        raise UnreadableImageError(
-            f"it is a URL of a kind that is not read, as http, https, file and data are: {value!r:.200}"
-        )
+        source, opener = "fsspec", lambda: BytesIO(_read_fsspec(value, bounds))
     bounds.check_source(source)
     with opener() as file, _unreadable("it is damaged"):
         start = file.read(len(_ICO_START))
@@ -306,6 +312,28 @@ def _open_local(path: str):
     except (OSError, ValueError) as error:
         raise UnreadableImageError(f"the file cannot be read ({error}{where})") from error
     raise UnreadableImageError(f"{path!r} is a folder or a device and no file")
+
+
+def _read_fsspec(url: str, bounds: ImageBounds) -> bytes:
+    needed = set()
+    for part in url.split("::"):
+        protocol, mark, _ = part.partition("://")
+        # A part of a chain is a URL, the name of a protocol, or else a path of this machine.
+        is_path = len(protocol) < 2 or not (mark or protocol in fsspec.available_protocols())
+        needed |= {"local"} if is_path else _FSSPEC_SOURCES.get(protocol.lower(), set())
+    for source in sorted(needed):
+        bounds.check_source(source)
+    try:
+        filesystem, path = fsspec.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UnreadableImageError(f"there is no way to read this URL ({url}: {error})") from error
+    try:
+        with filesystem.open(path) as file:
+            return _read_bounded(file, bounds.max_bytes)
+    except FileNotFoundError as error:
+        if "url" in needed:  # fsspec calls every fault of http a missing file
+            raise urllib.error.URLError(f"no file, or no answer, from {url!r:.200}: {error!r}") from error
+        raise UnreadableImageError(f"there is no file at this URL ({error})") from error
 
 
 def _read_bounded(file, max_bytes: int | None, announced: int = 0) -> bytes:

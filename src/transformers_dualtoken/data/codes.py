@@ -98,6 +98,10 @@ def precompute_codes(
         logger.warning(f"{str(output_dir)!r} is one source, without weights. Give each source a folder of its own.")
     samples = [_Samples(source, image_processor) for source in sources]
     num_rows = sum(map(len, samples))
+    columns = {"example", "num_images"}  # of a folder that this function wrote
+    has_codes = [source.name for source in sources if columns <= set(source.dataset.column_names or ())]
+    if has_codes:
+        raise ValueError(f"The sources {has_codes} hold codes already: give the images they were made of.")
     if not num_rows:
         raise ValueError(f"The sources {[source.name for source in sources]} hold no rows, so there is nothing to do.")
     folder, quantizers = Path(output_dir), {kind: vision_tokenizer.quantizer(kind).config for kind in CODE_KINDS}

@@ -317,8 +317,12 @@ class ImagePreparation:
         if caption_column is None:
             return {"pixel_values": self(row[image_column], seed)}
         captions = row[caption_column]
-        captions = [captions] if isinstance(captions, str) else list(captions or ())
-        if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
+        captions = [captions] if isinstance(captions, str) else captions
+        if (
+            not captions
+            or not isinstance(captions, (list, tuple))
+            or not all(isinstance(text, str) and text.strip() for text in captions)
+        ):
             raise BadSampleError(
                 f"its {caption_column!r} must be a caption or several, got {row[caption_column]!r:.100}"
             )

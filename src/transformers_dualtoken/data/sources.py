@@ -92,7 +92,8 @@ def load_chat_sources(
         streaming (`bool`, defaults to `False`): read while training, else mapped from the cache of `datasets`.
         fingerprint (`str`, *optional*): of the vision tokenizer, which precomputed codes must have.
 
-    An image may be a URL, and is fetched while training: take data from people you trust.
+    An image may be a URL, of any protocol that `fsspec` knows, and is fetched while training: take data from people you
+    trust.
 
     Raises:
         ValueError: for a source that cannot be read, unknown keys, a format that cannot be told, columns that are

@@ -109,6 +109,11 @@ class DualTokenVisionTokenizerRecipe:
         self.loss_weights = {**weights, **given}
         if not self.pixel_terms and not self.semantic_terms:
             raise ValueError("All terms of the loss have weight 0, so there is nothing to train.")
+        if self.stage == "contrastive" and self.pixel_terms:
+            raise ValueError(
+                "The contrastive stage leaves pixel codes and reconstructions as they are, so the terms "
+                f"{', '.join(self.pixel_terms)} would train nothing: they must have weight 0."
+            )
         if self.is_adversarial and not (self.loss_weights["reconstruction_mse"] or self.loss_weights["perceptual"]):
             raise ValueError(
                 "The adaptive weight of `generator` compares it with `reconstruction_mse` and `perceptual`, which both "
