@@ -392,7 +392,7 @@ def test_digits_are_told_apart_again(tmp_path, own_cache, monkeypatch, kind, bia
     The demo's tokenizer with noise on both projections of its semantic codes, trained on captions of the training scans,
     on scans that are held out. Its SigLIP was trained by softmax and has no bias that a sigmoid could begin with.
     """
-    pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn, of the extra demo")
     monkeypatch.syspath_prepend(str(EXAMPLES / "digits"))
     import data
 

@@ -151,7 +151,7 @@ def test_distances_are_mean_squared_differences(gallery):
 
 
 def test_demo_in_small(tmp_path):
-    """Every step of the demo, with hundredths of its steps: it runs, writes all it promises, and goes on where it was."""
+    """Every step of the demo, with hundredths of its steps: it runs, writes all it promises, and finds itself finished."""
     command = [sys.executable, str(EMOJI / "run_demo.py"), "--output_dir", str(tmp_path / "emoji-demo")]
     command += ["--steps_factor", "0.005", "--limit", "3", "--num_activities", "2", "--skip_preview", "--validation"]
     first = subprocess.run(command, capture_output=True, text=True)

@@ -108,6 +108,8 @@ class FinetuningEvaluation(DigitsEvaluation):
     it tells twenty classes apart, ten digits in two weights.
     """
 
+    measurements = ("german_answers", "answers", "requests", "draw_and_say", "inversion")
+
     def __init__(self, model, processor, validation: bool = False, seed: int = 0):
         super().__init__(model, processor, None, validation, seed)
         (scans, digits), _ = split_scans(validation)
@@ -139,15 +141,6 @@ class FinetuningEvaluation(DigitsEvaluation):
                 self.metrics["plain_not_bold"] = float((classes == asked).mean())
             shown[requests[3]] = drawings[::DRAWINGS_PER_DIGIT]
         self.pictures["requests"] = rows_of_images(list(shown.values()), list(shown))
-
-    def run(self) -> dict[str, float]:
-        return self._run(
-            self.measure_german_answers,
-            self.measure_answers,
-            self.measure_requests,
-            self.measure_draw_and_say,
-            self.measure_inversion,
-        )
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -77,6 +77,8 @@ EXPLANATIONS = {
 class DigitsEvaluation(MiniatureEvaluation):
     """Every measurement of the demo, and its pictures."""
 
+    measurements = ("tokenizer", "answers", "drawings", "draw_and_say", "inversion")
+
     def __init__(self, model, processor, caption_tokenizer, validation: bool = False, seed: int = 0):
         super().__init__(model, processor, seed=seed)
         self.caption_tokenizer = caption_tokenizer
@@ -146,15 +148,6 @@ class DigitsEvaluation(MiniatureEvaluation):
         self.metrics["inversion_accuracy"] = float((self.judge.predict(scans) == digits).mean())
         self.metrics["inversion_psnr"] = float(psnr(decoded, -self.pixels(sources)).mean())
         self.pictures["inversions"] = rows_of_images([sources[:12], drawings[:12]], ["asked to invert", "answer"])
-
-    def run(self) -> dict[str, float]:
-        return self._run(
-            self.measure_tokenizer,
-            self.measure_answers,
-            self.measure_drawings,
-            self.measure_draw_and_say,
-            self.measure_inversion,
-        )
 
     def _to_nearest(self, scans: np.ndarray) -> float:
         """Mean distance to the nearest training scan."""

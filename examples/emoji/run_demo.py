@@ -4,7 +4,7 @@ Draw what was never seen: the whole path on OpenMoji's colour pictures, checked 
     python examples/emoji/run_demo.py --output_dir emoji-demo
 
 It shows what the kept checkpoint does, if there is one, with combinations of activity, gender and skin tone that were
-held out, then trains its own by the short recipe: a SigLIP, the dual tokenizer and the unified model, at most 90 minutes on two cores,
+held out, then trains its own by the short recipe: a SigLIP, the dual tokenizer and the unified model, meant to fit 90 minutes on two cores,
 no download. Interrupted, the same command goes on where it was. The output folder ends up with pictures,
 `metrics.json`, and `dualtoken/`, a checkpoint for `from_pretrained`.
 
@@ -23,7 +23,7 @@ from demo import parse, parser_of, run  # noqa: E402
 
 
 TEST_COMBINATIONS = 212
-# Seconds of the stages on one core of a quiet machine.
+# Seconds of the stages on one core of a quiet machine, computed from those of some hundred steps.
 SECONDS = {
     "short": {"siglip": 720, "tokenizer": 1200, "codes": 60, "unified": 2500},
     "long": {"siglip": 1800, "tokenizer": 3000, "codes": 60, "unified": 6600},

@@ -29,7 +29,7 @@ def psnr(images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 class MiniatureEvaluation:
     """
-    Measures a unified model; subclasses list their `measure_...` methods in `run`.
+    Measures a unified model by the `measure_...` methods that a subclass has and names in `measurements`, in order.
 
     Args:
         model (`DualTokenForCausalLM`): computes in float32 here.
@@ -37,6 +37,8 @@ class MiniatureEvaluation:
         seed (`int`, defaults to 0): of everything that is sampled.
         batch_size (`int`, defaults to 1000): conversations answered side by side.
     """
+
+    measurements: tuple[str, ...] = ()
 
     def __init__(self, model, processor, seed: int = 0, batch_size: int = 1000):
         self.model, self.processor, self.batch_size = model.float().eval(), processor, batch_size
@@ -112,11 +114,10 @@ class MiniatureEvaluation:
         encoded = tokenizer.encode(pixel_values)
         return encoded, tokenizer.decode(pixel_codes=encoded.pixel_codes).reconstruction.clamp(-1, 1)
 
-    def _run(self, *measurements) -> dict[str, float]:
-        for number, measurement in enumerate(measurements, start=1):
-            what = measurement.__name__.removeprefix("measure_").replace("_", " ")
-            print(f"measuring {number}/{len(measurements)}: {what}", flush=True)
-            measurement()
+    def run(self) -> dict[str, float]:
+        for number, name in enumerate(self.measurements, start=1):
+            print(f"measuring {number}/{len(self.measurements)}: {name.replace('_', ' ')}", flush=True)
+            getattr(self, f"measure_{name}")()
         return self.metrics
 
     def save(self, output_dir: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import platform
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class ProgressCallback(TrainerCallback):
         self.progress.step(state.global_step / state.max_steps, detail)
 
 
-class DemoStages:
+class DemoStages(ABC):
     """
     All stages of a demo, one after the other; each takes only what the stages before left on disk. A demo gives its data,
     its measurements and, as options of the scripts, its settings.
@@ -58,18 +59,21 @@ class DemoStages:
     # Image arguments of `generate` that a checkpoint carries.
     sampling: dict
 
+    @abstractmethod
     def write_data(self, data_dir: Path, arguments: argparse.Namespace) -> None:
-        raise NotImplementedError
+        """Pictures, `captions.jsonl` and `chat.jsonl`."""
 
+    @abstractmethod
     def options(self, stage: str, arguments: argparse.Namespace) -> list[str]:
         """Of the scripts for "language_model", "siglip", "tokenizer" and "unified", beside those all demos give."""
-        raise NotImplementedError
 
+    @abstractmethod
     def evaluation(self, checkpoint: Path, validation: bool, seed: int) -> MiniatureEvaluation:
-        raise NotImplementedError
+        """Of the model in the folder `dualtoken` of a checkpoint."""
 
+    @abstractmethod
     def table(self, metrics: dict[str, float], kept: dict[str, float] | None) -> str:
-        raise NotImplementedError
+        """What was measured now and of the kept checkpoint, as text."""
 
     def prepare(self, output_dir: Path) -> str:
         """Quiet libraries, caches in the output folder, and the threads, of which it returns a sentence."""

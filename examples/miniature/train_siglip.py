@@ -3,9 +3,9 @@ A small SigLIP, trained contrastively on pictures and their captions: the encode
 
     python examples/miniature/train_siglip.py --data_dir digits-data --output_dir digits-siglip
 
-The data is what the demos' `data.py` (`emoji_data.py`) write: pictures, and in `captions.jsonl` a line for each, `{"image": path,
-"captions": [...]}`, with all captions that are true of it. At real scale this step is a download: any SigLIP or SigLIP 2
-checkpoint of fixed resolution.
+The data is what the demos' `data.py` and `emoji_data.py` write: pictures, and in `captions.jsonl` a line for each,
+`{"image": path, "captions": [...]}`, with all captions that are true of it. At real scale this step is a download: any
+SigLIP or SigLIP 2 checkpoint of fixed resolution.
 """
 
 import itertools
